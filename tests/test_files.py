@@ -1,0 +1,63 @@
+"""Whole or absent, and never taken for whole when damaged."""
+
+import errno
+import json
+
+import pytest
+
+from grace import files
+from grace.errors import GraceError
+
+
+def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
+    target = tmp_path / "a" / "value.json"
+    with pytest.raises(RuntimeError), files.whole_file(target) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert list((tmp_path / "a").iterdir()) == []
+    files.write_json(target, {"b": 1, "a": [2]})
+    assert json.loads(target.read_text()) == {"a": [2], "b": 1}
+    assert target.read_text().index('"a"') < target.read_text().index('"b"')
+
+
+def test_a_folder_replaces_the_old_one_only_when_whole(tmp_path):
+    target = tmp_path / "model"
+    with files.whole_folder(target, kind="first") as folder:
+        (folder / "x").write_text("1")
+    with pytest.raises(RuntimeError), files.whole_folder(target) as folder:
+        (folder / "x").write_text("2")
+        raise RuntimeError
+    assert (target / "x").read_text() == "1"
+    assert files.check_manifest(target)["kind"] == "first"
+    with files.whole_folder(target, kind="second") as folder:
+        (folder / "y").write_text("3")
+    assert not (target / "x").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(GraceError, match=r"value.json: could not be written \(No space left on device\); free space"):
+        files.write_json(tmp_path / "value.json", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_named(tmp_path):
+    with files.whole_folder(tmp_path / "model") as folder:
+        for name in ("a", "b", "c"):
+            (folder / name).write_text(name)
+    (tmp_path / "model/a").write_text("A")
+    (tmp_path / "model/b").unlink()
+    with pytest.raises(GraceError, match="a differs, b is missing"):
+        files.check_manifest(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text, reason", [(None, "no such file"), ("{", "not valid JSON")])
+def test_unreadable_json(tmp_path, text, reason):
+    if text is not None:
+        (tmp_path / "x.json").write_text(text)
+    with pytest.raises(GraceError, match=reason):
+        files.read_json(tmp_path / "x.json")

@@ -1,0 +1,267 @@
+"""The command line: one verb per step of the pipeline. Each imports what it needs only when it runs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grace.errors import GraceError
+
+app = typer.Typer(
+    help="GRACE: distil a vision-language model into INT4, measure it, and rebuild the paper's tables.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _group(name: str, text: str) -> typer.Typer:
+    group = typer.Typer(help=text, no_args_is_help=True)
+    app.add_typer(group, name=name)
+    return group
+
+
+cache_verbs = _group("cache", "The teacher's cache: what training reads instead of the teacher.")
+bench_verbs = _group("bench", "Speed of the INT4 product and of decoding, side by side with bf16.")
+report_verbs = _group("report", "Tables, figures, metrics and the page.")
+config_verbs = _group("config", "The experiment's configuration.")
+
+Run = Annotated[Path, typer.Option(help="frozen parameters of this job (JSON)")]
+Data = Annotated[Path, typer.Option(help="the experiment's data folder")]
+Out = Annotated[Path, typer.Option(help="what to make")]
+Results = Annotated[Path, typer.Option(help="the experiment's results folder")]
+
+
+@app.command()
+def prepare(
+    run: Run,
+    out: Out,
+    processor: Annotated[
+        Path | None, typer.Option(help="model folder whose processor to use (data of your own)")
+    ] = None,
+    benchmarks: Annotated[Path | None, typer.Option(help="folder of benchmark files (data of your own)")] = None,
+) -> None:
+    """Make the training conversations and the benchmarks."""
+    from grace.config.runs import DataRun
+    from grace.files import read_json
+
+    parameters = DataRun.model_validate(read_json(run))
+    if parameters.data.source == "demo":
+        from grace.demo.prepare import prepare as prepare_demo
+
+        prepare_demo(parameters.data, parameters.benchmarks, out)
+    else:
+        from grace.data.llava import prepare_llava
+
+        if processor is None:
+            raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")
+        prepare_llava(parameters.data, processor, benchmarks, out)
+
+
+@app.command()
+def tower(
+    out: Out,
+    steps: Annotated[int, typer.Option(help="optimiser steps; the shipped tower's number by default")] = 0,
+    seed: int = 0,
+) -> None:
+    """Pretrain the demo's vision tower again (it ships with the package; this is how it was made)."""
+    from grace.demo.tower import tower as build
+
+    build(out, steps, seed) if steps else build(out, seed=seed)
+
+
+@app.command()
+def fetch(model: str, out: Out, revision: Annotated[str | None, typer.Option(help="hub revision")] = None) -> None:
+    """Bring a pretrained model, from a folder or the hub, into the experiment."""
+    from grace.models.fetch import fetch as bring
+
+    bring(model, out, revision)
+
+
+@app.command()
+def train(
+    run: Run,
+    data: Data,
+    out: Out,
+    log: Annotated[Path, typer.Option(help="training curves, JSON lines")],
+    checkpoints: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
+    init: Annotated[Path | None, typer.Option(help="model folder to start from")] = None,
+    cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
+) -> None:
+    """Train a teacher, a baseline or a student."""
+    from grace.train.verbs import train as run_training
+
+    run_training(run, data, out, log, checkpoints, init, cache)
+
+
+@cache_verbs.command("write")
+def cache_write(
+    run: Run,
+    teacher: Annotated[Path, typer.Option(help="the teacher's model folder")],
+    data: Data,
+    out: Out,
+    shard: Annotated[int, typer.Option(help="which part to write, from 0")],
+) -> None:
+    """Run the teacher over one part of the conversations and keep what training needs."""
+    from grace.teacher.verbs import write
+
+    write(run, teacher, data, out, shard)
+
+
+@cache_verbs.command("finish")
+def cache_finish(
+    run: Run, teacher: Annotated[Path, typer.Option(help="the teacher's model folder")], data: Data, out: Out
+) -> None:
+    """Check that every part is there, audit the cache's error, and write its manifest."""
+    from grace.teacher.verbs import finish
+
+    finish(run, teacher, data, out)
+
+
+@cache_verbs.command("info")
+def cache_info(cache: Path) -> None:
+    """Say what a cache holds and what it costs."""
+    from grace.teacher.verbs import info
+
+    info(cache)
+
+
+@cache_verbs.command("verify")
+def cache_verify(cache: Path) -> None:
+    """Re-hash every part of a cache and name the bad ones."""
+    from grace.teacher.verbs import verify
+
+    verify(cache)
+
+
+@app.command()
+def quantize(run: Run, init: Annotated[Path, typer.Option(help="model folder to round")], data: Data, out: Out) -> None:
+    """Round a model without training it: RTN, AWQ or GPTQ."""
+    from grace.quant.verbs import quantize as round_model
+
+    round_model(run, init, data, out)
+
+
+@app.command()
+def pack(model: Annotated[Path, typer.Option(help="quantised model folder")], out: Out) -> None:
+    """Pack a quantised model so that transformers and vLLM load it with no code of ours."""
+    from grace.quant.pack import pack as pack_model
+
+    pack_model(model, out)
+
+
+@app.command()
+def export(
+    packed: Annotated[Path, typer.Option(help="packed folder")],
+    format: Annotated[str, typer.Option(help="awq, gptq or gguf")],
+    out: Out,
+) -> None:
+    """Write a packed model's codes in another format, bit for bit."""
+    from grace.quant.export import export as convert
+
+    convert(packed, format, out)
+
+
+@app.command()
+def evaluate(
+    run: Run, model: Annotated[Path, typer.Option(help="model folder, plain or packed")], data: Data, out: Out
+) -> None:
+    """Ask a model every question of every benchmark and keep each prediction."""
+    from grace.evaluate.verbs import evaluate as ask
+
+    ask(run, model, data, out)
+
+
+@bench_verbs.command("kernel")
+def bench_kernel(
+    run: Run, model: Annotated[Path, typer.Option(help="packed folder whose shapes to time")], out: Out
+) -> None:
+    """Time the INT4 product against the dense one, after checking that it is right."""
+    from grace.bench.verbs import kernel
+
+    kernel(run, model, out)
+
+
+@bench_verbs.command("decode")
+def bench_decode(
+    run: Run, model: Annotated[list[Path], typer.Option(help="model folder; repeat the flag to compare")], out: Out
+) -> None:
+    """Time prefill and decoding of several models in one run."""
+    from grace.bench.verbs import decode
+
+    decode(run, model, out)
+
+
+@report_verbs.command("tables")
+def report_tables(results: Results, out: Out) -> None:
+    """Write the tables as Markdown, CSV and LaTeX, with the paper's values beside."""
+    from grace.report.verbs import tables
+
+    tables(results, out)
+
+
+@report_verbs.command("figures")
+def report_figures(results: Results, out: Out) -> None:
+    """Draw the figures as SVG and PNG."""
+    from grace.report.verbs import figures
+
+    figures(results, out)
+
+
+@report_verbs.command("metrics")
+def report_metrics(results: Results, out: Out) -> None:
+    """Write the numbers that versions are compared by."""
+    from grace.report.verbs import metrics
+
+    metrics(results, out)
+
+
+@report_verbs.command("page")
+def report_page(results: Results, out: Out) -> None:
+    """Build the self-contained HTML page."""
+    from grace.report.verbs import page
+
+    page(results, out)
+
+
+@app.command()
+def chat(
+    image: Path,
+    question: str,
+    model: Annotated[Path, typer.Option(help="packed folder or plain checkpoint")],
+) -> None:
+    """Ask a model about a picture; the answer streams."""
+    from grace.infer.chat import chat as answer
+
+    answer(model, image, question)
+
+
+@config_verbs.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the configuration."""
+    from grace.config.generate import schema
+
+    print(schema(), end="")
+
+
+@config_verbs.command("check")
+def config_check(file: Path) -> None:
+    """Check a configuration file and say what it would run."""
+    from grace.config.load import load_experiment
+
+    experiment = load_experiment(file)
+    print(f"{file}: experiment {experiment.experiment}, {len(experiment.students())} students")
+
+
+def main() -> None:
+    """Entry point: a `GraceError` is one sentence on standard error and exit status 1."""
+    try:
+        app()
+    except GraceError as error:
+        print(f"grace: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The frozen parameters of one job: what a rule writes to `results/{experiment}/config/` and the job alone reads.
+
+Jobs never read config.yaml: an edit while jobs are queued would otherwise run with new values and be recorded with
+the old ones. Each class is one verb's complete set of parameters; paths come as command-line flags instead.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from grace.config.schema import (
+    Architecture,
+    Bench,
+    Cache,
+    DemoData,
+    Evaluation,
+    Experiment,
+    LlavaData,
+    Method,
+    Optimisation,
+    Quantization,
+    Section,
+)
+
+
+class DataRun(Section):
+    """`grace prepare`: the pictures, the conversations and the benchmarks."""
+
+    data: DemoData | LlavaData
+    benchmarks: list[str]
+
+
+class TrainRun(Section):
+    """`grace train`: teacher, baseline and every trained student, in one shape."""
+
+    family: str
+    compute_dtype: Literal["float32", "bfloat16"]
+    architecture: Architecture | None = Field(
+        None, description="make the model from scratch in this shape; null: start from --init"
+    )
+    seed: int
+    optimisation: Optimisation
+    kd: Literal["none", "plain", "gated"] = "none"
+    rcka: bool = False
+    controller: bool = False
+    method: Method = Method()
+    bits: int | None = Field(None, description="width of the decoder's weights; null: bf16")
+    quantization: Quantization = Quantization()
+    outliers: bool = Field(False, description="apply the function-preserving outlier transform to the starting weights")
+
+
+class QuantizeRun(Section):
+    """`grace quantize`: rounding without training."""
+
+    family: str
+    post_training: Literal["rtn", "awq", "gptq"]
+    bits: int
+    quantization: Quantization
+    outliers: bool = False
+    seed: int
+
+
+class CacheRun(Section):
+    """`grace cache write`."""
+
+    family: str
+    compute_dtype: Literal["float32", "bfloat16"]
+    cache: Cache
+    temperature: float = Field(description="T that the `sampled` format bakes in")
+    seed: int = 0
+
+
+class EvaluateRun(Section):
+    """`grace evaluate`."""
+
+    family: str
+    evaluation: Evaluation
+
+
+class BenchRun(Section):
+    """`grace bench kernel` and `grace bench decode`."""
+
+    family: str
+    bench: Bench
+    group_size: int
+
+
+def split_precision(precision: str) -> tuple[int | None, bool]:
+    """`int4-outliers` -> (4, True); `bf16` -> (None, False)."""
+    name, _, outliers = precision.partition("-")
+    return (None if name == "bf16" else int(name.removeprefix("int"))), bool(outliers)
+
+
+def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> TrainRun | QuantizeRun:
+    """The frozen parameters of one student; only what it depends on, so that nothing else re-runs it."""
+    bits, outliers = split_precision(precision)
+    if recipe == "baseline":
+        if config.student.pretrained is not None:
+            raise ValueError("a pretrained baseline is fetched, not trained")
+        return TrainRun(
+            family=config.family,
+            compute_dtype=config.compute_dtype,
+            architecture=config.student.architecture,
+            seed=seed,
+            optimisation=config.student.train,
+        )
+    chosen = config.recipes[recipe]
+    if chosen.post_training:
+        return QuantizeRun(
+            family=config.family,
+            post_training=chosen.post_training,
+            bits=bits,
+            quantization=config.quantization,
+            outliers=outliers,
+            seed=seed,
+        )
+    distils = chosen.kd != "none" or chosen.rcka
+    method = Method(**{**config.method.model_dump(), **chosen.method}) if distils else Method()
+    return TrainRun(
+        family=config.family,
+        compute_dtype=config.compute_dtype,
+        seed=seed,
+        optimisation=Optimisation(**{**config.finetune.model_dump(), **chosen.train}),
+        kd=chosen.kd,
+        rcka=chosen.rcka,
+        controller=chosen.controller,
+        method=method,
+        bits=bits,
+        quantization=config.quantization if bits else Quantization(),
+        outliers=outliers,
+    )
+
+
+def teacher_run(config: Experiment) -> TrainRun:
+    """The frozen parameters of a teacher that is trained here."""
+    return TrainRun(
+        family=config.family,
+        compute_dtype=config.compute_dtype,
+        architecture=config.teacher.architecture,
+        seed=0,
+        optimisation=config.teacher.train,
+    )

@@ -1,0 +1,17 @@
+"""Conversations about pictures, as the token sequences that every model of an experiment is trained on."""
+
+from grace.data.batches import Batch, collate, plan_batches
+from grace.data.conversations import Conversation, load_conversations
+from grace.data.examples import Example, load_examples
+from grace.data.pictures import Picture
+
+__all__ = [
+    "Batch",
+    "Conversation",
+    "Example",
+    "Picture",
+    "collate",
+    "load_conversations",
+    "load_examples",
+    "plan_batches",
+]

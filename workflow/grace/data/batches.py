@@ -1,0 +1,70 @@
+"""Which conversations make which optimiser step, and the tensors a model takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from grace.data.examples import IGNORED, Example
+
+LENGTH_WINDOW = 16  # optimiser steps whose conversations are sorted by length together
+
+
+@dataclass
+class Batch:
+    """Right-padded conversations.
+
+    Attributes:
+        input_ids, attention_mask: int64 [batch, tokens].
+        labels: int64 [batch, tokens], -100 where nothing is asked; not shifted.
+        pixels: what else the model's forward takes (`pixel_values`, for Qwen also `image_grid_thw`).
+        keys: the teacher records, in order.
+        ids: the conversations, in order.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    pixels: dict[str, torch.Tensor]
+    keys: list[str]
+    ids: list[str]
+
+    def supervised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows and columns [tokens] of the positions that predict a label, and these labels [tokens]."""
+        rows, columns = torch.nonzero(self.labels[:, 1:] != IGNORED, as_tuple=True)
+        return rows, columns, self.labels[rows, columns + 1]
+
+
+def collate(examples: Sequence[Example], processor, captions_only: bool = False) -> Batch:
+    """Pad `examples` to a batch; with `captions_only`, each is cut after its first turn."""
+    ends = [example.first_turn if captions_only else len(example.input_ids) for example in examples]
+    shape = (len(examples), max(ends))
+    input_ids = torch.full(shape, processor.tokenizer.pad_token_id)
+    labels = torch.full(shape, IGNORED)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, (example, end) in enumerate(zip(examples, ends, strict=True)):
+        input_ids[row, :end] = example.input_ids[:end]
+        labels[row, :end] = example.labels[:end]
+        attention_mask[row, :end] = 1
+    pictures = [example.image.open() for example in examples]
+    pixels = processor.image_processor(images=pictures, return_tensors="pt")
+    return Batch(input_ids, attention_mask, labels, dict(pixels), [e.key for e in examples], [e.id for e in examples])
+
+
+def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:
+    """Yield the indices of each optimiser step's conversations, for ever.
+
+    Every epoch is a new permutation; within a window of some steps, conversations of like length come together, and
+    the steps of a window are shuffled again. The order depends on `seed` alone, so a resumed run skips to its step.
+    """
+    epoch = 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        window = batch * LENGTH_WINDOW
+        for start in range(0, len(order), window):
+            part = sorted(order[start : start + window], key=lambda index: (lengths[index], index))
+            steps = [part[i : i + batch] for i in range(0, len(part), batch)]
+            for which in torch.randperm(len(steps), generator=generator).tolist():
+                yield steps[which]
+        epoch += 1

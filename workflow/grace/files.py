@@ -1,0 +1,117 @@
+"""Writing so that a kill leaves either the whole output or none, and knowing what was written.
+
+Every output of the pipeline goes through here: a file or folder is made under a temporary name in the same
+directory and renamed when it is whole, and a folder carries a `manifest.json` that lists its files with their
+SHA-256, so that a consumer depends on one small file and can tell a damaged tree from a good one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grace.errors import GraceError
+
+MANIFEST = "manifest.json"
+
+
+def _temporary(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `target` when the block ends well, and vanishes when it does not."""
+    target = Path(target)
+    part = _temporary(target)
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, target)
+    except OSError as error:
+        raise GraceError(
+            f"{target}: could not be written ({error.strerror or error}); free space and run again"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `target` when the block ends well, with a manifest of its files.
+
+    `about` (JSON-able) is kept in the manifest beside the file list.
+    """
+    target = Path(target)
+    part = _temporary(target)
+    part.mkdir()
+    try:
+        yield part
+        write_manifest(part, **about)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    except OSError as error:
+        raise GraceError(
+            f"{target}: could not be written ({error.strerror or error}); free space and run again"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(target: str | Path, value: Any) -> None:
+    """Write JSON with sorted keys and a final newline: equal values make equal bytes."""
+    with whole_file(target) as part:
+        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or damaged one is a `GraceError`."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise GraceError(f"{path}: no such file; build it first, or check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise GraceError(f"{path}: not valid JSON ({error}); delete it and build it again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
+    """List every file below `folder` with size and SHA-256 in `folder/manifest.json`; return what was written."""
+    folder = Path(folder)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    manifest = {**about, "files": files}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def check_manifest(folder: str | Path) -> dict[str, Any]:
+    """Re-hash a folder against its manifest and return the manifest; a `GraceError` names every file that differs."""
+    folder = Path(folder)
+    manifest = read_json(folder / MANIFEST)
+    wrong = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif sha256(path) != entry["sha256"]:
+            wrong.append(f"{name} differs")
+    if wrong:
+        raise GraceError(f"{folder}: damaged ({', '.join(wrong)}); delete the folder and build it again")
+    return manifest

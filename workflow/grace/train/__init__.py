@@ -1,0 +1,1 @@
+"""One training loop for the teacher, the baseline and every recipe."""

@@ -1,0 +1,120 @@
+"""AdamW on fp32 masters, with quantisation once per optimiser step.
+
+The model holds what its ordinary layers multiply with: weights on bf16's grid, dequantised where the recipe
+quantises. The optimiser holds the fp32 masters and the step sizes' theta. After the micro-batches of a step have
+accumulated the gradient of the dequantised weights, the LSQ rule is applied to it once; the rule is linear in that
+gradient, so this equals quantising in every micro-batch at a fraction of the cost.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from grace.config.schema import Optimisation, Quantization
+from grace.models import decoder_linears
+from grace.quant import LearnedStepSize, lsq_gradients
+
+
+class MasterAdamW:
+    """The optimiser of every recipe.
+
+    Args:
+        model: its trainable parameters are driven; any floating dtype.
+        optimisation: learning rate, decay, clipping and schedule.
+        bits: width of the decoder's linears; None leaves them in bf16.
+        quantization: group size and the learning rate of the step sizes.
+
+    Raises:
+        GraceError: a group does not divide a layer's input (the message names the layer).
+    """
+
+    def __init__(
+        self, model: nn.Module, optimisation: Optimisation, bits: int | None, quantization: Quantization
+    ) -> None:
+        self.optimisation, self.bits, self.group_size = optimisation, bits, quantization.group_size
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.step_sizes: dict[str, LearnedStepSize] = {}
+        if bits is not None:
+            for name in decoder_linears(model):
+                self.step_sizes[f"{name}.weight"] = LearnedStepSize.from_weight(
+                    self.masters[f"{name}.weight"], bits=bits, group_size=self.group_size, name=name
+                )
+        matrices = [m for m in self.masters.values() if m.ndim > 1]
+        vectors = [m for m in self.masters.values() if m.ndim <= 1]
+        thetas = [step_size.theta for step_size in self.step_sizes.values()]
+        self.trained = matrices + vectors + thetas
+        rate = optimisation.learning_rate
+        groups = [
+            {"params": matrices, "weight_decay": optimisation.weight_decay, "peak": rate},
+            {"params": vectors, "weight_decay": 0.0, "peak": rate},
+            {"params": thetas, "weight_decay": 0.0, "peak": rate * quantization.scale_lr_factor},
+        ]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=True)
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Put the masters, rounded to bf16 or fake-quantised, into the model."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if name in self.step_sizes:
+                parameter.copy_(self.step_sizes[name].fake_quantize(master))
+            else:
+                parameter.copy_(master.to(torch.bfloat16))
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine to zero."""
+        warmup = max(1, round(self.optimisation.warmup * self.optimisation.steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, self.optimisation.steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    @torch.no_grad()
+    def step(self, step: int) -> float:
+        """Apply the accumulated gradients as optimiser step `step`; return their norm before clipping."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            gradient = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+            if name in self.step_sizes:
+                size = self.step_sizes[name]
+                master.grad, size.theta.grad = lsq_gradients(
+                    master, size.theta, gradient, bits=self.bits, group_size=self.group_size
+                )
+            else:
+                master.grad = gradient
+            parameter.grad = None
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained])
+        nn.utils.clip_grads_with_norm_(self.trained, self.optimisation.clip, norm)
+        share = self.learning_rate(step)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * share
+        self.adam.step()
+        for tensor in self.trained:
+            tensor.grad = None
+        self.write_back()
+        return float(norm)
+
+    def quantised(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Codes (int8) and scales (bf16) of every quantised linear, by module name, as they ship."""
+        return {
+            name.removesuffix(".weight"): (size.codes(self.masters[name]), size.scales.detach())
+            for name, size in self.step_sizes.items()
+        }
+
+    def state_dict(self) -> dict:
+        """Masters, thetas and Adam's state: with the step number, all that a resumed run needs."""
+        thetas = {name: size.theta.detach() for name, size in self.step_sizes.items()}
+        return {"masters": self.masters, "thetas": thetas, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`; the model's weights follow."""
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+        for name, size in self.step_sizes.items():
+            size.theta.copy_(state["thetas"][name])
+        self.adam.load_state_dict(state["adam"])
+        self.write_back()
