@@ -1,7 +1,19 @@
 """Models small enough for a test, made where they are needed."""
 
+import os
+
+# Triton runs its kernels in the CPU interpreter only if this is set when it is first imported, by whichever test
+os.environ["TRITON_INTERPRET"] = "1"
+
+import os
+
+# Two test processes that use every core each run many times slower than two that use one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+
+torch.set_num_threads(1)
 
 
 def make_llava(seed: int = 0, width: int = 32, layers: int = 2, vocabulary: int = 64):

@@ -34,6 +34,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
         yield part
         with part.open("rb") as written:
             os.fsync(written.fileno())
+        part.chmod(0o644)  # some libraries make files that only their owner can read
         os.replace(part, target)
     except OSError as error:
         raise GraceError(

@@ -4,6 +4,7 @@ from grace.data.batches import Batch, collate, plan_batches
 from grace.data.conversations import Conversation, load_conversations
 from grace.data.examples import Example, load_examples
 from grace.data.pictures import Picture
+from grace.data.prepared import load_prepared, prepare_examples
 
 __all__ = [
     "Batch",
@@ -13,5 +14,7 @@ __all__ = [
     "collate",
     "load_conversations",
     "load_examples",
+    "load_prepared",
     "plan_batches",
+    "prepare_examples",
 ]

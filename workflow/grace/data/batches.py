@@ -17,7 +17,8 @@ class Batch:
     Attributes:
         input_ids, attention_mask: int64 [batch, tokens].
         labels: int64 [batch, tokens], -100 where nothing is asked; not shifted.
-        pixels: what else the model's forward takes (`pixel_values`, for Qwen also `image_grid_thw`).
+        pixels: what the model's forward takes of the pictures: `pixel_values` (for Qwen also `image_grid_thw`), or
+            `vision_features` [batch, n, d] where the frozen tower's output was kept (`models.picture_inputs`).
         keys: the teacher records, in order.
         ids: the conversations, in order.
     """
@@ -46,9 +47,12 @@ def collate(examples: Sequence[Example], processor, captions_only: bool = False)
         input_ids[row, :end] = example.input_ids[:end]
         labels[row, :end] = example.labels[:end]
         attention_mask[row, :end] = 1
-    pictures = [example.image.open() for example in examples]
-    pixels = processor.image_processor(images=pictures, return_tensors="pt")
-    return Batch(input_ids, attention_mask, labels, dict(pixels), [e.key for e in examples], [e.id for e in examples])
+    if all(example.features is not None for example in examples):
+        pixels = {"vision_features": torch.stack([example.features for example in examples])}
+    else:
+        pictures = [example.image.open() for example in examples]
+        pixels = dict(processor.image_processor(images=pictures, return_tensors="pt"))
+    return Batch(input_ids, attention_mask, labels, pixels, [e.key for e in examples], [e.id for e in examples])
 
 
 def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:

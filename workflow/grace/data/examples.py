@@ -32,6 +32,7 @@ class Example:
         labels: int64 [tokens], -100 where nothing is asked; not shifted.
         first_turn: length in tokens of the conversation's first turn.
         image: the encoded picture.
+        features: what the frozen vision tower makes of it, fp32 [n, d], where that was kept.
     """
 
     id: str
@@ -40,6 +41,12 @@ class Example:
     labels: torch.Tensor
     first_turn: int
     image: Picture
+    features: torch.Tensor | None = None
+
+    def supervised_tokens(self, captions_only: bool = False) -> int:
+        """How many labels are asked for, in the whole conversation or in its first turn."""
+        end = self.first_turn if captions_only else len(self.labels)
+        return int((self.labels[1:end] != IGNORED).sum())
 
 
 def record_key(input_ids: torch.Tensor, picture: Picture) -> str:

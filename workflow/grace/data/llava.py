@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.config.schema import LlavaData
+from grace.data.prepared import prepare_examples
 from grace.errors import GraceError
 from grace.files import whole_folder
 from grace.progress import progress
@@ -48,6 +49,8 @@ def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out
     except json.JSONDecodeError as error:
         raise GraceError(f"{source}: not valid JSON ({error}); download it again") from error
     pictured = [entry for entry in entries if entry.get("image")][: data.limit]
+    from grace.models import load_processor
+
     with whole_folder(out, data=data.model_dump(), without_picture=len(entries) - len(pictured)) as folder:
         with (
             pq.ParquetWriter(folder / "train.parquet", ROW) as table,
@@ -78,5 +81,6 @@ def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out
         shutil.copytree(
             processor, folder / "processor", ignore=shutil.ignore_patterns("*.safetensors*", "manifest.json")
         )
+        prepare_examples(folder, load_processor(folder / "processor"), tower=None)
         if benchmarks is not None:
             shutil.copytree(benchmarks, folder / "benchmarks")

@@ -4,7 +4,9 @@ All three keep their decoder at `model.model.language_model` and their vocabular
 embeddings; they differ in where the vision side sits and what it is called.
 """
 
+import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _VISION = ("vision_tower", "visual")
 
@@ -38,3 +40,25 @@ def freeze_vision(model: nn.Module) -> None:
     for name, parameter in model.model.named_parameters():
         if name.split(".")[0] in _VISION and ".merger" not in name and ".deepstack" not in name:
             parameter.requires_grad_(False)
+
+
+def vision_tower(model: nn.Module) -> nn.Module | None:
+    """The vision tower where it is apart from the projector (LLaVA); None for Qwen, whose merger is part of it."""
+    return getattr(model.model, "vision_tower", None)
+
+
+def picture_inputs(model: nn.Module, pixels: dict[str, torch.Tensor]) -> dict:
+    """What the forward takes of a batch's pictures, on the model's device and in its dtype.
+
+    Kept tower features (`vision_features`, fp32 [batch, n, d]) go through the projector here, so that the forward
+    need not run the tower.
+    """
+    parameter = next(model.parameters())
+    pixels = {
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        for name, value in pixels.items()
+    }
+    if "vision_features" not in pixels:
+        return pixels
+    projected = list(model.model.multi_modal_projector(pixels["vision_features"]))
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=projected)}}

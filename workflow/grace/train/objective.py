@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from grace.config.runs import TrainRun
-from grace.data import Batch
-from grace.distill import distillation_loss_from_hidden, relational_cka_from_gram
+from grace.data import Batch, Example
+from grace.distill import distillation_loss_from_hidden, relational_cka_sum
 from grace.errors import GraceError
-from grace.models import image_token_id, output_head
-from grace.teacher.reader import TeacherCache
+from grace.models import image_token_id, output_head, picture_inputs
+from grace.teacher.reader import CachedTargets, TeacherCache
+from grace.teacher.sampled import distillation_loss_from_record
 
 
 @dataclass
@@ -30,71 +31,84 @@ class Totals:
 
 
 class Objective:
-    """The training loss of one recipe."""
+    """The training loss of one recipe.
+
+    Raises:
+        GraceError: the recipe distils and there is no cache, or its vocabulary is another.
+    """
 
     def __init__(self, model: nn.Module, run: TrainRun, cache: TeacherCache | None) -> None:
         self.model, self.run, self.cache = model, run, cache
-        if (run.kd != "none" or run.rcka) and cache is None:
+        self.device = output_head(model).weight.device
+        self.image_token = image_token_id(model)
+        self.distils = run.kd != "none" or run.rcka
+        if self.distils and cache is None:
             raise GraceError("this recipe distils: give the teacher's cache (--cache)")
         if run.kd != "none" and cache.vocabulary != output_head(model).weight.shape[0]:
             raise GraceError(
                 f"{cache.folder}: the teacher's vocabulary has {cache.vocabulary} entries, the student's "
                 f"{output_head(model).weight.shape[0]}; distil between models of one tokenizer"
             )
+        needs_head = run.kd != "none" and cache.format != "sampled"
+        self.teacher_head = cache.head.to(self.device) if needs_head else None
 
-    def totals(self, batches: Sequence[Batch], beta: float, omega: float) -> Totals:
+    def totals(self, chosen: Sequence[Example], captions_only: bool, beta: float, omega: float) -> Totals:
         """The normalisers of a global batch, known before its first forward pass."""
-        tokens = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
-        gates = float(tokens)
-        if self.run.kd == "gated":
-            gates = sum(self.cache.gate_sum(batch.keys) for batch in batches)
-        images = sum(len(batch.keys) for batch in batches)
-        return Totals(tokens, gates, images, beta, omega)
+        tokens = sum(example.supervised_tokens(captions_only) for example in chosen)
+        gates = self.cache.gate_sum([e.key for e in chosen]) if self.run.kd == "gated" else tokens
+        return Totals(float(tokens), float(gates), float(len(chosen)), beta, omega)
 
-    def backward(self, batch: Batch, totals: Totals) -> dict[str, float]:
-        """Forward and backward of one micro-batch; returns its share of each global loss (they add up)."""
-        run, method = self.run, self.run.method
-        device = output_head(self.model).weight.device
+    def backward(self, batch: Batch, totals: Totals, share: float = 1.0) -> dict[str, float]:
+        """Forward and backward of one micro-batch; returns its part of each global loss (the parts add up).
+
+        `share` is 1, or 0 for a process that has nothing left to do but must keep step with the others.
+        """
+        run, device = self.run, self.device
         rows, columns, labels = (part.to(device) for part in batch.supervised())
         input_ids = batch.input_ids.to(device)
-        dtype = output_head(self.model).weight.dtype
-        pixels = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in batch.pixels.items()}
         outputs = self.model.model(
             input_ids=input_ids,
             attention_mask=batch.attention_mask.to(device),
             use_cache=False,
             output_hidden_states=run.rcka,
-            **pixels,
+            **picture_inputs(self.model, batch.pixels),
         )
+        target = self.cache.batch(batch.keys).to(device) if self.distils else None
         states = outputs.last_hidden_state[rows, columns]  # [tokens, d]
-        target = self.cache.batch(batch.keys) if self.cache is not None else None
-        losses = distillation_loss_from_hidden(
-            states,
-            output_head(self.model).weight,
-            target.hidden.to(device) if run.kd != "none" else None,
-            self.cache.head.to(device) if run.kd != "none" else None,
-            labels,
+        losses = self._token_losses(states, labels, target, totals, share)
+        loss = losses["loss"]
+        parts = {"ce": losses["ce_sum"] * (share / totals.tokens)}
+        if run.kd != "none":
+            parts["kd"] = losses["kd_sum"] * (share / totals.gates)
+        if run.rcka:
+            visual = input_ids == self.image_token
+            tokens = outputs.hidden_states[-2][visual].split(visual.sum(1).tolist())  # per image [n, d]
+            rcka, _, skipped = relational_cka_sum(tokens, teacher_grams=target.grams)
+            rcka = rcka * (share / totals.images)
+            loss = loss + totals.omega * rcka
+            parts |= {"rcka": rcka.detach(), "rcka_skipped": share * skipped}
+        loss.backward()
+        parts["loss"] = loss.detach()
+        return dict(zip(parts, torch.stack([p.double() for p in parts.values()]).tolist(), strict=True))
+
+    def _token_losses(
+        self, states: torch.Tensor, labels: torch.Tensor, target: CachedTargets | None, totals: Totals, share: float
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy and distillation of states [tokens, d] against labels [tokens] and the teacher's record."""
+        method, head = self.run.method, output_head(self.model).weight
+        common = dict(
             temperature=method.temperature,
             alpha=method.alpha,
             beta_dkd=method.beta_dkd,
-            mode=run.kd,
-            ce_weight=1 / totals.tokens,
-            kd_weight=totals.beta / totals.gates,
+            mode=self.run.kd,
+            ce_weight=share / totals.tokens,
+            kd_weight=share * totals.beta / totals.gates,
         )
-        loss = losses["loss"]
-        shares = {"ce": float(losses["ce_sum"]) / totals.tokens}
-        if run.kd != "none":
-            shares["kd"] = float(losses["kd_sum"]) / totals.gates
-        if run.rcka:
-            visual = outputs.hidden_states[-2][input_ids == image_token_id(self.model)]  # [images * n, d]
-            counts = (input_ids == image_token_id(self.model)).sum(1).tolist()
-            parts = [
-                relational_cka_from_gram(tokens, gram.to(device))
-                for tokens, gram in zip(visual.split(counts), target.grams, strict=True)
-            ]
-            rcka = torch.stack(parts).sum() / totals.images
-            loss = loss + totals.omega * rcka
-            shares["rcka"] = float(rcka.detach())
-        loss.backward()
-        shares["loss"] = float(loss.detach())
-        return shares
+        if self.run.kd == "none":
+            return distillation_loss_from_hidden(states, head, None, None, labels, **common)
+        if target.sampled is not None:
+            return distillation_loss_from_record(states, head, target.sampled, labels, **common)
+        gates = target.gates if self.run.kd == "gated" else None
+        return distillation_loss_from_hidden(
+            states, head, target.hidden, self.teacher_head, labels, gates=gates, **common
+        )

@@ -9,42 +9,45 @@ gradient, so this equals quantising in every micro-batch at a fraction of the co
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from grace.config.schema import Optimisation, Quantization
 from grace.models import decoder_linears
 from grace.quant import LearnedStepSize, lsq_gradients
+from grace.train.distributed import World, local, whole_rows
 
 
 class MasterAdamW:
     """The optimiser of every recipe.
 
     Args:
-        model: its trainable parameters are driven; any floating dtype.
+        model: its trainable parameters are driven; any floating dtype, whole or sharded by rows.
         optimisation: learning rate, decay, clipping and schedule.
         bits: width of the decoder's linears; None leaves them in bf16.
         quantization: group size and the learning rate of the step sizes.
+        world: the processes that share the work.
 
     Raises:
         GraceError: a group does not divide a layer's input (the message names the layer).
     """
 
     def __init__(
-        self, model: nn.Module, optimisation: Optimisation, bits: int | None, quantization: Quantization
+        self, model: nn.Module, optimisation: Optimisation, bits: int | None, quantization: Quantization, world: World
     ) -> None:
-        self.optimisation, self.bits, self.group_size = optimisation, bits, quantization.group_size
+        self.optimisation, self.bits, self.world = optimisation, bits, world
+        self.group_size = quantization.group_size
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.masters = {name: local(p).detach().float().clone() for name, p in self.parameters.items()}
         self.step_sizes: dict[str, LearnedStepSize] = {}
         if bits is not None:
             for name in decoder_linears(model):
-                self.step_sizes[f"{name}.weight"] = LearnedStepSize.from_weight(
-                    self.masters[f"{name}.weight"], bits=bits, group_size=self.group_size, name=name
-                )
+                master = self.masters[f"{name}.weight"]
+                self.step_sizes[f"{name}.weight"] = LearnedStepSize.from_weight(master, bits, self.group_size, name)
         matrices = [m for m in self.masters.values() if m.ndim > 1]
         vectors = [m for m in self.masters.values() if m.ndim <= 1]
-        thetas = [step_size.theta for step_size in self.step_sizes.values()]
-        self.trained = matrices + vectors + thetas
+        thetas = [size.theta for size in self.step_sizes.values()]
         rate = optimisation.learning_rate
         groups = [
             {"params": matrices, "weight_decay": optimisation.weight_decay, "peak": rate},
@@ -59,10 +62,8 @@ class MasterAdamW:
         """Put the masters, rounded to bf16 or fake-quantised, into the model."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            if name in self.step_sizes:
-                parameter.copy_(self.step_sizes[name].fake_quantize(master))
-            else:
-                parameter.copy_(master.to(torch.bfloat16))
+            size = self.step_sizes.get(name)
+            local(parameter).copy_(master.to(torch.bfloat16) if size is None else size.fake_quantize(master))
 
     def learning_rate(self, step: int) -> float:
         """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine to zero."""
@@ -72,40 +73,53 @@ class MasterAdamW:
         done = (step - warmup) / max(1, self.optimisation.steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 
+    def _take_gradients(self) -> torch.Tensor:
+        """Move the model's gradients to masters and thetas; return their global norm."""
+        whole, parts = [], []  # gradients that every process has in full, and those of which each has its rows
+        for name, parameter in self.parameters.items():
+            master, size = self.masters[name], self.step_sizes.get(name)
+            sharded = isinstance(parameter, DTensor)
+            gradient = torch.zeros_like(master) if parameter.grad is None else local(parameter.grad).float()
+            if self.world.size > 1 and not sharded:
+                dist.all_reduce(gradient)
+            if size is None:
+                master.grad = gradient
+            else:
+                rule = (self.bits, self.group_size)
+                master.grad, size.theta.grad = lsq_gradients(master, size.theta, gradient, *rule)
+            mine = parts if sharded else whole
+            mine += [master.grad] if size is None else [master.grad, size.theta.grad]
+            parameter.grad = None
+        squares = nn.utils.get_total_norm(parts).square() if parts else torch.zeros((), device=self.world.device)
+        if self.world.size > 1:
+            dist.all_reduce(squares)
+        return (squares + nn.utils.get_total_norm(whole).square()).sqrt()
+
     @torch.no_grad()
     def step(self, step: int) -> float:
         """Apply the accumulated gradients as optimiser step `step`; return their norm before clipping."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            gradient = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-            if name in self.step_sizes:
-                size = self.step_sizes[name]
-                master.grad, size.theta.grad = lsq_gradients(
-                    master, size.theta, gradient, bits=self.bits, group_size=self.group_size
-                )
-            else:
-                master.grad = gradient
-            parameter.grad = None
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained])
-        nn.utils.clip_grads_with_norm_(self.trained, self.optimisation.clip, norm)
+        norm = self._take_gradients()
+        trained = [p for group in self.adam.param_groups for p in group["params"]]
+        nn.utils.clip_grads_with_norm_(trained, self.optimisation.clip, norm)
         share = self.learning_rate(step)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * share
         self.adam.step()
-        for tensor in self.trained:
-            tensor.grad = None
+        self.adam.zero_grad()
         self.write_back()
         return float(norm)
 
     def quantised(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Codes (int8) and scales (bf16) of every quantised linear, by module name, as they ship."""
-        return {
-            name.removesuffix(".weight"): (size.codes(self.masters[name]), size.scales.detach())
-            for name, size in self.step_sizes.items()
-        }
+        layers = {}
+        for name, size in self.step_sizes.items():
+            parts = size.codes(self.masters[name]), size.scales
+            codes, scales = (whole_rows(part, self.parameters[name]).cpu() for part in parts)
+            layers[name.removesuffix(".weight")] = (codes, scales)
+        return layers
 
     def state_dict(self) -> dict:
-        """Masters, thetas and Adam's state: with the step number, all that a resumed run needs."""
+        """Masters, thetas and Adam's state of this process: with the step, all that a resumed run needs."""
         thetas = {name: size.theta.detach() for name, size in self.step_sizes.items()}
         return {"masters": self.masters, "thetas": thetas, "adam": self.adam.state_dict()}
 

@@ -6,13 +6,45 @@ from pathlib import Path
 import torch
 
 from grace.config.runs import TrainRun
-from grace.data import load_examples
+from grace.data import load_prepared
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, whole_folder
-from grace.models import build_llava, load_model, load_processor
+from grace.models import build_llava, load_model, load_processor, vision_tower
 from grace.quant import save_quantization
+from grace.teacher.pins import expected
 from grace.teacher.reader import TeacherCache
-from grace.train.loop import run_identity, train_model
+from grace.train.distributed import World, join_world, whole
+from grace.train.loop import Trainer, run_identity
+
+
+def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World):
+    dtype = getattr(torch, run.compute_dtype)
+    if run.architecture is not None:
+        model = build_llava(run.architecture, processor, data / "vision_tower", run.seed).to(dtype)
+    else:
+        model = load_model(init, dtype=dtype)
+        if run.outliers:
+            from grace.quant import add_outliers
+
+            add_outliers(model, run.quantization.outlier_every, run.quantization.outlier_factor)
+    return model.to(world.device)
+
+
+def _save(model, processor, trainer: Trainer, out: Path) -> None:
+    """Write the model folder from the first process; the others only help to put the weights together."""
+    run = trainer.run
+    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in weights.items()}
+    layers = trainer.optimizer.quantised()
+    if trainer.world.first:
+        with whole_folder(out, run=run.model_dump(), identity=trainer.identity) as folder:
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(folder, state_dict=weights)
+            processor.save_pretrained(folder)
+            if run.bits is not None:
+                save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
+        shutil.rmtree(trainer.checkpoints, ignore_errors=True)
+    trainer.world.barrier()
 
 
 def train(
@@ -31,42 +63,29 @@ def train(
         data: the data folder.
         out: the model folder to make.
         log: JSON lines, one per optimiser step.
-        checkpoints: folder for resumable checkpoints; emptied when the run ends well.
+        checkpoints: folder for resumable checkpoints; removed when the run ends well.
         init: the model to start from; needed unless `run` gives an architecture.
         cache: the teacher's cache; needed by recipes that distil.
     """
     parameters = TrainRun.model_validate(read_json(run))
     if (parameters.architecture is None) == (init is None):
         raise GraceError(f"{run}: give --init exactly when the run has no architecture of its own")
-    processor = load_processor(data / "processor")
-    dtype = getattr(torch, parameters.compute_dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(parameters.seed)
-    if parameters.architecture is not None:
-        model = build_llava(parameters.architecture, processor, data / "vision_tower", parameters.seed).to(dtype)
-    else:
-        model = load_model(init, dtype=dtype)
-        if parameters.outliers:
-            from grace.quant import add_outliers
-
-            add_outliers(model, parameters.quantization.outlier_every, parameters.quantization.outlier_factor)
-    model.to(device)
     distils = parameters.kd != "none" or parameters.rcka
-    targets = TeacherCache.open(cache) if distils and cache is not None else None
+    if distils and cache is None:
+        raise GraceError(f"{run}: this recipe distils; give the teacher's cache with --cache")
+    world = join_world()
+    torch.manual_seed(parameters.seed)
+    processor = load_processor(data / "processor")
+    model = _starting_model(parameters, processor, data, init, world)
+    targets = None
+    if distils:
+        targets = TeacherCache.open(cache, expect=expected(data, temperature=parameters.method.temperature))
     identity = run_identity(
-        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if targets else None
+        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
     )
-    examples = load_examples(data, processor)
-    optimizer = train_model(model, processor, examples, parameters, targets, log, checkpoints, identity)
-    with whole_folder(out, run=parameters.model_dump(), identity=identity) as folder:
-        model.to("cpu", torch.bfloat16).eval().save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if parameters.bits is not None:
-            save_quantization(
-                folder,
-                optimizer.quantised(),
-                bits=parameters.bits,
-                group_size=parameters.quantization.group_size,
-                method="lsq",
-            )
-    shutil.rmtree(checkpoints)
+    examples = load_prepared(data, vision_tower(model))
+    if targets is not None:
+        targets.check_keys(example.key for example in examples)
+    trainer = Trainer(model, processor, examples, parameters, targets, log, checkpoints, identity, world)
+    trainer.train()
+    _save(model, processor, trainer, out)

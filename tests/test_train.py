@@ -1,0 +1,192 @@
+"""One loop for every recipe: same loss however the batch is cut, same bits however often the run is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grace.config.runs import CacheRun, TrainRun
+from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
+from grace.demo.prepare import prepare
+from grace.errors import GraceError
+from grace.files import check_manifest, read_json, write_json
+from grace.models import decoder_linears, load_model
+from grace.teacher.verbs import finish, write
+from grace.train.verbs import train
+
+STEPS = 6
+
+
+def optimisation(**change):
+    values = dict(steps=STEPS, batch=6, micro_batch=6, learning_rate=2e-3, checkpoint_every=2)
+    return Optimisation(**{**values, **change})
+
+
+def run_file(folder, name, **change):
+    values = dict(
+        family="llava", compute_dtype="float32", seed=1, optimisation=optimisation(),
+        method=Method(tau=0.1), quantization=Quantization(group_size=32),
+    )
+    write_json(folder / f"{name}.json", TrainRun(**{**values, **change}).model_dump())
+    return folder / f"{name}.json"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A data folder, a teacher, its cache and a baseline, all tiny and all made by the pipeline's own verbs."""
+    home = tmp_path_factory.mktemp("experiment")
+    prepare(DemoData(pictures=24, questions_per_picture=3), home / "data")
+    for name, width, seed in (("teacher", 64, 0), ("baseline", 32, 1)):
+        shape = Architecture(hidden_size=width, intermediate_size=64, layers=2, heads=2)
+        run = run_file(home, name, architecture=shape, seed=seed, optimisation=optimisation(steps=3))
+        train(run, home / "data", home / name, home / f"{name}.jsonl", home / f".{name}")
+    run = home / "cache.json"
+    write_json(run, CacheRun(family="llava", compute_dtype="float32", cache=Cache(shards=2), temperature=2.0).model_dump())
+    for shard in range(2):
+        write(run, home / "teacher", home / "data", home / "cache", shard)
+    finish(run, home / "teacher", home / "data", home / "cache")
+    return home
+
+
+GRACE = dict(kd="gated", rcka=True, controller=True, bits=4)
+
+
+def student(home, folder, name, **change):
+    run = run_file(folder, name, **change)
+    train(run, home / "data", folder / name, folder / f"{name}.jsonl", folder / f".{name}", home / "baseline", home / "cache")
+    return folder / name
+
+
+def log(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+RECIPES = {
+    "bf16": {},
+    "qat": dict(bits=4),
+    "kd": dict(kd="plain", bits=2),
+    "gdkd": dict(kd="gated"),
+    "rcka": dict(rcka=True),
+    "ib": dict(kd="plain", controller=True),
+    "grace": GRACE,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_and_logs_its_parts(home, tmp_path, name):
+    change = RECIPES[name]
+    folder = student(home, tmp_path, name, **change)
+    check_manifest(folder)
+    entries = log(tmp_path, name)
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    expected = {"ce"} | ({"kd"} if "kd" in change else set()) | ({"rcka"} if change.get("rcka") else set())
+    assert {"ce", "kd", "rcka"} & set(entries[0]) == expected
+    for entry in entries:
+        weighted = entry["ce"] + entry.get("beta", 0) * entry.get("kd", 0) + entry.get("omega", 0) * entry.get("rcka", 0)
+        assert entry["loss"] == pytest.approx(weighted, rel=1e-4)
+    if change.get("controller"):
+        method = Method(tau=0.1)
+        average, beta = None, method.beta_init
+        for entry in entries:
+            assert entry["beta"] == pytest.approx(beta, abs=2e-6)
+            average = entry["kd"] if average is None else method.ema_decay * average + (1 - method.ema_decay) * entry["kd"]
+            beta = min(max(beta + method.eta * (average - method.tau), method.beta_min), method.beta_max)
+        assert entries[-1]["beta"] != entries[0]["beta"]
+    assert not (tmp_path / f".{name}").exists()
+
+
+def test_what_trains_is_what_ships(home, tmp_path):
+    folder = student(home, tmp_path, "grace", **GRACE)
+    model = load_model(folder)
+    shipped = load_file(folder / "quantization.safetensors")
+    linears = decoder_linears(model)
+    names = {name.removesuffix(".codes") for name in shipped if name.endswith(".codes")}
+    assert len(names) == len(linears)
+    for name, linear in linears.items():
+        (mine,) = [n for n in names if n.split("layers.")[-1] == name.split("layers.")[-1]]
+        codes, scales = shipped[f"{mine}.codes"], shipped[f"{mine}.scales"]
+        weight = codes.float().unflatten(1, (-1, 32)) * scales.float().unsqueeze(2)
+        assert torch.equal(linear.weight, weight.flatten(1).to(torch.bfloat16))
+        assert codes.min() >= -8 and codes.max() <= 7
+
+
+@pytest.mark.parametrize("name", ["bf16", "grace"])
+def test_micro_batches_do_not_change_the_run(home, tmp_path, name):
+    whole = log(tmp_path, student(home, tmp_path, "whole", **RECIPES[name]).name)
+    cut = student(home, tmp_path, "cut", **RECIPES[name], optimisation=optimisation(micro_batch=2))
+    for a, b in zip(whole, log(tmp_path, cut.name), strict=True):
+        for part in ("loss", "ce", "kd", "rcka", "grad_norm"):
+            if part in a:
+                assert a[part] == pytest.approx(b[part], rel=2e-3), part
+
+
+def weights(folder):
+    return {**load_file(folder / "model.safetensors"), **load_file(folder / "quantization.safetensors")}
+
+
+def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
+    steps = optimisation(steps=60, checkpoint_every=3)
+    whole = student(home, tmp_path, "whole", **GRACE, optimisation=steps)
+    run = run_file(tmp_path, "killed", **GRACE, optimisation=steps)
+    command = [sys.executable, "-m", "grace.cli", "train", "--run", run, "--data", home / "data", "--out", tmp_path / "killed"]
+    command += ["--log", tmp_path / "killed.jsonl", "--checkpoints", tmp_path / ".killed", "--init", home / "baseline"]
+    command += ["--cache", home / "cache"]
+    job = subprocess.Popen(list(map(str, command)))
+    while not (tmp_path / ".killed/latest.json").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert not (tmp_path / "killed").exists()
+    train(run, home / "data", tmp_path / "killed", tmp_path / "killed.jsonl", tmp_path / ".killed", home / "baseline", home / "cache")
+    before, after = weights(whole), weights(tmp_path / "killed")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [e["loss"] for e in log(tmp_path, "whole")] == [e["loss"] for e in log(tmp_path, "killed")]
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_conversations(home, tmp_path):
+    run = run_file(tmp_path, "wild", optimisation=optimisation(learning_rate=1e30, clip=1e30, warmup=0.0, steps=20))
+    with pytest.raises(GraceError, match="ce, loss is not finite"):
+        train(run, home / "data", tmp_path / "wild", tmp_path / "wild.jsonl", tmp_path / ".wild", home / "baseline")
+    saved = read_json(tmp_path / ".wild/nonfinite.json")
+    assert len(saved["ids"]) == 6 and saved["step"] > 1
+    assert not (tmp_path / "wild").exists()
+
+
+@pytest.mark.parametrize(
+    "change, given, reason",
+    [
+        (dict(kd="gated"), dict(), "give the teacher's cache"),
+        (dict(), dict(init=None), "give --init exactly when"),
+        (dict(bits=4, quantization=Quantization(group_size=128)), dict(), "q_proj"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(home, tmp_path, change, given, reason):
+    run = run_file(tmp_path, "bad", **change)
+    with pytest.raises(GraceError, match=reason):
+        train(run, home / "data", tmp_path / "bad", tmp_path / "bad.jsonl", tmp_path / ".bad", **({"init": home / "baseline"} | given))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_two_processes_equal_one(home, tmp_path):
+    steps = optimisation(micro_batch=2, batch=6)
+    one = student(home, tmp_path, "one", **GRACE, optimisation=steps)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grace.cli", "train"]
+    command += ["--run", tmp_path / "one.json", "--data", home / "data", "--out", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
+    command += ["--checkpoints", tmp_path / ".two", "--init", home / "baseline", "--cache", home / "cache"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_manifest(tmp_path / "two")
+    for a, b in zip(log(tmp_path, "one"), log(tmp_path, "two"), strict=True):
+        for part in ("loss", "ce", "kd", "rcka", "beta", "grad_norm"):
+            assert a[part] == pytest.approx(b[part], rel=2e-3), part
+    before, after = weights(one), weights(tmp_path / "two")
+    for name in before:
+        if name.endswith(".codes"):
+            assert (before[name] != after[name]).float().mean() < 0.01, name
