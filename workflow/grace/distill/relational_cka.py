@@ -1,0 +1,161 @@
+"""Relational alignment: linear CKA between the Gram matrices of an image's visual tokens.
+
+Rows x_i of the penultimate decoder layer's output at one image's visual tokens, l2-normalised; K = X X^T; K_c = H K H
+with H = I - 11^T / n (double centring):
+
+    CKA = <K_cT, K_cS> / (||K_cT|| ||K_cS||),    loss = 1 - CKA = 1/2 || K_cT / ||K_cT|| - K_cS / ||K_cS|| ||^2
+
+The right-hand form is the one computed: it is never negative and keeps its digits when CKA is close to 1. Centring the
+rows (X_c = H X) centres the Gram from both sides, so the student's one [n, n] matrix is made centred, and the
+gradient overwrites it. Teacher and student may differ in width. A Gram without relations (one token, or rows all
+alike) has no CKA: such an image has a loss of 0 with no gradient, and the sum counts it as skipped.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grace.distill.check import check_finite
+from grace.distill.log_space import at_least_fp32
+from grace.errors import GraceError
+
+
+def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
+    """`1 - CKA` of one image's visual tokens.
+
+    Args:
+        student_tokens: [n, d_S], any float dtype
+        teacher_tokens: [n, d_T], any float dtype; taken as constant
+
+    Returns:
+        scalar in [0, 1], fp32 (fp64 for fp64 tokens), with gradient to the student's tokens; 0 without gradient where
+        either Gram is degenerate.
+
+    Raises:
+        GraceError: no visual tokens, different numbers of them; on the CPU also NaN or infinite values.
+    """
+    _check_tokens(teacher_tokens, "teacher")
+    return relational_cka_from_gram(student_tokens, _gram(teacher_tokens))
+
+
+def relational_cka_from_gram(student_tokens: Tensor, teacher_gram: Tensor) -> Tensor:
+    """`relational_cka` with the teacher's Gram [n, n] of l2-normalised rows (not centred) in place of its tokens."""
+    return _image_loss(student_tokens, teacher_gram)[0]
+
+
+def relational_cka_sum(
+    student_tokens: Sequence[Tensor],
+    teacher_tokens: Sequence[Tensor] | None = None,
+    *,
+    teacher_grams: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of `1 - CKA` over images, the number of images in it, and the number skipped as degenerate.
+
+    Args:
+        student_tokens: per image [n_i, d_S]
+        teacher_tokens: per image [n_i, d_T], or instead
+        teacher_grams: per image [n_i, n_i]
+
+    Returns:
+        three scalars that add up over micro-batches and ranks; gradient flows through the first, to the students.
+
+    Raises:
+        GraceError: as `relational_cka`; the lists differ in length, or are empty.
+    """
+    if (teacher_tokens is None) == (teacher_grams is None):
+        raise GraceError("give relational_cka_sum either teacher_tokens or teacher_grams")
+    teachers = teacher_tokens if teacher_grams is None else teacher_grams
+    if len(student_tokens) != len(teachers) or not teachers:
+        raise GraceError(
+            f"{len(student_tokens)} images of the student and {len(teachers)} of the teacher; give as many of both, at least one"
+        )
+    if teacher_grams is None:
+        for tokens in teachers:
+            _check_tokens(tokens, "teacher")
+        teachers = [_gram(tokens) for tokens in teachers]
+    results = [_image_loss(student, gram) for student, gram in zip(student_tokens, teachers, strict=True)]
+    losses, valid = torch.stack([loss for loss, _ in results]), torch.stack([flag for _, flag in results])
+    return losses.sum(), valid.sum(), (~valid).sum()
+
+
+def unit_rows(tokens: Tensor) -> Tensor:
+    """Rows divided by their length [n, d]; a row of zeros stays zero and passes no gradient."""
+    tokens = at_least_fp32(tokens)
+    # the length is that of the row over its largest entry, so that squares neither overflow nor vanish
+    peak = tokens.detach().abs().amax(1, keepdim=True)
+    shrunk = tokens / peak.where(peak != 0, torch.inf)  # a NaN stays one, to be seen in the loss
+    squares = shrunk.square().sum(1, keepdim=True)
+    return shrunk * squares.where(peak != 0, 1.0).rsqrt()
+
+
+def _gram(tokens: Tensor) -> Tensor:
+    rows = unit_rows(tokens.detach())
+    return rows @ rows.T
+
+
+def _check_tokens(tokens: Tensor, who: str) -> None:
+    if tokens.dim() != 2 or tokens.shape[0] == 0:
+        raise GraceError(
+            f"the {who}'s visual tokens are {list(tokens.shape)} where [n, width] with n >= 1 is needed: the image "
+            "has no visual tokens; leave the record out or check its image placeholder"
+        )
+    if tokens.device.type == "cpu":
+        check_finite(tokens, f"the {who}'s visual tokens")
+
+
+def _image_loss(student_tokens: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of one image and whether it counts, both scalars on the student's device."""
+    _check_tokens(student_tokens, "student")
+    n = student_tokens.shape[0]
+    if teacher_gram.shape != (n, n):
+        raise GraceError(
+            f"the student has {n} visual tokens where the teacher's Gram matrix is {list(teacher_gram.shape)}; "
+            "process the image alike for both, and rebuild a cache that was made with another processor"
+        )
+    rows = unit_rows(student_tokens)
+    return _GramAlignment.apply(rows - rows.mean(0), teacher_gram.detach())
+
+
+class _GramAlignment(torch.autograd.Function):
+    """Loss and gradient in one pass over the two Gram matrices; the gradient overwrites the student's."""
+
+    @staticmethod
+    def forward(ctx, centred_rows: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
+        n = centred_rows.shape[0]
+        student = centred_rows @ centred_rows.T  # [n, n], centred already
+        if student.is_cuda:
+            from grace.kernels.relational_cka import align_
+        else:
+            align_ = _align_
+        # rounding leaves entries of about eps in the centred Gram of identical rows
+        floor = 8 * torch.finfo(student.dtype).eps * n
+        loss, valid = align_(student, teacher_gram, floor)  # `student` now holds d loss / d Gram
+        ctx.save_for_backward(2 * (student @ centred_rows))  # the Gram's gradient is symmetric
+        ctx.mark_non_differentiable(valid)
+        return loss, valid
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss, None
+
+
+def _align_(student: Tensor, teacher_gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """`1 - CKA` of a centred student Gram [n, n] and an uncentred teacher Gram, and whether neither is degenerate.
+
+    Overwrites `student` with the loss's gradient: -(K_cT / ||K_cT|| - CKA K_cS / ||K_cS||) / ||K_cS||.
+    """
+    teacher = teacher_gram.to(student.dtype)
+    means = teacher.mean(1)
+    teacher = teacher - means[:, None] - means[None, :] + means.mean()
+    teacher_norm, student_norm = teacher.norm(), student.norm()
+    valid = ~((teacher_norm <= floor) | (student_norm <= floor))  # a NaN counts, to be seen in the loss
+    a = teacher / teacher_norm.where(valid, 1.0)
+    b = student / student_norm.where(valid, 1.0)
+    loss = 0.5 * (a - b).square().sum()
+    gradient = ((1 - loss) * b - a) / student_norm.where(valid, 1.0)
+    student.copy_(gradient.where(valid, 0.0))
+    return loss.where(valid, 0.0), valid
