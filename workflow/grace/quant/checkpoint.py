@@ -1,0 +1,154 @@
+"""Checkpoint folders tensor by tensor: read through the memory map, written as a stream in bounded memory.
+
+safetensors' own writer wants a whole file's tensors at once. The format is simple enough to stream: eight bytes of
+header length, a JSON header with every tensor's dtype, shape and byte range, then the bytes. All shapes are known
+before the first tensor is made, so the header comes first and one tensor is held at a time.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_json, whole_file, write_json
+
+SHARD_BYTES = 4_000_000_000
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "TensorSpec":
+        return cls(name, tensor.dtype, tuple(tensor.shape))
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise GraceError(f"{path}: no such file; build or copy the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise GraceError(f"{path}: truncated or damaged ({error}); build or copy the model again") from None
+
+
+class Checkpoint:
+    """The tensors of one safetensors file, or of all files that `model.safetensors.index.json` lists.
+
+    Raises:
+        GraceError: a file is missing, truncated or damaged.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = {name: file for file in map(_open, files) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Checkpoint":
+        """The weights of a model folder; a `GraceError` says so where it is none."""
+        if not (folder / "config.json").is_file():
+            raise GraceError(f"{folder}: not a model folder (config.json is missing); give the folder of a checkpoint")
+        names = {"model.safetensors"}
+        if (folder / INDEX).is_file():
+            names = set(read_json(folder / INDEX)["weight_map"].values())
+        return cls([folder / name for name in sorted(names)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape, without reading the tensor."""
+        entry = self._files[name].get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise GraceError(f"{name}: is stored as {entry.get_dtype()}, which is not supported; convert it to bf16")
+        return TensorSpec(name, DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def write_tensors(path: Path, specs: Sequence[TensorSpec], produce: Callable[[str], torch.Tensor]) -> None:
+    """Write a safetensors file, asking `produce(name)` for each tensor when its turn comes.
+
+    Tensors lie by falling element size, so that each is aligned; among equals in the order given.
+    """
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for spec in ordered:
+        begin, end = end, end + spec.bytes
+        header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    # Under another name first: the old file may still be mapped, as the source of the new one.
+    with whole_file(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in ordered:
+            tensor = produce(spec.name)
+            if TensorSpec.of(spec.name, tensor) != spec:
+                raise ValueError(f"{spec.name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
+            if spec.bytes:
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_checkpoint(
+    folder: Path, specs: Sequence[TensorSpec], produce: Callable[[str], torch.Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model's weights as transformers names them: one file, or shards of at most `shard_bytes` and an index."""
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(s.bytes for s in shards[-1]) + spec.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    if len(shards) == 1:
+        return write_tensors(folder / "model.safetensors", specs, produce)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard, produce)
+        weight_map |= {spec.name: name for spec in shard}
+    total = sum(spec.bytes for spec in specs)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_config(source: Path, target: Path, **changes: Any) -> None:
+    """Copy a model's config.json with some keys replaced, the dtype under its present name."""
+    config = read_json(source / "config.json")
+    dtype = config.pop("torch_dtype", None)
+    named = {"dtype": dtype} if dtype else {}
+    write_json(target / "config.json", {**named, **config, **changes})
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what stands beside the weights: processor, tokenizer, chat template, generation config.
+
+    Left behind: weights, config.json, quantization files, manifest and model card, which the target gets of its own.
+    """
+    own = {"config.json", INDEX, "quantization.json", MANIFEST, "README.md"}
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in weights and path.name not in own:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,67 @@
+"""`grace export`: the codes of a packed folder in the other formats of the field, each checked as it is written."""
+
+from pathlib import Path
+
+import torch
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, sha256, whole_folder
+from grace.progress import progress
+from grace.quant import awq_gemm, gptq_format
+from grace.quant.checkpoint import Checkpoint, copy_companions, copy_config, write_checkpoint
+from grace.quant.packed import PackedModel
+
+LAYOUTS = {"awq": awq_gemm, "gptq": gptq_format}
+FORMATS = (*LAYOUTS, "gguf")
+
+
+def _write_layout(model: PackedModel, folder: Path, layout) -> None:
+    """Write an AWQ or GPTQ checkpoint and hold every layer read back from it against the codes."""
+    settings = layout.config(model)
+    origin, specs = {}, [model.tensors.spec(key) for key in model.kept]
+    for key in model.linears:
+        for spec in layout.specs(model, key):
+            origin[spec.name] = key
+            specs.append(spec)
+
+    def produce(name: str) -> torch.Tensor:
+        advance(note=name)
+        return layout.tensor(model, origin[name], name.rpartition(".")[2]) if name in origin else model.tensors[name]
+
+    with progress("exporting", len(specs)) as advance:
+        write_checkpoint(folder, specs, produce)
+    copy_config(model.folder, folder, dtype="float16", quantization_config=settings)
+    written = Checkpoint.of_folder(folder)
+    for key in model.linears:
+        parts = {spec.name.rpartition(".")[2]: written[spec.name] for spec in layout.specs(model, key)}
+        if not all(
+            torch.equal(ours, theirs) for ours, theirs in zip(model[key], layout.read(parts, model), strict=True)
+        ):
+            raise GraceError(f"{folder}: {key} reads back with other codes or scales; export it again")
+
+
+def export(packed: Path, format: str, out: Path) -> None:
+    """Write the codes of a packed folder as another format.
+
+    Args:
+        packed: a compressed-tensors folder that `grace pack` made.
+        format: "awq" (GEMM layout), "gptq" or "gguf" (Q4_0; the language model alone).
+        out: the folder to make; for gguf it holds one file, model-Q4_0.gguf.
+
+    Raises:
+        GraceError: the folder is not packed, or the format cannot hold its codes or scales exactly.
+    """
+    if format not in FORMATS:
+        raise GraceError(f"--format {format}: not a format that codes are exported to; use {', '.join(FORMATS)}")
+    model = PackedModel.open(packed)
+    source = sha256(packed / MANIFEST) if (packed / MANIFEST).is_file() else None
+    with whole_folder(out, source=source, format=format) as folder:
+        if format == "gguf":
+            try:
+                from grace.quant.gguf_q4 import write_gguf
+            except ModuleNotFoundError:
+                raise GraceError("the gguf package is not installed; `pip install gguf`") from None
+            write_gguf(model, folder / "model-Q4_0.gguf")
+        else:
+            _write_layout(model, folder, LAYOUTS[format])
+            copy_companions(packed, folder)

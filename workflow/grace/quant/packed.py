@@ -1,0 +1,77 @@
+"""Reading a packed folder's codes and scales back: what the exporters start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grace.errors import GraceError
+from grace.files import read_json
+from grace.quant.bits import unpack_codes, words_per_row
+from grace.quant.checkpoint import Checkpoint
+from grace.quant.grid import code_range, group_count
+from grace.quant.names import quantised_module
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A compressed-tensors `pack-quantized` folder.
+
+    Attributes:
+        config: config.json.
+        linears: {key of the dense weight, such as `...q_proj.weight`: module name in memory}.
+        kept: keys of the tensors that are not quantised.
+    """
+
+    folder: Path
+    config: dict
+    bits: int
+    group_size: int
+    tensors: Checkpoint
+    linears: dict[str, str]
+    kept: list[str]
+
+    @classmethod
+    def open(cls, folder: Path) -> "PackedModel":
+        """A `GraceError` says what `folder` is not."""
+        tensors, config = Checkpoint.of_folder(folder), read_json(folder / "config.json")
+        settings = config.get("quantization_config", {})
+        if settings.get("format") != "pack-quantized":
+            raise GraceError(
+                f"{folder}: not a packed model (config.json has no pack-quantized quantization_config); pack it first"
+            )
+        weights = settings["config_groups"]["group_0"]["weights"]
+        code_range(weights["num_bits"])
+        dense = [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]
+        linears = {key: module for key in dense if (module := quantised_module(key))}
+        made = {f"{key}_{kind}" for key in linears for kind in ("packed", "scale", "shape")}
+        kept = [key for key in tensors if key not in made]
+        return cls(folder, config, weights["num_bits"], weights["group_size"], tensors, linears, kept)
+
+    def shape(self, key: str) -> tuple[int, int]:
+        """[out, in] of a packed linear, checked against its packed tensors."""
+        rows, columns = self.tensors[f"{key}_shape"].tolist()
+        expected = (rows, words_per_row(columns, self.bits))
+        groups = (rows, group_count(columns, self.group_size, key))
+        if self.tensors.spec(f"{key}_packed").shape != expected or self.tensors.spec(f"{key}_scale").shape != groups:
+            raise GraceError(
+                f"{self.folder}: {key} does not have the shape that {self.bits} bits in groups of {self.group_size} give; "
+                "correct config.json or pack it again"
+            )
+        return rows, columns
+
+    def __getitem__(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int8 codes [out, in] and bf16 scales [out, groups] of one linear."""
+        _, columns = self.shape(key)
+        return unpack_codes(self.tensors[f"{key}_packed"], self.bits, columns), self.tensors[f"{key}_scale"]
+
+
+def exact_fp16(scales: torch.Tensor, name: str) -> torch.Tensor:
+    """bf16 scales as fp16; a `GraceError` names the layer where one is outside what fp16 can hold exactly."""
+    half = scales.half()
+    if not torch.equal(half.float(), scales.float()):
+        worst = scales[half.float() != scales.float()][0].item()
+        raise GraceError(
+            f"{name}: the scale {worst:.3g} is not exact in fp16, which this format needs; deploy the packed folder instead"
+        )
+    return half

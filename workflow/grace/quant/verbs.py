@@ -1,0 +1,65 @@
+"""`grace quantize`, `grace pack` and `grace export`."""
+
+from functools import partial
+from pathlib import Path
+
+from grace.config.runs import QuantizeRun
+from grace.files import read_json, whole_folder
+
+
+def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
+    """Round a model without training and write the student's folder.
+
+    Args:
+        run: a frozen `QuantizeRun`.
+        init: the model folder to start from.
+        data: the data folder; AWQ and GPTQ look at its first `quantization.calibration` training conversations.
+        out: the model folder to make.
+
+    Raises:
+        GraceError: `init` is no checkpoint, a group does not divide a layer, or the calibration data are unusable.
+    """
+    parameters = QuantizeRun.model_validate(read_json(run))
+    settings = parameters.quantization
+    outliers = (settings.outlier_every, settings.outlier_factor) if parameters.outliers else None
+    with whole_folder(out, run=parameters.model_dump()) as folder:
+        if parameters.post_training == "rtn":
+            from grace.quant.rtn import round_checkpoint
+
+            round_checkpoint(init, folder, parameters.bits, settings.group_size, outliers)
+        else:
+            _round_with_activations(parameters, init, data, folder, outliers)
+
+
+def _round_with_activations(
+    parameters: QuantizeRun, init: Path, data: Path, folder: Path, outliers: tuple[int, float] | None
+) -> None:
+    # The only place where quant looks up the layers: the algorithms themselves take any model and any batches.
+    import torch
+
+    from grace.data import collate, load_examples
+    from grace.models import load_model, load_processor
+    from grace.quant import add_outliers, awq, gptq, save_quantization
+    from grace.quant.calibration import round_model
+    from grace.quant.checkpoint import Checkpoint, copy_companions
+    from grace.quant.grid import group_count
+    from grace.quant.names import quantised_module
+
+    settings = parameters.quantization
+    source = Checkpoint.of_folder(init)
+    for key in filter(quantised_module, source):  # before the model is loaded and the data read
+        group_count(source.spec(key).shape[1], settings.group_size, quantised_module(key))
+    processor = load_processor(data / "processor")
+    model = load_model(init, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    if outliers:
+        add_outliers(model, *outliers)
+    batches = []
+    for example in load_examples(data, processor, limit=settings.calibration):
+        batch = collate([example], processor)
+        batches.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.pixels})
+    method = {"awq": awq, "gptq": gptq}[parameters.post_training]
+    rule = partial(method.round_layer, bits=parameters.bits, group_size=settings.group_size)
+    layers = round_model(model, batches, rule)
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    copy_companions(init, folder)
+    save_quantization(folder, layers, parameters.bits, settings.group_size, parameters.post_training)
