@@ -1,0 +1,192 @@
+"""One shard: a safetensors file of concatenated records, and a JSON sidecar that says when it is whole.
+
+The file holds
+    keys            uint8 [records, 32]     SHA-256 of each record's tokens and picture
+    token_offsets   int64 [records + 1]     where each record's supervised tokens stand
+    gates           fp32 [tokens]
+    hidden | hidden.codes, hidden.scales | log_odds, negentropy, log_tail, entries      [tokens, ...], by format
+    gram_of_record  int32 [records]         which of the shard's Gram matrices; records share one where they may
+    gram.sizes      int32 [grams]           visual tokens n
+    gram.codes int8, gram.scales fp16, gram.diagonal fp16, gram.offset fp32     `formats.encode_gram`, concatenated
+    audit.records   int32 [audited]         records also kept in full precision:
+    audit.labels    int64, audit.hidden fp32 [tokens of these, d_T], audit.grams fp32 [sum of n²]
+The sidecar is written last, so a shard without a sidecar that fits it is a shard to write again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from grace.errors import GraceError
+from grace.files import read_json, sha256, whole_file, write_json
+from grace.teacher.formats import decode_gram, encode_gram
+
+REBUILD = "run `grace cache write` for this shard again, then `grace cache finish`"
+
+
+def shard_name(number: int, shards: int) -> str:
+    """The file name of shard `number` (from 0) of `shards`, without its ending."""
+    return f"shard-{number:05d}-of-{shards:05d}"
+
+
+def shard_range(examples: int, number: int, shards: int) -> range:
+    """The indices of the training conversations that belong to a shard: contiguous, and as even as can be."""
+    if not 0 <= number < shards:
+        raise GraceError(f"--shard {number}: the run has shards 0 to {shards - 1} (cache.shards)")
+    return range(examples * number // shards, examples * (number + 1) // shards)
+
+
+class ShardBuilder:
+    """Collects the records of a shard in any order, in memory."""
+
+    def __init__(self, keys: Sequence[str], counts: Sequence[int]) -> None:
+        """`counts[i]` is the number of supervised tokens of record `keys[i]`."""
+        self.keys = torch.frombuffer(bytearray(bytes.fromhex("".join(keys))), dtype=torch.uint8) if keys else None
+        self.offsets = torch.tensor([0, *counts]).cumsum(0)
+        self.tokens: dict[str, torch.Tensor] = {}
+        self.gram_of_record = torch.full((len(keys),), -1, dtype=torch.int32)
+        self.grams: dict[str, int] = {}
+        self.gram_parts: list[dict[str, torch.Tensor]] = []
+        self.audit: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def put(self, record: int, **values: torch.Tensor) -> None:
+        """Set a record's per-token tensors [tokens, ...]."""
+        begin, end = self.offsets[record], self.offsets[record + 1]
+        for name, value in values.items():
+            if name not in self.tokens:
+                self.tokens[name] = torch.empty(int(self.offsets[-1]), *value.shape[1:], dtype=value.dtype)
+            self.tokens[name][begin:end] = value
+
+    def put_gram(self, record: int, identity: str, matrix: torch.Tensor) -> None:
+        """Set a record's Gram matrix [n, n]; records with the same `identity` share the first one given."""
+        if identity not in self.grams:
+            self.grams[identity] = len(self.gram_parts)
+            self.gram_parts.append({name: part.cpu() for name, part in encode_gram(matrix).items()})
+        self.gram_of_record[record] = self.grams[identity]
+
+    def put_audit(self, record: int, labels: torch.Tensor, states: torch.Tensor, matrix: torch.Tensor) -> None:
+        """Keep a record in full precision too: labels [tokens], states fp32 [tokens, d_T], Gram fp32 [n, n]."""
+        self.audit[record] = (labels.cpu(), states.float().cpu(), matrix.float().flatten().cpu())
+
+    def finished(self) -> dict[str, torch.Tensor]:
+        """The shard's tensors; empty for a shard without records."""
+        if self.keys is None:
+            return {}
+        tensors = {
+            "keys": self.keys.view(-1, 32),
+            "token_offsets": self.offsets,
+            "gram_of_record": self.gram_of_record,
+            "gram.sizes": torch.tensor([len(parts["scales"]) for parts in self.gram_parts], dtype=torch.int32),
+            **self.tokens,
+        }
+        for name in self.gram_parts[0]:
+            tensors[f"gram.{name}"] = torch.cat([parts[name] for parts in self.gram_parts])
+        if self.audit:
+            audited = sorted(self.audit)
+            tensors["audit.records"] = torch.tensor(audited, dtype=torch.int32)
+            for position, name in enumerate(("labels", "hidden", "grams")):
+                tensors[f"audit.{name}"] = torch.cat([self.audit[record][position] for record in audited])
+        return tensors
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], **about: Any) -> None:
+    """Write a shard and then its sidecar, each under a temporary name first; `about` goes into the sidecar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".{name}.*.part"):  # by a writer of this shard that was killed
+        left.unlink(missing_ok=True)
+    path = folder / f"{name}.safetensors"
+    path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        with whole_file(path) as part:
+            save_file(tensors, part)
+    except SafetensorError as error:
+        raise GraceError(f"{path}: could not be written ({error}); free space and run again") from error
+    records = len(tensors["keys"]) if tensors else 0
+    entry = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+        "records": records,
+        "grams": len(tensors["gram.sizes"]) if tensors else 0,
+        "audited": len(tensors["audit.records"]) if "audit.records" in tensors else 0,
+        "tokens": int(tensors["token_offsets"][-1]) if tensors else 0,
+        "gate_sum": float(tensors["gates"].double().sum()) if tensors else 0.0,
+    }
+    write_json(path.with_suffix(".json"), {**about, **entry})
+
+
+def damage(folder: Path, entry: dict[str, Any], rehash: bool = True) -> str | None:
+    """What is wrong with a file that a sidecar or manifest `entry` describes, or None; without `rehash`, by size alone."""
+    path = folder / entry["file"]
+    if not path.is_file():
+        return f"{entry['file']} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{entry['file']} has {size} of {entry['bytes']} bytes"
+    if rehash and sha256(path) != entry["sha256"]:
+        return f"{entry['file']} does not have the bytes that were written (its checksum differs)"
+    return None
+
+
+def read_sidecar(folder: Path, name: str) -> dict[str, Any] | None:
+    """A shard's sidecar, or None where there is none or it is not whole."""
+    try:
+        sidecar = read_json(folder / f"{name}.json")
+    except GraceError:
+        return None
+    return sidecar if isinstance(sidecar, dict) and {"pins", "file", "bytes", "sha256"} <= sidecar.keys() else None
+
+
+class Shard:
+    """A written shard, memory-mapped: tensors are read from the disk when they are looked at."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        """`entry` is the shard's sidecar or its part of the manifest. Neither checks the file's bytes nor reads records."""
+        self.folder, self.entry = folder, entry
+        self.verified = False
+        path = folder / entry["file"]
+        try:
+            with safe_open(path, "pt") as file:
+                self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a dict
+            if not entry["records"]:
+                return
+            sizes = self.tensors["gram.sizes"].long()
+            self.offsets = self.tensors["token_offsets"].tolist()
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise GraceError(f"{path}: damaged ({error}); {REBUILD}") from error
+        self.rows = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).tolist()
+        self.pairs = torch.cat([sizes.new_zeros(1), (sizes * (sizes - 1) // 2).cumsum(0)]).tolist()
+
+    def verify(self) -> None:
+        """Compare the file's checksum, the first time only; a `GraceError` names a damaged shard."""
+        if self.verified:
+            return
+        problem = damage(self.folder, self.entry)
+        if problem:
+            raise GraceError(f"{self.folder}: {problem}; {REBUILD}")
+        self.verified = True
+
+    def keys(self) -> list[bytes]:
+        """The records' keys, 32 bytes each, in order."""
+        return [bytes(row) for row in self.tensors["keys"].numpy()] if self.tensors else []
+
+    def tokens(self, record: int, name: str) -> torch.Tensor:
+        """A record's part [tokens, ...] of a per-token tensor."""
+        return self.tensors[name][self.offsets[record] : self.offsets[record + 1]]
+
+    def gram(self, record: int) -> torch.Tensor:
+        """A record's Gram matrix, fp32 [n, n]."""
+        which = int(self.tensors["gram_of_record"][record])
+        rows, pairs = slice(*self.rows[which : which + 2]), slice(*self.pairs[which : which + 2])
+        return decode_gram(
+            {
+                "codes": self.tensors["gram.codes"][pairs],
+                "scales": self.tensors["gram.scales"][rows],
+                "diagonal": self.tensors["gram.diagonal"][rows],
+                "offset": self.tensors["gram.offset"][which : which + 1],
+            }
+        )

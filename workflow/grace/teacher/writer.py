@@ -1,0 +1,155 @@
+"""`grace cache write`: one shard of the cache, which is one pass of the teacher over its share of the conversations."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from grace.config.runs import CacheRun
+from grace.data import Example, load_conversations
+from grace.data.examples import Tokeniser
+from grace.distill.gated_dkd import entropy_gate
+from grace.errors import GraceError
+from grace.files import read_json
+from grace.models import image_token_id, load_model, load_processor, output_head
+from grace.progress import progress
+from grace.teacher.formats import encode_int8
+from grace.teacher.forward import Seen, check_examples, see, supervised_tokens
+from grace.teacher.pins import run_pins
+from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
+from grace.teacher.shard import ShardBuilder, damage, read_sidecar, shard_name, shard_range, write_shard
+
+LOGITS_AT_ONCE = 2**26  # elements of the [tokens, vocab] logits held at a time
+
+
+def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = None) -> None:
+    """Write the shard `shard` of a cache, or every shard, unless it is there and whole.
+
+    A shard counts as whole when its file has the checksum in its sidecar and the sidecar's pins are this run's.
+
+    Args:
+        run: a frozen `CacheRun`.
+        teacher: the teacher's model folder.
+        data: the data folder.
+        out: the cache's folder, shared by the jobs of all shards.
+        shard: from 0; None writes all that are missing or damaged, in order.
+    """
+    parameters = CacheRun.model_validate(read_json(run))
+    pins = run_pins(parameters, teacher, data)
+    shards = parameters.cache.shards
+    wanted = range(shards) if shard is None else [shard]
+    conversations = load_conversations(data / "train.parquet")
+    slices = {number: shard_range(len(conversations), number, shards) for number in wanted}
+    missing = [number for number in wanted if not _is_whole(out, shard_name(number, shards), pins)]
+    for number in sorted(set(wanted) - set(missing)):
+        print(f"{out / shard_name(number, shards)}.safetensors: already whole", file=sys.stderr)
+    if not missing:
+        return
+    processor = load_processor(data / "processor")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(teacher, getattr(torch, parameters.compute_dtype), device)
+    head = output_head(model)
+    if head.bias is not None:
+        raise GraceError(f"{teacher}: its vocabulary projection has a bias, which a cache does not hold")
+    if parameters.cache.format == "sampled":
+        entry_counts(head.weight.shape[0])
+    for number in missing:
+        part = [conversations[index] for index in slices[number]]
+        examples = Tokeniser(processor)(part) if part else []
+        check_examples(examples, model)
+        tensors = record(model, processor, examples, parameters, f"teacher cache {number + 1}/{shards}")
+        write_shard(
+            out,
+            shard_name(number, shards),
+            tensors,
+            pins=pins,
+            conversations=len(conversations),
+            first=slices[number].start,
+            last=slices[number].stop,
+            vocabulary=head.weight.shape[0],
+            width=head.weight.shape[1],
+            libraries=libraries(),
+        )
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what the teacher's numbers depend on."""
+    return {name: version(name) for name in ("grace-pipeline", "safetensors", "tokenizers", "torch", "transformers")}
+
+
+def _is_whole(out: Path, name: str, pins: dict) -> bool:
+    sidecar = read_sidecar(out, name)
+    return sidecar is not None and sidecar["pins"] == pins and damage(out, sidecar) is None
+
+
+@torch.inference_mode()
+def record(
+    model: nn.Module, processor, examples: Sequence[Example], run: CacheRun, title: str
+) -> dict[str, torch.Tensor]:
+    """Run the teacher over `examples` and return the tensors of their shard; equal records are kept once."""
+    examples = list({example.key: example for example in examples}.values())
+    builder = ShardBuilder([e.key for e in examples], [supervised_tokens(e) for e in examples])
+    audited = audited_records([e.key for e in examples], run.cache.audit)
+    weight, image = output_head(model).weight.float(), image_token_id(model)
+    with progress(title, len(examples)) as advance:
+        for index, seen in see(model, processor, examples):
+            example = examples[index]
+            tensors = _encode(seen, example, weight, run)
+            builder.put(index, **{name: tensor.cpu() for name, tensor in tensors.items()})
+            matrix = seen.gram()
+            if not torch.isfinite(matrix).all():
+                raise GraceError(
+                    f"conversation {example.id}: the teacher's states are NaN or infinite; check the teacher"
+                )
+            builder.put_gram(index, picture_identity(example, image), matrix)
+            if index in audited:
+                builder.put_audit(index, seen.labels, seen.states, matrix)
+            advance(1)
+    return builder.finished()
+
+
+def audited_records(keys: Sequence[str], share: float) -> set[int]:
+    """Indices of the records kept in full precision: `share` of them, at least one unless `share` is 0.
+
+    Keys are hashes, so the smallest are a random sample, and the same one whenever a shard is written again.
+    """
+    count = -int(-share * len(keys) // 1)
+    return set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
+
+
+def picture_identity(example: Example, image: int) -> str:
+    """Two conversations that share this share their visual tokens' states, for attention is causal."""
+    last = int((example.input_ids == image).nonzero()[-1])
+    prefix = example.input_ids[: last + 1].to(torch.int32).numpy().tobytes()
+    return hashlib.sha256(prefix + bytes.fromhex(example.image.sha256)).hexdigest()
+
+
+def _encode(seen: Seen, example: Example, weight: torch.Tensor, run: CacheRun) -> dict[str, torch.Tensor]:
+    """The per-token tensors of one record, in the run's format; `weight` is the head's, fp32 [vocab, d].
+
+    Logits are made in fp32: a teacher in bf16 rounds its own, by more than separates a student close to it.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    chunks = seen.states.split(rows)
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        values = states.float() @ weight.T
+        if not torch.isfinite(values).all():
+            raise GraceError(f"conversation {example.id}: the teacher's logits are NaN or infinite; check the teacher")
+        return values
+
+    if run.cache.format == "sampled":
+        generator = torch.Generator().manual_seed((int(example.key[:15], 16) + run.seed) % 2**63)
+        uniforms = torch.rand(len(seen.states), dtype=torch.float64, generator=generator)
+        parts = zip(chunks, seen.labels.split(rows), uniforms.split(rows), strict=True)
+        records = [encode_sampled(logits(chunk), labels, run.temperature, u) for chunk, labels, u in parts]
+        return SampledRecord.cat(records).tensors()
+    gates = {"gates": torch.cat([entropy_gate(logits(chunk)) for chunk in chunks])}
+    if run.cache.format == "hidden-int8":
+        codes, scales = encode_int8(seen.states)
+        return {**gates, "hidden.codes": codes, "hidden.scales": scales}
+    return {**gates, "hidden": seen.states.to(torch.bfloat16)}
