@@ -1,0 +1,105 @@
+"""Measure the int4 product on a CUDA card: shapes of LLaVA-1.5-7B and Qwen2-VL-2B, M from 1 to 4096, all backends.
+
+    python tests/gpu/bench_w4a16.py --out kernel.json [--quick] [--table tuned.json]
+
+Writes the JSON with machine, ceilings and every row, and prints one line per shape and M: the floor, cuBLAS, every
+backend, the fastest of them, its speed-up over cuBLAS and its share of the floor. Exits with 1 if the card's products
+differ from a float64 reference, or if the inline PTX and the plain arithmetic disagree in any bit.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from grace.bench.kernel import bench_kernel
+from grace.bench.machine import describe
+from grace.errors import GraceError
+from grace.files import write_json
+from grace.kernels import w4a16_table
+from grace.kernels.w4a16 import launch, pack
+from grace.kernels.w4a16_table import Tile
+
+SHAPES = {
+    "llava q|k|v|o": (4096, 4096),
+    "llava gate+up fused": (22016, 4096),
+    "llava down": (4096, 11008),
+    "llava gate|up": (11008, 4096),
+    "llava qkv fused": (12288, 4096),
+    "qwen2 gate|up": (8960, 1536),
+    "qwen2 down": (1536, 8960),
+    "qwen2 q|o": (1536, 1536),
+    "qwen2 k|v": (256, 1536),
+}
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
+QUICK = ["llava q|k|v|o", "llava gate+up fused", "qwen2 gate|up"]
+
+
+def same_bits(device: torch.device) -> None:
+    """The PTX path, which no CPU can run, against the arithmetic path, which the interpreter tests."""
+    generator = torch.Generator(device).manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        for group in (32, 64, 128, 256):
+            for tile in (Tile(16, 64, 1, 4, 3), Tile(16, 64, 4, 4, 3), Tile(64, 128, 2, 8, 3)):
+                codes = torch.randint(-8, 8, (328, 1024), dtype=torch.int8, device=device, generator=generator)
+                scales = (torch.rand(328, 1024 // group, device=device, generator=generator) + 0.1).bfloat16()
+                x = torch.randn(37, 1024, device=device, generator=generator).to(dtype)
+                packed = pack(codes, scales)
+                fast, plain = (launch(x, *packed, None, group, tile, ptx=ptx) for ptx in (True, False))
+                again = launch(x, *packed, None, group, tile, ptx=True)
+                if not torch.equal(fast, plain) or not torch.equal(fast, again):
+                    raise GraceError(f"{dtype}, group {group}, {tile}: PTX and arithmetic, or two runs, differ")
+
+
+def print_table(rows: list[dict]) -> None:
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    cases = list(dict.fromkeys((row["shape"], row["m"]) for row in rows))
+    print(
+        "microseconds;", " | ".join(["shape", "M", "floor", "cuBLAS", *backends, "fastest", "x cuBLAS", "% of floor"])
+    )
+    for shape, m in cases:
+        here = {row["backend"]: row for row in rows if (row["shape"], row["m"]) == (shape, m)}
+        first = next(iter(here.values()))
+        fastest = min(here.values(), key=lambda row: row["microseconds"])
+        times = [f"{here[b]['microseconds']:.2f}" if b in here else "-" for b in backends]
+        print(
+            f"{shape} {first['out_features']}x{first['in_features']}", m, f"{first['floor_microseconds']:.2f}",
+            f"{first['dense_microseconds']:.2f}", *times, fastest["backend"], f"{fastest['speedup']:.2f}",
+            f"{100 * fastest['floor_share']:.0f}", sep=" | ",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("kernel.json"))
+    parser.add_argument("--quick", action="store_true", help="three shapes, six row counts")
+    parser.add_argument("--rows", default="", help="M, comma-separated")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument(
+        "--table", type=Path, help="tiles from `python -m grace.bench.tune` instead of the shipped ones"
+    )
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a CUDA device")
+    if chosen.table:
+        w4a16_table.SHIPPED = chosen.table
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        setattr(torch.backends.cuda.matmul, name, False)
+    device = torch.device("cuda")
+    shapes = {name: SHAPES[name] for name in QUICK} if chosen.quick else SHAPES
+    rows = [1, 4, 16, 64, 256, 4096] if chosen.quick else ROWS
+    rows = [int(m) for m in chosen.rows.split(",")] if chosen.rows else rows
+    try:
+        same_bits(device)
+        table, limits = bench_kernel(shapes, rows, chosen.group, 20, device, getattr(torch, chosen.dtype))
+    except GraceError as error:
+        raise SystemExit(f"wrong: {error}") from error
+    write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": table})
+    print(describe(device))
+    print(limits)
+    print_table(table)
+
+
+if __name__ == "__main__":
+    main()

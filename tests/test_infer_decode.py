@@ -1,0 +1,166 @@
+"""Decoding over the static cache against transformers' own generate, and chatting about a picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grace.errors import GraceError
+from grace.infer.chat import chat, pieces
+from grace.infer.decode import Session, generate, stream
+from grace.infer.fuse import fuse_dense
+from grace.infer.load import load_for_inference
+from grace.infer.prompt import build_prompts, open_picture
+from grace.models import load_model, load_processor
+from infer_models import save_llava, save_packed
+
+QUESTIONS = ["what is this", "what colour is this red shirt", "is"]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (80, 120, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture(scope="module")
+def prompts(folder):
+    return build_prompts(load_processor(folder), [(picture(i), text) for i, text in enumerate(QUESTIONS)])
+
+
+def theirs(folder, prompts, new_tokens):
+    model = load_model(folder, dtype=torch.float32)
+    return model.generate(**prompts, max_new_tokens=new_tokens, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+
+
+def test_a_padded_batch_answers_as_transformers_does(folder, prompts):
+    assert (prompts["attention_mask"] == 0).any()
+    expected = theirs(folder, prompts, 10)
+    model = load_for_inference(folder, dtype=torch.float32)  # in bf16 two tokens may tie, and the order of sums decides
+    assert torch.equal(generate(model, prompts, 10), expected)
+
+
+def test_a_session_answers_prompt_after_prompt(folder, prompts):
+    model = load_for_inference(folder)
+    session = Session(model, 3, prompts["input_ids"].shape[1] + 12)
+    first = torch.stack(list(stream(session, prompts, 10)), dim=1)
+    other = {**prompts, "pixel_values": prompts["pixel_values"].flip(0)}
+    assert not torch.equal(torch.stack(list(stream(session, other, 10)), dim=1), first)
+    assert torch.equal(torch.stack(list(stream(session, prompts, 10)), dim=1), first)
+
+
+def test_a_step_is_one_graph(folder, prompts, tmp_path):
+    """What CUDA graphs need and no CPU can show: no value of a tensor is looked at on the way."""
+    model = load_for_inference(save_packed(folder, tmp_path / "packed"))
+    expected = generate(model, prompts, 5)
+    session = Session(model, 3, expected.shape[1] + prompts["input_ids"].shape[1])
+    session._step = torch.compile(session._step, fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(torch.stack(list(stream(session, prompts, 5)), dim=1), expected)
+
+
+def test_ends_early_when_every_row_has_ended(folder, prompts):
+    model = load_for_inference(folder)
+    free = generate(model, prompts, 8)
+    model.generation_config.eos_token_id = [int(free[0, 2]), int(free[1, 1]), int(free[2, 3])]
+    ended = generate(model, prompts, 8)
+    ends = torch.tensor(model.generation_config.eos_token_id)
+    assert ended.shape[1] < 8
+    for row, full in zip(ended, free, strict=True):
+        stop = int(torch.isin(row, ends).nonzero()[0])
+        assert torch.equal(row[: stop + 1], full[: stop + 1])
+        assert (row[stop + 1 :] == ends[0]).all()
+
+
+def qwen(version: int) -> torch.nn.Module:
+    """A random Qwen2-VL or Qwen3-VL (with deepstack) of two to three layers."""
+    import transformers
+
+    kind = f"Qwen{version}VL"
+    text = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=version, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=160, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0, head_dim=16,
+        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    )  # fmt: skip
+    vision = {
+        2: dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
+        3: dict(
+            depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14,
+            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+        ),
+    }[version]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=vision, image_token_id=3, vision_start_token_id=4, vision_end_token_id=5,
+        video_token_id=6,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    return model
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_positions_of_time_height_and_width(version):
+    model = qwen(version)
+    ids = torch.tensor([[0, 0, 1, 4, 3, 3, 3, 3, 5, 20, 21], [1, 22, 25, 4, 3, 3, 3, 3, 5, 30, 31]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.randn(32, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == 3).int(),
+    }
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 11:]
+    assert torch.equal(generate(model, inputs, 8), expected)
+    fuse_dense(model.model.language_model)
+    assert torch.equal(generate(model, inputs, 8), expected)
+
+
+def test_a_session_that_is_too_small_is_refused(folder, prompts):
+    session = Session(load_for_inference(folder), 2, 30)
+    with pytest.raises(GraceError, match="got 3 prompts"):
+        session.prefill(prompts)
+    with pytest.raises(GraceError, match="do not fit a session of 30"):
+        next(stream(session, prompts, 20))
+
+
+def test_chat_streams_what_generate_says(folder, tmp_path):
+    packed = save_packed(folder, tmp_path / "packed")
+    picture(0).save(tmp_path / "picture.png")
+    heard: list[str] = []
+    answer = chat(packed, tmp_path / "picture.png", "what is this", device="cpu", new_tokens=6, write=heard.append)
+    processor = load_processor(packed)
+    tokens = generate(load_for_inference(packed), build_prompts(processor, [(picture(0), "what is this")]), 6)
+    assert answer == processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert "".join(heard) == answer + "\n" and len(heard) > 3
+
+
+def test_chat_says_what_is_wrong(folder, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
+    picture(0).save(tmp_path / "good.jpg")
+    for image, question, message in [
+        ("none.png", "what", "no such picture"),
+        ("text.png", "what", "not a readable picture"),
+        ("cut.png", "what", "not a readable picture"),
+        ("good.jpg", "  ", "the question is empty"),
+    ]:
+        with pytest.raises(GraceError, match=message):
+            chat(folder, tmp_path / image, question)
+    with pytest.raises(GraceError, match="not a model folder"):
+        chat(tmp_path, tmp_path / "good.jpg", "what")
+    half = (tmp_path / "good.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(half[: len(half) // 2])
+    with pytest.raises(GraceError, match="not a readable picture"):
+        open_picture(tmp_path / "half.jpg")
+
+
+def test_pieces_hold_back_half_a_character():
+    class Bytes:
+        def decode(self, ids, skip_special_tokens):
+            return bytes(ids).decode(errors="replace")
+
+    assert list(pieces(Bytes(), iter("né".encode()))) == ["n", "é"]

@@ -1,0 +1,92 @@
+"""The layouts of 4-bit weights and the CPU product: bit-exact packing, and products against float64."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grace.errors import GraceError
+from grace.kernels import cpu
+from grace.kernels.w4a16_layout import CHUNK, dequantise, pack_int4, shuffle, unpack_int4, unshuffle
+from grace.kernels.w4a16_table import DENSE, Tile, choose, read_table, rows_key, with_entry
+
+
+def problem(out: int, inputs: int, group: int, rows: int, seed: int, dtype: torch.dtype):
+    """codes, scales, x and the float64 product of random data."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (out, inputs), dtype=torch.int8, generator=generator)
+    scales = (torch.rand(out, inputs // group, generator=generator) * 0.1 + 0.02).bfloat16()
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    return codes, scales, x, x.double() @ dequantise(codes, scales, torch.float64).T
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(0, 2**31))
+def test_packing_is_compressed_tensors_own_and_goes_back(rows, eighths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, 8 * eighths), dtype=torch.int8, generator=generator)
+    packed = pack_int4(codes)
+    assert torch.equal(packed, pack_to_int32(codes, 4))
+    assert torch.equal(unpack_int4(packed), codes)
+    assert torch.equal(unpack_from_int32(packed, 4, codes.shape), codes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 400), st.integers(0, 2**31))
+def test_shuffle_goes_back_for_any_shape(rows, inputs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8, generator=generator)
+    words = shuffle(codes)
+    assert words.shape == (-(-inputs // CHUNK), rows, 32)
+    assert torch.equal(unshuffle(words, inputs), codes)
+
+
+def test_shuffle_puts_input_128c_32i_j_into_nibble_i_of_word_j():
+    codes = torch.full((3, 256), -8, dtype=torch.int8)
+    codes[1, 128 + 2 * 32 + 5] = 7
+    words = shuffle(codes)
+    assert words[1, 1, 5] == 15 << 8
+    assert words.count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.full((4, 8), 8, dtype=torch.int8), torch.zeros(4, 8), torch.zeros(8, dtype=torch.int8)]
+)
+def test_codes_that_are_none_are_refused(bad):
+    with pytest.raises(GraceError, match="int4 codes must"):
+        shuffle(bad)
+
+
+@pytest.mark.parametrize(("out", "inputs", "group"), [(16, 32, 32), (48, 128, 64), (64, 384, 128), (176, 256, 256)])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_cpu_product_against_float64(out, inputs, group, rows):
+    codes, scales, x, expected = problem(out, inputs, group, rows, 5, torch.bfloat16)
+    assert cpu.serves(out, inputs, group, torch.bfloat16)
+    poison = torch.full((rows, out), float("nan"), dtype=torch.bfloat16)
+    del poison
+    y = cpu.product(x, cpu.pack(codes), cpu.scales_and_zeros(scales), group)
+    assert (y.double() - expected).norm() < 4e-3 * expected.norm()
+
+
+def test_cpu_product_is_offered_only_where_it_runs():
+    for out, inputs, group, dtype in [
+        (8, 64, 32, torch.bfloat16),
+        (16, 64, 16, torch.bfloat16),
+        (16, 64, 32, torch.float32),
+    ]:
+        assert not cpu.serves(out, inputs, group, dtype)
+
+
+def test_table_rule_and_measured_entries(monkeypatch):
+    few = choose(1, 4096, 4096, 128, "bfloat16", "a card", 132)
+    assert few.block_m == 16 and few.split > 1 and not few.dense
+    assert choose(4096, 4096, 4096, 128, "bfloat16", "a card", 132) == DENSE
+    assert choose(1, 22016, 4096, 128, "bfloat16", "a card", 132).split < few.split
+    assert choose(1, 64, 128, 128, "bfloat16", "a card", 132).split == 1
+    table = {"default": read_table()["default"], "cards": {}}
+    with_entry(table, "a card", "bfloat16", 128, (4096, 4096), 3, Tile(16, 32, 2, 4, 5))
+    monkeypatch.setattr("grace.kernels.w4a16_table.read_table", lambda: table)
+    assert rows_key(3) == rows_key(4) == 4
+    assert choose.__wrapped__(4, 4096, 4096, 128, "bfloat16", "a card", 132) == Tile(16, 32, 2, 4, 5)
+    assert choose.__wrapped__(5, 4096, 4096, 128, "bfloat16", "a card", 132) != Tile(16, 32, 2, 4, 5)

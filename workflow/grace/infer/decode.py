@@ -1,0 +1,195 @@
+"""Greedy decoding in batches over a static cache, the same for bf16 and packed models, on a CPU or a card.
+
+Everything that a step reads and writes has a fixed place (cache, token, position), so that on a CUDA device the step
+is captured once in a graph and replayed; on a CPU the very same function runs as it is.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from grace.errors import GraceError
+from grace.models import decoder, output_head
+
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a card
+
+
+class Session:
+    """A model with room for `batch` sequences of `length` tokens, prompt and answer together.
+
+    Args:
+        model: from `load_for_inference`.
+        batch: sequences decoded together.
+        length: slots of the static cache per sequence.
+        compile: on CUDA, whether to compile the step before capturing it, which fuses norms, rotary embeddings and
+            residuals.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, length: int, compile: bool = True) -> None:
+        self.model, self.batch, self.length = model, batch, length
+        self.decoder, self.head = decoder(model), output_head(model)
+        embedding = model.get_input_embeddings().weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self.embed = model.get_input_embeddings()
+        self.ends = _end_tokens(model)
+        text = model.config.get_text_config()
+        heads = text.num_key_value_heads
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        try:
+            self.cache.early_initialization(batch, heads, width, self.dtype, self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise GraceError(
+                f"no memory left on {self.device} for the cache of {batch} sequences of {length} tokens; "
+                f"decode fewer at once, or use a packed model"
+            ) from error
+        axes = 3 if _has_grid_positions(model) else None
+        place = {"device": self.device, "dtype": torch.int64}
+        self.slots = torch.arange(length, **place)
+        self.token = torch.zeros(batch, 1, **place)
+        self.position = torch.zeros((axes, batch, 1) if axes else (batch, 1), **place)
+        self.slot = torch.zeros((), **place)  # where the next key and value go
+        self.valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)  # false on a prompt's padding
+        self.graph = None
+        if self.device.type == "cuda":
+            self.graph = self._capture(torch.compile(self._step, dynamic=False) if compile else self._step)
+
+    def prefill(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Read the prompts; return the first token of every answer, int64 [batch].
+
+        Args:
+            inputs: what the processor returns (left-padded `input_ids` and `attention_mask` [batch, tokens],
+                `pixel_values`, for Qwen also `image_grid_thw` and `mm_token_type_ids`).
+        """
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        mask = inputs.pop("attention_mask").bool()
+        batch, tokens = mask.shape
+        if batch != self.batch or tokens >= self.length:
+            raise GraceError(
+                f"a session for {self.batch} sequences of {self.length} tokens got {batch} prompts of {tokens} tokens; "
+                f"make a larger session"
+            )
+        self._reset()
+        positions = _positions(self.model, inputs, mask)
+        self.valid[:, :tokens] = mask
+        seen = self.slots[:tokens].unsqueeze(1) >= self.slots  # [tokens, length]: causal
+        seen = seen & self.valid.unsqueeze(1) | (self.slots[:tokens].unsqueeze(1) == self.slots)  # padding sees itself
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        output = self.model(
+            **inputs,
+            attention_mask=seen.unsqueeze(1),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
+        last = positions.amax(dim=(0, 2) if positions.dim() == 3 else 1)  # [batch]
+        self.position.copy_((last + 1).view(-1, 1).expand_as(self.position))
+        self.slot.fill_(tokens)
+        return self.token[:, 0].clone()
+
+    def step(self) -> torch.Tensor:
+        """Decode one more token of every sequence, int64 [batch]."""
+        if self.graph is None:
+            self._step()
+        else:
+            self.graph.replay()
+        return self.token[:, 0].clone()
+
+    def _step(self) -> None:
+        seen = self.valid & (self.slots <= self.slot)  # [batch, length]
+        hidden = self.decoder(
+            inputs_embeds=self.embed(self.token),
+            attention_mask=seen[:, None, None, :],
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.token.copy_(self.head(hidden[:, -1]).argmax(-1, keepdim=True))
+        self.position.add_(1)
+        self.slot.add_(1)
+
+    def _reset(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.zero_()  # old keys need no erasing: the mask hides what a prompt has not written
+        self.slot.zero_()
+        self.valid.fill_(True)
+
+    def _capture(self, step) -> torch.cuda.CUDAGraph:
+        """Warm up (compile, tune, allocate) on a side stream, then capture one step."""
+        with torch.inference_mode():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._reset()
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            self._reset()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            return graph
+
+
+@torch.inference_mode()
+def stream(
+    session: Session, inputs: Mapping[str, torch.Tensor], new_tokens: int, stop: bool = True
+) -> Iterator[torch.Tensor]:
+    """Yield int64 [batch] tokens, one per sequence, until every sequence has ended or `new_tokens` are out.
+
+    A sequence that has ended goes on with its end token. `stop=False` never ends early, for timing.
+    """
+    if inputs["input_ids"].shape[1] + new_tokens > session.length:
+        raise GraceError(
+            f"{inputs['input_ids'].shape[1]} prompt tokens and {new_tokens} new ones do not fit a session of "
+            f"{session.length}; make a larger session"
+        )
+    token = session.prefill(inputs)
+    ends = torch.tensor(session.ends, device=session.device, dtype=torch.int64)
+    done = torch.zeros_like(token, dtype=torch.bool)
+    every = CHECK_EVERY.get(session.device.type, 1)
+    for index in range(new_tokens):
+        if index:
+            token = session.step()
+        if stop and len(ends):
+            token = torch.where(done, ends[0], token)
+            done |= torch.isin(token, ends)
+        yield token
+        if stop and (index + 1) % every == 0 and bool(done.all()):
+            return
+
+
+def generate(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: int) -> torch.Tensor:
+    """Answer left-padded prompts greedily; int64 [batch, at most new_tokens], ended rows filled with the end token."""
+    batch, tokens = inputs["input_ids"].shape
+    session = Session(model, batch, tokens + new_tokens)
+    return torch.stack(list(stream(session, inputs, new_tokens)), dim=1)
+
+
+def _has_grid_positions(model: nn.Module) -> bool:
+    """Whether positions have time, height and width, as in Qwen2-VL and Qwen3-VL."""
+    return hasattr(model.model, "get_rope_index")
+
+
+def _positions(model: nn.Module, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Positions of the prompt, padding at 0: [batch, tokens], or [3, batch, tokens] with time, height and width."""
+    if _has_grid_positions(model) and "image_grid_thw" in inputs:
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs["image_grid_thw"],
+            attention_mask=mask.long(),
+        )
+        return positions
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return positions.expand(3, -1, -1) if _has_grid_positions(model) else positions
+
+
+def _end_tokens(model: nn.Module) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
