@@ -4,9 +4,6 @@ import os
 
 # Triton runs its kernels in the CPU interpreter only if this is set when it is first imported, by whichever test
 os.environ["TRITON_INTERPRET"] = "1"
-
-import os
-
 # Two test processes that use every core each run many times slower than two that use one.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -40,7 +40,7 @@ def run_file(folder, name, **change):
 def home(tmp_path_factory):
     """A data folder, a teacher, its cache and a baseline, all tiny and all made by the pipeline's own verbs."""
     home = tmp_path_factory.mktemp("experiment")
-    prepare(DemoData(pictures=24, questions_per_picture=3), home / "data")
+    prepare(DemoData(pictures=24, questions_per_picture=3), [], home / "data")
     for name, width, seed in (("teacher", 64, 0), ("baseline", 32, 1)):
         shape = Architecture(hidden_size=width, intermediate_size=64, layers=2, heads=2)
         run = run_file(home, name, architecture=shape, seed=seed, optimisation=optimisation(steps=3))
@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_the_first_step(home, tmp_path, change, give
 def test_two_processes_equal_one(home, tmp_path):
     steps = optimisation(micro_batch=2, batch=6)
     one = student(home, tmp_path, "one", **GRACE, optimisation=steps)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grace.cli", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "grace.cli", "train"]
     command += ["--run", tmp_path / "one.json", "--data", home / "data", "--out", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
     command += ["--checkpoints", tmp_path / ".two", "--init", home / "baseline", "--cache", home / "cache"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

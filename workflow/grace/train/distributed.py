@@ -65,6 +65,7 @@ def shard(model: nn.Module, world: World) -> None:
     for layer in decoder(model).layers:
         fully_shard(layer, mesh=mesh)
         layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)  # a plain sum, which every back end has
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

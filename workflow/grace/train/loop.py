@@ -7,8 +7,6 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import torch
-
 from grace.config.runs import TrainRun
 from grace.data import Example, collate, plan_batches
 from grace.distill import InformationBottleneckController

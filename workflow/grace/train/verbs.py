@@ -8,7 +8,7 @@ import torch
 from grace.config.runs import TrainRun
 from grace.data import load_prepared
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, whole_folder
+from grace.files import MANIFEST, read_json, whole_file, whole_folder
 from grace.models import build_llava, load_model, load_processor, vision_tower
 from grace.quant import save_quantization
 from grace.teacher.pins import expected
@@ -30,8 +30,8 @@ def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, wor
     return model.to(world.device)
 
 
-def _save(model, processor, trainer: Trainer, out: Path) -> None:
-    """Write the model folder from the first process; the others only help to put the weights together."""
+def _save(model, processor, trainer: Trainer, out: Path, log: Path) -> None:
+    """Write the model folder and the log from the first process; the others only help to put the weights together."""
     run = trainer.run
     weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in weights.items()}
@@ -43,6 +43,8 @@ def _save(model, processor, trainer: Trainer, out: Path) -> None:
             processor.save_pretrained(folder)
             if run.bits is not None:
                 save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
+        with whole_file(log) as part:
+            shutil.copyfile(trainer.log, part)
         shutil.rmtree(trainer.checkpoints, ignore_errors=True)
     trainer.world.barrier()
 
@@ -86,6 +88,7 @@ def train(
     examples = load_prepared(data, vision_tower(model))
     if targets is not None:
         targets.check_keys(example.key for example in examples)
-    trainer = Trainer(model, processor, examples, parameters, targets, log, checkpoints, identity, world)
+    growing = checkpoints / "train.jsonl"  # `log` is a rule's output, which Snakemake deletes when the job is killed
+    trainer = Trainer(model, processor, examples, parameters, targets, growing, checkpoints, identity, world)
     trainer.train()
-    _save(model, processor, trainer, out)
+    _save(model, processor, trainer, out, log)
