@@ -1,0 +1,64 @@
+"""The demo's processor: a tokenizer of whole words, a picture processor, and the template that joins them.
+
+One conversation reads `<bos> <image>... <q> question <a> answer <eos> <q> ...`; `<image>` becomes nine visual tokens.
+"""
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from grace.demo.pictures import CELL, SIDE
+from grace.demo.vocabulary import SPECIAL, words
+
+TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+{%- if message.role == 'assistant' -%}
+<a>{% generation %}{% for part in parts %} {{ part.text | trim }}{% endfor %}{{ eos_token }}{% endgeneration %}
+{%- else -%}
+{%- for part in parts if part.type == 'image' -%}<image>{%- endfor -%}
+<q>{% for part in parts if part.type == 'text' %} {{ part.text | replace('<image>', '') | trim }}{% endfor %}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<a>{%- endif -%}
+"""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-cased words and single digits; anything else is `<unk>`."""
+    vocabulary = {word: index for index, word in enumerate(words())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\- ]"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        extra_special_tokens={"image_token": "<image>", "question_token": "<q>", "answer_token": "<a>"},
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """The processor of the demo's models; `save_pretrained` writes it, `AutoProcessor.from_pretrained` reads it."""
+    pictures = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=build_tokenizer(),
+        patch_size=CELL,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=TEMPLATE,
+    )

@@ -1,0 +1,219 @@
+"""What can be asked of a scene. Every question ends on its key word, and every answer follows from the scene alone.
+
+A conversation asks several questions of one picture. So that none can be answered from the text before it, each
+question names the fact that its answer tells (`fact`) and all facts that it gives away (`tells`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from grace.demo.pictures import Scene, Thing
+from grace.demo.vocabulary import (
+    CATEGORIES,
+    CATEGORY_OF,
+    COLOURS,
+    DIGITS,
+    GARMENTS,
+    KINDS,
+    NUMBERS,
+    POSITIONS,
+    UNANSWERABLE,
+)  # fmt: skip
+
+_COLOURS = tuple(COLOURS)
+Fact = tuple[str, object]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with its answer; `group` is its sub-task, `options` the words it offers."""
+
+    question: str
+    answer: str
+    fact: Fact
+    tells: frozenset[Fact] = frozenset()
+    group: str = ""
+    options: tuple[str, ...] = ()
+
+
+def _unique(things: list[Thing], key: Callable[[Thing], int]) -> list[Thing]:
+    counts = Counter(map(key, things))
+    return [thing for thing in things if counts[key(thing)] == 1]
+
+
+def _nameable(scene: Scene) -> list[Thing]:
+    """The readable objects that are the only ones of their kind: "the dress" means something."""
+    return _unique([thing for thing in scene.things if thing.readable], lambda thing: thing.kind)
+
+
+def _by_colour(scene: Scene) -> list[Thing]:
+    """The garments whose colour nothing else has."""
+    return [t for t in _unique(list(scene.things), lambda thing: thing.colour) if t.kind < len(GARMENTS)]
+
+
+def _is_clear(scene: Scene) -> bool:
+    return all(thing.readable for thing in scene.things)
+
+
+def _bound(thing: Thing) -> Fact:
+    return ("kind and colour", thing.cell)
+
+
+def _present(kind: int) -> Fact:
+    return ("present", kind)
+
+
+def colour(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """What colour is the X."""
+    for thing in _nameable(scene):
+        told = frozenset({_bound(thing), _present(thing.kind)})
+        yield Question(f"what colour is the {KINDS[thing.kind]}", _COLOURS[thing.colour], _bound(thing), told)
+
+
+def object_(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """What is C, where nothing else has colour C."""
+    for thing in _by_colour(scene):
+        if thing.readable:
+            told = frozenset({_bound(thing), _present(thing.kind)})
+            yield Question(f"what is {_COLOURS[thing.colour]}", KINDS[thing.kind], _bound(thing), told)
+
+
+def category(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """What kind of garment is C, where nothing else has colour C."""
+    for thing in _by_colour(scene):
+        if thing.readable:
+            kind = CATEGORY_OF[KINDS[thing.kind]]
+            yield Question(f"what kind is {_COLOURS[thing.colour]}", kind, _bound(thing), frozenset({_bound(thing)}))
+
+
+def position(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Where is the X."""
+    for thing in _nameable(scene):
+        fact = ("place", thing.cell)
+        yield Question(f"where is the {KINDS[thing.kind]}", POSITIONS[thing.cell], fact, frozenset({fact, _present(thing.kind)}))
+
+
+def _presence(scene: Scene, rng: np.random.Generator, kinds: range) -> Iterator[Question]:
+    shown = {thing.kind for thing in scene.things}
+    if not _is_clear(scene) or not shown & set(kinds):
+        return
+    categories = {CATEGORY_OF.get(KINDS[kind]) for kind in shown}
+    absent = rng.permutation([kind for kind in kinds if kind not in shown])
+    for kind in [*(kind for kind in kinds if kind in shown), *map(int, absent)]:
+        group = "similar" if CATEGORY_OF.get(KINDS[kind]) in categories else "random"
+        told = frozenset({_present(kind)})
+        yield Question(f"is there a {KINDS[kind]}", "yes" if kind in shown else "no", _present(kind), told, group)
+
+
+def presence(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Is there a X. An absent X of a shown garment's category is of the group "similar"; other absent ones "random"."""
+    return _presence(scene, rng, range(len(GARMENTS)))
+
+
+def digits(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Is there a 7."""
+    for question in _presence(scene, rng, range(len(GARMENTS), len(KINDS))):
+        yield Question(question.question, question.answer, question.fact, question.tells)
+
+
+def pairs(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Is the X C; where it is not, C is the colour of something else in the picture."""
+    for thing in _nameable(scene):
+        told = frozenset({_bound(thing), _present(thing.kind)})
+        others = sorted({other.colour for other in scene.things} - {thing.colour})
+        for shown, answer in [(thing.colour, "yes"), *((c, "no") for c in rng.permutation(others)[:1])]:
+            yield Question(f"is the {KINDS[thing.kind]} {_COLOURS[shown]}", answer, _bound(thing), told)
+
+
+def _number(scene: Scene) -> list[Thing]:
+    """The digits of a written number: one to three in neighbouring cells of one row; else nothing."""
+    written = [thing for thing in scene.things if thing.kind >= len(GARMENTS)]
+    cells = [thing.cell for thing in written]
+    in_a_row = cells and cells[0] // 3 == cells[-1] // 3 and cells[-1] - cells[0] == len(cells) - 1
+    return written if in_a_row else []
+
+
+def reading(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Read the digits: "4 7 1"."""
+    number = _number(scene)
+    if number and all(thing.readable for thing in number):
+        told = frozenset(("present", len(GARMENTS) + digit) for digit in range(len(DIGITS)))
+        answer = " ".join(KINDS[thing.kind] for thing in number)
+        yield Question("read the digits", answer, ("number", 0), told, group=f"{len(number)}")
+
+
+def options(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Which of four garments is shown; the other three are not."""
+    shown = {thing.kind for thing in scene.things}
+    absent = [kind for kind in range(len(GARMENTS)) if kind not in shown]
+    if not _is_clear(scene) or len(absent) < 3:
+        return
+    for kind in sorted(shown & set(range(len(GARMENTS)))):
+        offered = rng.permutation([kind, *rng.permutation(absent)[:3]])
+        a, b, c, d = words = tuple(KINDS[k] for k in offered)
+        told = frozenset(_present(k) for k in offered)
+        yield Question(f"which is shown {a} {b} {c} or {d}", KINDS[kind], _present(kind), told, options=words)
+
+
+def count(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Count the garments of a category, up to five."""
+    if not _is_clear(scene) or any(thing.kind >= len(GARMENTS) for thing in scene.things):
+        return
+    counts = Counter(CATEGORY_OF[KINDS[thing.kind]] for thing in scene.things)
+    for name in CATEGORIES:
+        if counts[name] < len(NUMBERS):
+            fact = ("count", name)
+            yield Question(f"count the {name}", NUMBERS[counts[name]], fact, frozenset({fact}))
+
+
+def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Questions about what is not there ("absent") or cannot be made out ("blurred")."""
+    readable = {thing.kind for thing in scene.things if thing.readable}
+    for kind in rng.permutation([kind for kind in range(len(GARMENTS)) if kind not in readable])[:1]:
+        text = ("what colour is the", "where is the")[rng.integers(2)]
+        yield Question(f"{text} {KINDS[kind]}", UNANSWERABLE, _present(kind), frozenset({_present(kind)}), "absent")
+    shown = {thing.colour for thing in scene.things}
+    for c in rng.permutation([c for c in range(len(COLOURS)) if c not in shown])[:1]:
+        fact = ("colour", int(c))
+        yield Question(f"what is {_COLOURS[c]}", UNANSWERABLE, fact, frozenset({fact}), "absent")
+    for thing in _by_colour(scene):
+        if not thing.readable:
+            yield Question(f"what is {_COLOURS[thing.colour]}", UNANSWERABLE, _bound(thing), frozenset({_bound(thing)}), "blurred")
+    number = _number(scene)
+    if number and not any(thing.readable for thing in number):
+        yield Question("read the digits", UNANSWERABLE, ("number", 0), frozenset(), "blurred")
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> Question:
+    """Every object's place, colour and kind, in random order: whichever comes first has to be looked up by.
+
+    Nearly every word of such an answer is found by looking from one property of an object to another, which is what
+    the questions ask for too; it is the densest lesson in it.
+    """
+    words = []
+    for thing in rng.permutation(np.array(scene.things, dtype=object)):
+        kind = KINDS[thing.kind] if thing.readable else "blurred"
+        words += list(rng.permutation([POSITIONS[thing.cell], _COLOURS[thing.colour], kind]))
+    return Question("describe the picture", " ".join(words), ("caption", 0))
+
+
+ASKED = (colour, object_, category, position, presence, digits, pairs, reading, options, count, unanswerable)
+
+
+def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Question]:
+    """Up to `length` questions of all sorts; none can be answered from the questions and answers before it."""
+    chosen: list[Question] = []
+    known: set[Fact] = set()
+    sorts = [[found[i] for i in rng.permutation(len(found))] for ask in ASKED if (found := list(ask(scene, rng)))]
+    while sorts and len(chosen) < length:
+        which = int(rng.integers(len(sorts)))
+        question = sorts[which].pop()
+        if not sorts[which]:
+            sorts.pop(which)
+        if question.fact not in known:
+            known |= question.tells | {question.fact}
+            chosen.append(question)
+    return chosen
