@@ -1,0 +1,91 @@
+"""The batched runner against transformers' own `generate` and forward."""
+
+import pytest
+import torch
+
+from evaluate_models import model, picture, processor, rows
+from grace.data.pictures import Picture
+from grace.errors import GraceError
+from grace.evaluate.runner import Question, Runner
+
+
+def questions(runner: Runner, count: int) -> list[Question]:
+    made = []
+    for row in rows(count):
+        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
+        made.append(Question(row["id"], runner.render(said), row["image"]["bytes"]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def runner() -> Runner:
+    return Runner(model(), processor(), batch=5, max_new_tokens=4)
+
+
+def test_answers_are_those_of_generate_alone(runner):
+    asked = questions(runner, 13)
+    found = runner.answer(asked)
+    for question, answer in zip(asked, found, strict=True):
+        inputs = runner.processor(
+            images=Picture.from_bytes(question.id, question.image).open(),
+            text=question.prompt,
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        out = runner.model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        logp = torch.stack(out.logits)[:, 0].log_softmax(-1)
+        assert answer.text == runner.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert answer.logprob == pytest.approx(logp.gather(1, new[:, None]).sum().item(), abs=1e-4)
+        assert answer.entropy == pytest.approx(
+            torch.distributions.Categorical(logits=logp[0]).entropy().item(), abs=1e-4
+        )
+
+
+def test_neither_batch_nor_order_changes_an_answer(runner):
+    asked = questions(runner, 13)
+    alone = Runner(runner.model, runner.processor, batch=1, max_new_tokens=4).answer(asked)
+    turned = runner.answer(asked[::-1])[::-1]
+    for one, other in zip(alone, turned, strict=True):
+        assert one.text == other.text
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_a_picture_is_seen_once_and_memory_is_bounded(runner, monkeypatch):
+    monkeypatch.setattr("grace.evaluate.runner.FEATURE_BYTES", 3 * 4 * 32 * 4)  # three pictures
+    fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
+    asked = questions(fresh, 12)
+    forgetful = [answer.text for answer in fresh.answer(asked)]
+    assert len(fresh._features) <= 3
+    seen, opened = [], Picture.open
+    monkeypatch.setattr(Picture, "open", lambda self: seen.append(self.data) or opened(self))
+    monkeypatch.setattr("grace.evaluate.runner.FEATURE_BYTES", 1 << 20)
+    fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
+    assert [answer.text for answer in fresh.answer(asked)] == forgetful
+    fresh.answer(asked)
+    assert len(seen) == len(set(seen)) == 6
+
+
+def test_text_likelihood_is_that_of_the_full_forward(runner):
+    pairs = [([2, 7, 8], [9, 10, 3]), ([2], [11]), ([2, 7, 8, 9, 10, 11], [12, 13])]
+    for (context, continuation), (logprob, greedy) in zip(pairs, runner.score(pairs), strict=True):
+        logp = runner.model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        steps = logp[len(context) - 1 : -1]
+        assert logprob == pytest.approx(sum(steps[i, token].item() for i, token in enumerate(continuation)), abs=1e-4)
+        assert greedy == (steps.argmax(-1).tolist() == continuation)
+
+
+def test_what_is_wrong_is_named(runner):
+    with pytest.raises(GraceError, match=r"picture of row-1: cannot be read"):
+        runner.answer([Question("row-1", "<bos> <image> <q> what <a>", b"not a picture")])
+    with pytest.raises(GraceError, match=r"row-2: its prompt has 0 places"):
+        runner.answer([Question("row-2", "<bos> <q> what <a>", picture(1))])
+    nameless = processor()
+    nameless.chat_template = None
+    with pytest.raises(GraceError, match="no chat template"):
+        Runner(runner.model, nameless)
+    other = type("Other", (), {"config": type("Config", (), {"model_type": "qwen2_vl"})})
+    with pytest.raises(GraceError, match="not for `qwen2_vl`"):
+        Runner(other, processor())

@@ -1,0 +1,210 @@
+"""`grace evaluate`: what is written, what is not done twice, and what is said when something is wrong."""
+
+import json
+import shutil
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+import grace.evaluate.verbs as verbs
+from evaluate_models import rows, write_benchmark, write_model
+from grace.errors import GraceError
+from grace.evaluate.predictions import SCHEMA
+from grace.files import sha256
+
+NAMES = ("colour", "presence", "pairs")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_model(folder / "model")
+    write_benchmark(folder / "data/benchmarks/colour.parquet", rows(12))
+    write_benchmark(folder / "data/benchmarks/presence.parquet", rows(12, ("yes", "no"), 1))
+    write_benchmark(folder / "data/benchmarks/pairs.parquet", rows(12, ("yes", "no"), 2))
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def run(folder, *names, **settings):
+    evaluation = {"benchmarks": list(names or NAMES), "batch": 8, "max_new_tokens": 3, **settings}
+    (folder / "run.json").write_text(json.dumps({"family": "llava", "evaluation": evaluation}))
+    verbs.evaluate(folder / "run.json", folder / "model", folder / "data", folder / "out")
+    return json.loads((folder / "out/manifest.json").read_text())
+
+
+def test_predictions_and_manifest_are_whole(folder):
+    manifest = run(folder)
+    assert manifest["model"] == sha256(folder / "model/manifest.json")
+    assert manifest["harness"]["name"] == "lm-eval"
+    assert list(manifest["benchmarks"]) == sorted(NAMES)
+    for name, entry in manifest["benchmarks"].items():
+        path = folder / "out" / entry["file"]
+        assert entry["sha256"] == sha256(path)
+        table = pq.read_table(path)
+        assert table.schema.remove_metadata() == SCHEMA
+        kept = table.to_pandas()
+        assert entry["questions"] == len(kept) == 12
+        assert entry["score"] == kept["score"].mean()
+        assert entry["metric"] == {"colour": "exact_match", "presence": "pope", "pairs": "mme"}[name]
+    assert manifest["benchmarks"]["pairs"]["also"].keys() == {"accuracy", "score"}
+
+
+def test_nothing_is_done_twice(folder, monkeypatch):
+    first = run(folder)
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
+    monkeypatch.setattr(verbs, "_predictor", lambda *_: pytest.fail("the model was loaded again"))
+    assert run(folder) == first
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == stamps
+
+
+def _count_predictions(monkeypatch) -> list[str]:
+    asked, real = [], verbs._predictor
+
+    def spy(*arguments):
+        predict = real(*arguments)
+        return lambda entry, path: asked.append(entry.name) or predict(entry, path)
+
+    monkeypatch.setattr(verbs, "_predictor", spy)
+    return asked
+
+
+def test_only_what_changed_is_asked_again(folder, monkeypatch):
+    first = run(folder)
+    asked = _count_predictions(monkeypatch)
+    write_benchmark(folder / "data/benchmarks/pairs.parquet", rows(10, ("yes", "no"), 3))
+    run(folder)
+    assert asked == ["pairs"]
+    asked.clear()
+    run(folder, "colour")
+    assert asked == [] and sorted(p.name for p in (folder / "out").iterdir()) == ["colour.parquet", "manifest.json"]
+    run(folder, "colour", limit=5)
+    assert asked == ["colour"]
+    asked.clear()
+    shutil.rmtree(folder / "model")
+    write_model(folder / "model", seed=1)
+    second = run(folder, "colour")
+    assert asked == ["colour"] and second["model"] != first["model"]
+
+
+def test_a_stopped_suite_goes_on_where_it_was(folder, monkeypatch):
+    real = verbs._predictor
+
+    def stops(*arguments):
+        predict = real(*arguments)
+
+        def once(entry, path):
+            if entry.name == "pairs":
+                raise KeyboardInterrupt
+            return predict(entry, path)
+
+        return once
+
+    monkeypatch.setattr(verbs, "_predictor", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["colour.parquet", "presence.parquet"]
+    monkeypatch.setattr(verbs, "_predictor", real)
+    asked = _count_predictions(monkeypatch)
+    run(folder)
+    assert asked == ["pairs"]
+
+
+def test_the_same_run_gives_the_same_predictions(folder):
+    first = run(folder)
+    shutil.rmtree(folder / "out")
+    second = run(folder)
+    for name in NAMES:
+        one, other = (manifest["benchmarks"][name] for manifest in (first, second))
+        assert {k: v for k, v in one.items() if k not in ("seconds", "sha256")} == {
+            k: v for k, v in other.items() if k not in ("seconds", "sha256")
+        }
+
+
+def _break_picture(folder):
+    made = rows(12)
+    made[4]["image"]["bytes"] = b"no picture"
+    write_benchmark(folder / "data/benchmarks/colour.parquet", made)
+
+
+def _drop_picture(folder):
+    made = rows(12)
+    made[4]["image"] = None
+    write_benchmark(folder / "data/benchmarks/colour.parquet", made)
+
+
+def _drop_column(folder):
+    path = folder / "data/benchmarks/colour.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["image_id", "answer"]), path)
+
+
+def _repeat(folder):
+    made = rows(12)
+    made[5]["id"] = made[4]["id"]
+    write_benchmark(folder / "data/benchmarks/colour.parquet", made)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_break_picture, r"colour\.parquet.*picture of row-4: cannot be read"),
+        (_drop_picture, r"colour\.parquet: row row-4 has no image"),
+        (_drop_column, r"colour\.parquet: column image_id, answer is missing"),
+        (_repeat, r"colour\.parquet: id row-4 stands on more than one row"),
+        (
+            lambda folder: write_benchmark(folder / "data/benchmarks/colour.parquet", []),
+            r"colour\.parquet: has no rows",
+        ),
+        (
+            lambda folder: (folder / "data/benchmarks/colour.parquet").write_bytes(b"x"),
+            r"colour\.parquet: not a readable",
+        ),
+        (
+            lambda folder: (folder / "data/benchmarks/colour.parquet").unlink(),
+            r"colour\.parquet: no such benchmark file",
+        ),
+    ],
+    ids=["broken picture", "no picture", "no column", "repeated id", "no rows", "not parquet", "no file"],
+)
+def test_a_failed_benchmark_is_named_and_the_others_are_kept(folder, damage, said):
+    damage(folder)
+    with pytest.raises(GraceError, match=said):
+        run(folder)
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["pairs.parquet", "presence.parquet"]
+
+
+def test_a_model_that_answers_nothing_is_an_error(folder, monkeypatch):
+    import grace.evaluate.harness_lm_eval as harness
+
+    real = harness.predict
+    monkeypatch.setattr(harness, "predict", lambda *a: real(*a).assign(prediction=" "))
+    with pytest.raises(GraceError, match="answered nothing to all 12 questions of colour"):
+        run(folder, "colour")
+
+
+def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):
+    with pytest.raises(GraceError, match="`color` is not in the registry"):
+        run(folder, "color")
+    with pytest.raises(GraceError, match="lm-eval has no task for `vqav2`; use lmms-eval"):
+        run(folder, "vqav2")
+    with pytest.raises(GraceError, match="vlmeval_checkout: is not set"):
+        run(folder, harness="vlmeval")
+    with pytest.raises(GraceError, match="is no checkout of VLMEvalKit"):
+        run(folder, harness="vlmeval", vlmeval_checkout=str(folder))
+    monkeypatch.setitem(verbs._PACKAGES, "lmms-eval", "no_such_package")
+    with pytest.raises(
+        GraceError, match=r"lmms-eval is not installed in this environment; pip install .*envs/lmms-eval\.txt"
+    ):
+        run(folder, harness="lmms-eval")
+
+
+def test_predictions_are_readable_as_plain_parquet(folder):
+    run(folder, "colour")
+    kept = pd.read_parquet(folder / "out/colour.parquet")
+    assert kept["sample_id"].is_unique and kept["score"].between(0, 1).all()

@@ -1,0 +1,236 @@
+"""lm-eval asks and scores: its tasks, prompts, filters and metrics around our batched runner.
+
+A task is made from the registry as the dictionary that a YAML file of lm-eval would hold; `task_yaml` writes that file,
+so that lm-eval's own command line can run the same task on the same Parquet file. In process the only difference is
+where rows come from: the table is in memory already, prompts are rendered once, and a row names its picture instead of
+carrying it, because lm-eval copies, hashes and logs whole rows.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import yaml
+from jinja2 import Environment, StrictUndefined
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+
+from grace.errors import GraceError
+from grace.evaluate.answer import normalise
+from grace.evaluate.predictions import SCHEMA, read_questions
+from grace.evaluate.registry import LM_EVAL, Benchmark
+from grace.evaluate.runner import Answer, Question, Runner
+
+PICTURE = "<image>"  # lm-eval's own placeholder
+_TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+FILTERS: dict[str, list[dict]] = {
+    "whole": [{"function": "take_first"}],
+    "yes_no": [
+        {
+            "function": "regex", "fallback": "", "group_select": 0,
+            "regex_pattern": r"(?is)^(?!.*\byes\b.*\bno\b)(?!.*\bno\b.*\byes\b).*\b(yes|no)\b",
+        },
+        {"function": "take_first"},
+    ],
+    "letter": [
+        {
+            "function": "regex", "fallback": "", "group_select": 0,
+            "regex_pattern": r"^\s*(?!A\s+[a-z])\(?([A-Z])(?:[).:,\s]|$)",
+        },
+        {"function": "take_first"},
+    ],
+}  # fmt: skip
+"""lm-eval's filters that do what `grace.evaluate.answer.EXTRACTIONS` does, by the same names."""
+
+
+def task_config(benchmark: Benchmark, max_new_tokens: int) -> dict:
+    """The task as lm-eval's YAML says it, without its data."""
+    return {
+        "task": benchmark.tasks[LM_EVAL],
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": benchmark.prompt,
+        "doc_to_target": "answer",
+        "doc_to_image": ["image"],
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": max_new_tokens},
+        "filter_list": [{"name": benchmark.extraction, "filter": FILTERS[benchmark.extraction]}],
+        "metric_list": [
+            {
+                "metric": "exact_match", "aggregation": "mean", "higher_is_better": True,
+                "ignore_case": True, "ignore_punctuation": True,
+            }
+        ],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }  # fmt: skip
+
+
+def task_yaml(benchmark: Benchmark, questions: Path, max_new_tokens: int, folder: Path) -> Path:
+    """Write the task for `lm_eval run --model hf-multimodal --include_path FOLDER --apply_chat_template`."""
+    data = {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(questions.resolve())}}}
+    path = folder / f"{benchmark.tasks[LM_EVAL]}.yaml"
+    path.write_text(yaml.safe_dump({**task_config(benchmark, max_new_tokens), **data}, sort_keys=False))
+    return path
+
+
+def build_task(benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) -> ConfigurableTask:
+    """The task over rows in memory; its documents are (prompt, answer, image), `image` being the question's id."""
+    prompt = _TEMPLATES.from_string(benchmark.prompt)
+    columns = ["question", "answer", "options", "group"]
+    docs = {
+        "prompt": [prompt.render(row) for row in rows[columns].to_dict("records")],
+        "answer": rows["answer"].tolist(),
+        "image": rows["id"].tolist(),
+    }
+    config = {
+        **task_config(benchmark, max_new_tokens),
+        "doc_to_text": "prompt",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(docs)},
+    }
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of every custom dataset and of test rows as few-shot pool
+    return ConfigurableTask(config=config)
+
+
+class RunnerLM(TemplateLM):
+    """Our runner as a model of lm-eval: answers about pictures, and likelihoods of text for its language tasks.
+
+    Attributes:
+        pictures: encoded picture by question id; set before each task.
+        answers: the last task's answers by `doc_id`, with what lm-eval does not keep.
+    """
+
+    MULTIMODAL = True
+
+    def __init__(self, runner: Runner, advance: Callable[[int], None] = lambda steps: None) -> None:
+        super().__init__()
+        self.runner, self.tokenizer, self.advance = runner, runner.tokenizer, advance
+        self.pictures: Mapping[str, bytes] = {}
+        self.answers: dict[int, Answer] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.runner.ends[0])
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None else self.eot_token_id
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        return self.runner.model.config.text_config.max_position_embeddings
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """lm-eval's messages in the processor's template; `<image>` in a message becomes a picture."""
+        said = []
+        for message in chat_history:
+            before, picture, after = message["content"].partition(PICTURE)
+            parts = [{"type": "text", "text": before}] if before else []
+            parts += [{"type": "image"}] if picture else []
+            said.append({"role": message["role"], "content": [*parts, {"type": "text", "text": after}]})
+        return self.runner.render(said)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers in the order of `requests`, each about one picture, cut at the task's stop strings."""
+        questions = []
+        for request in requests:
+            if len(request.args) < 3:
+                raise GraceError(
+                    f"lm-eval task {request.task_name}: has no pictures; this model generates about pictures only"
+                )
+            name = request.args[2]["visual"][0]
+            questions.append(Question(name, request.args[0], self.pictures[name]))
+        found = self.runner.answer(questions, self.advance)
+        self.answers = {request.doc_id: answer for request, answer in zip(requests, found, strict=True)}
+        texts = []
+        for request, answer in zip(requests, found, strict=True):
+            text = answer.text
+            for stop in request.args[1].get("until", []):
+                text = text.split(stop)[0]
+            texts.append(text)
+        return texts
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        written = bool(self.tokenizer.bos_token) and string.startswith(self.tokenizer.bos_token)
+        special = not written if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, add_special_tokens=special)["input_ids"]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+        pairs = []
+        for _, context, continuation in requests:
+            whole = (context + continuation)[-(self.max_length + 1) :]
+            kept = min(len(continuation), len(whole) - 1)
+            pairs.append((whole[:-kept], whole[-kept:]))
+        return self.runner.score(pairs)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood (nats) of whole texts, in windows of the model's length that each predict new tokens once."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, rolling):
+                windows.append(window)
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self.runner.score(windows), strict=True):
+            totals[owner] += logprob
+        return totals
+
+
+def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Callable[[Benchmark, Path], pd.DataFrame]:
+    """What `grace evaluate` calls for each benchmark file."""
+    lm = RunnerLM(runner, advance)
+
+    def of_file(benchmark: Benchmark, path: Path) -> pd.DataFrame:
+        rows = read_questions(path, settings.limit)
+        try:
+            return predict(lm, benchmark, rows)
+        except GraceError as error:
+            raise GraceError(f"{path}: {error}") from error
+
+    return of_file
+
+
+def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame) -> pd.DataFrame:
+    """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`."""
+    task = build_task(benchmark, rows, lm.runner.max_new_tokens)
+    lm.pictures = dict(zip(rows["id"], rows["image"], strict=True))
+    results = evaluate(
+        lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0
+    )
+    samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])
+    answers = [lm.answers[sample["doc_id"]] for sample in samples]
+    return pd.DataFrame(
+        {
+            "sample_id": rows["id"].tolist(),
+            "image_id": rows["image_id"].tolist(),
+            "group": rows["group"].tolist(),
+            "prompt_hash": [sample["prompt_hash"] for sample in samples],
+            "prediction": [sample["resps"][0][0] for sample in samples],
+            "extracted": [normalise(sample["filtered_resps"][0]) for sample in samples],
+            "target": rows["answer"].tolist(),
+            "score": [float(sample["exact_match"]) for sample in samples],
+            "logprob": [answer.logprob for answer in answers],
+            "entropy": [answer.entropy for answer in answers],
+        },
+        columns=SCHEMA.names,
+    )

@@ -1,0 +1,196 @@
+"""Answering many questions about pictures, greedily and in batches.
+
+A question costs one row of a batched prefill and one row of a few decoding steps. What would cost more is done once:
+a picture is decoded, preprocessed and sent through the vision tower once however many questions it serves, and
+questions of equal length share a batch, so that little padding is computed. The picture's features take the place of
+the `<image>` token exactly as in the model's own forward.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from grace.data.pictures import Picture
+from grace.errors import GraceError
+from grace.evaluate.pixels import Pixels
+from grace.models import decoder, image_token_id, output_head
+
+FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same pictures
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as the model reads it.
+
+    Attributes:
+        id: names the row in messages.
+        prompt: text rendered by the chat template, up to where the answer begins, with one image placeholder.
+        image: the encoded picture (JPEG or PNG).
+    """
+
+    id: str
+    prompt: str
+    image: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: the answer without special tokens, stripped.
+        logprob: natural logarithm of the probability of the answer's tokens and of the end token behind them.
+        entropy: of the distribution that the first token was taken from, in nats.
+    """
+
+    text: str
+    logprob: float
+    entropy: float
+
+
+class Runner:
+    """Greedy answers of one LLaVA model; also the likelihood of plain text under its decoder.
+
+    Args:
+        model: a `LlavaForConditionalGeneration` in evaluation mode, on any device, in any dtype.
+        processor: its processor, with a chat template.
+        batch: sequences per forward pass.
+        max_new_tokens: longest answer in tokens.
+    """
+
+    def __init__(self, model, processor, batch: int = 128, max_new_tokens: int = 8) -> None:
+        if model.config.model_type != "llava":
+            raise GraceError(
+                f"this runner answers for LLaVA models, not for `{model.config.model_type}`; "
+                "set evaluation.harness to lmms-eval or vlmeval for this family"
+            )
+        if not processor.chat_template:
+            raise GraceError("the processor has no chat template; save one beside it (chat_template.jinja)")
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.batch, self.max_new_tokens, self.pixels = batch, max_new_tokens, Pixels(processor.image_processor)
+        self.decoder, self.head, self.image_id = decoder(model), output_head(model), image_token_id(model)
+        ends = model.generation_config.eos_token_id
+        ends = ends if ends is not None else self.tokenizer.eos_token_id
+        self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._held = 0
+
+    def render(self, messages: list[dict]) -> str:
+        """A conversation in the chat template's own text, with the opening of the answer."""
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered prompts; BOS is added only where the template has not written it (as transformers does)."""
+        bos = self.tokenizer.bos_token
+        written = bool(bos) and bool(texts) and texts[0].startswith(bos)
+        return self.tokenizer(list(texts), add_special_tokens=not written)["input_ids"]
+
+    @torch.inference_mode()
+    def answer(
+        self, questions: Sequence[Question], advance: Callable[[int], None] = lambda steps: None
+    ) -> list[Answer]:
+        """Answer every question, in order; `advance(n)` is called whenever n more are done."""
+        prompts = self.encode([question.prompt for question in questions])
+        for question, ids in zip(questions, prompts, strict=True):
+            if ids.count(self.image_id) != 1:
+                raise GraceError(
+                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for the picture, not one; "
+                    "check the chat template"
+                )
+        pictures = [hashlib.sha256(question.image).digest() for question in questions]
+        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), pictures[i], i))
+        answers: list[Answer | None] = [None] * len(questions)
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            features = self._look([(pictures[i], questions[i]) for i in rows])
+            for i, found in zip(rows, self._generate([prompts[i] for i in rows], features), strict=True):
+                answers[i] = found
+            advance(len(rows))
+        return answers
+
+    def _look(self, wanted: list[tuple[bytes, Question]]) -> torch.Tensor:
+        """Visual features [rows, visual tokens, d], each picture computed once while it is remembered."""
+        new = {digest: question for digest, question in wanted if digest not in self._features}
+        here = {digest: self._features[digest] for digest, _ in wanted if digest in self._features}
+        if new:
+            images = [Picture.from_bytes(question.id, question.image).open() for question in new.values()]
+            pixels = self.pixels(images).to(self.model.device, self.model.dtype)
+            for digest, row in zip(new, self.model.get_image_features(pixels).pooler_output, strict=True):
+                here[digest] = self._features[digest] = row
+                self._held += row.nbytes
+            while self._held > FEATURE_BYTES:
+                self._held -= self._features.popitem(last=False)[1].nbytes
+        return torch.stack([here[digest] for digest, _ in wanted])
+
+    def _generate(self, prompts: list[list[int]], features: torch.Tensor) -> list[Answer]:
+        """Greedy decoding of one batch: left-padded, so that every row's next token is in the last column."""
+        visual = features.shape[1]
+        width = max(map(len, prompts)) + visual - 1
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            at = prompt.index(self.image_id)
+            whole = prompt[:at] + [self.image_id] * visual + prompt[at + 1 :]
+            ids[row, width - len(whole) :] = torch.tensor(whole)
+            mask[row, width - len(whole) :] = 1
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        embedded = self.decoder.get_input_embeddings()(ids)  # [rows, width, d]
+        embedded[(ids == self.image_id) & (mask == 1)] = features.flatten(0, 1).to(embedded.dtype)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.decoder.config)
+        tokens, logprob, alive, entropy = [], torch.zeros(len(prompts), device=ids.device), None, None
+        padded = bool((mask == 0).any())
+        for step in range(self.max_new_tokens):
+            hidden = self.decoder(
+                inputs_embeds=embedded,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            logp = self.head(hidden).float().log_softmax(-1)  # [rows, vocab]
+            best, chosen = logp.max(-1)
+            if step == 0:
+                alive = torch.ones_like(chosen, dtype=torch.bool)
+                entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
+            logprob += torch.where(alive, best, 0.0)
+            tokens.append(torch.where(alive, chosen, self.pad))
+            alive &= ~torch.isin(chosen, self.ends)
+            if not alive.any():
+                break
+            embedded = self.decoder.get_input_embeddings()(tokens[-1])[:, None]
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        texts = self.tokenizer.batch_decode(torch.stack(tokens, 1).cpu(), skip_special_tokens=True)
+        return [
+            Answer(text.strip(), *values)
+            for text, *values in zip(texts, logprob.tolist(), entropy.tolist(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """For (context, continuation) token ids: log-probability (nats) of the continuation, and whether it is greedy."""
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
+        scores: list[tuple[float, bool] | None] = [None] * len(pairs)
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            whole = [(pairs[i][0] + pairs[i][1])[:-1] for i in rows]
+            ids = torch.full((len(rows), max(map(len, whole))), self.pad)
+            for row, sequence in enumerate(whole):
+                ids[row, : len(sequence)] = torch.tensor(sequence)
+            hidden = self.decoder(input_ids=ids.to(self.model.device)).last_hidden_state  # right padding is never seen
+            for row, i in enumerate(rows):
+                context, continuation = pairs[i]
+                steps = hidden[row, len(context) - 1 : len(context) - 1 + len(continuation)]
+                logp = self.head(steps).float().log_softmax(-1)
+                labels = torch.tensor(continuation, device=logp.device)
+                scores[i] = (
+                    logp.gather(1, labels[:, None]).sum().item(),
+                    bool((logp.argmax(-1) == labels).all()),
+                )
+        return scores
