@@ -1,0 +1,122 @@
+"""Figures: the numbers in them, the same bytes every time, and what teacher and students look at."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import evaluate_models
+from fake_results import results_folder
+from grace.distill import relational_cka
+from grace.report import figures, looking
+from grace.report.drawing import save, style
+from grace.report.read import TEACHER, Row, read_results
+
+__all__ = ["results_folder"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def results(results_folder):
+    return read_results(results_folder)
+
+
+@pytest.fixture(scope="module")
+def with_models(results_folder, tmp_path_factory):
+    """The fake experiment with three real, random models in it."""
+    folder = tmp_path_factory.mktemp("models") / "fake"
+    shutil.copytree(results_folder, folder)
+    for seed, below in enumerate(("teacher", "students/baseline/bf16/seed0", "students/grace/int4/seed0")):
+        evaluate_models.model(seed=seed).save_pretrained(folder / below / "model")
+        evaluate_models.processor().save_pretrained(folder / below / "model")
+    return read_results(folder)
+
+
+def test_figures_are_the_same_bytes_twice(tmp_path, results):
+    for turn in ("a", "b"):
+        (tmp_path / turn).mkdir()
+        with style() as plt:
+            save(figures.entropy(results, plt), tmp_path / turn, "entropy")
+    for ending in ("svg", "png"):
+        first, second = ((tmp_path / turn / f"entropy.{ending}").read_bytes() for turn in ("a", "b"))
+        assert first == second, ending
+    assert "<dc:date>" not in (tmp_path / "a" / "entropy.svg").read_text()
+    assert Image.open(tmp_path / "a" / "entropy.png").size[0] > 600
+
+
+def test_entropy_numbers_are_the_formulas(results):
+    data = pd.concat(
+        pd.read_parquet(results.folder / f"teacher/predictions/{name}.parquet") for name in results.benchmarks
+    )
+    found = figures.entropy_numbers(results)
+    assert found["questions"] == len(data) == 240
+    assert found["r"] == pytest.approx(data["entropy"].corr(1 - data["score"]))
+    bins = figures.binned(figures.entropy_error(results))
+    assert bins["count"].tolist() == [24] * 10
+    assert found["r2"] == pytest.approx(bins["entropy"].corr(bins["error"]) ** 2)
+
+
+def test_titles_say_what_the_data_says(results):
+    with style() as plt:
+        assert "An unsure teacher errs more often" in figures.entropy(results, plt).get_suptitle()
+        assert "1.24 × throughput" in figures.pareto(results, plt).axes[0].get_title(loc="left")
+        assert figures.training(results, plt).get_suptitle().startswith("GRACE int4: distillation loss")
+
+
+def test_without_measurements_a_figure_says_so(tmp_path, results_folder):
+    folder = tmp_path / "bare"
+    shutil.copytree(results_folder, folder)
+    shutil.rmtree(folder / "bench")
+    with style() as plt:
+        drawn = figures.pareto(read_results(folder), plt)
+        assert "decoding was not measured" in drawn.axes[0].texts[0].get_text()
+
+
+def test_every_figure_is_written(tmp_path, with_models):
+    figures.write_figures(with_models, tmp_path / "figures")
+    written = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert written == {f"{name}.{end}" for name in figures.NAMES for end in ("svg", "png")} | {"manifest.json"}
+
+
+def test_attention_is_a_distribution_over_a_part_of_the_prompt(with_models):
+    for row in (TEACHER, Row("baseline", "bf16"), Row("grace", "int4")):
+        for look in looking.looks(with_models, row):
+            assert look.attention.shape == (2, 4) and look.tokens.shape == (4, 32)
+            assert (look.attention >= 0).all() and (look.attention.sum(1) < 1).all()
+
+
+def test_the_teachers_right_answer_is_drawn_first_and_pictures_differ(with_models):
+    asked = looking.questions(with_models)
+    scores = with_models.predictions(TEACHER, 0, "colour").set_index("sample_id")["score"]
+    assert scores[asked["id"].iloc[0]] == 1
+    assert len(asked) == looking.PICTURES and asked["image_id"].is_unique
+
+
+def test_cka_is_the_training_losss_own():
+    a, b = torch.randn(9, 8, generator=torch.manual_seed(0)), torch.randn(9, 5, generator=torch.manual_seed(1))
+    assert looking.cka(a.numpy(), b.numpy()) == pytest.approx(1 - relational_cka(b, a).item(), abs=1e-5)
+    assert np.isnan(looking.cka(np.ones((9, 3)), b.numpy()))
+
+
+def test_hidden_states_are_the_penultimate_layers_output(with_models):
+    """Taken by a hook on that layer, for the first question."""
+    folder = Path(with_models.folder / "teacher/model")
+    from grace.infer.prompt import build_prompts
+    from grace.models import load_model, load_processor
+
+    asked = looking.questions(with_models)
+    with Image.open(io.BytesIO(asked["image"].iloc[0]["bytes"])) as picture:
+        inputs = build_prompts(load_processor(folder), [(picture.convert("RGB"), asked["question"].iloc[0])])
+    model = load_model(folder, dtype=torch.float32)
+    kept = []
+    layers = model.model.language_model.layers
+    layers[-2].register_forward_hook(lambda _, __, out: kept.append(out[0] if isinstance(out, tuple) else out))
+    with torch.inference_mode():
+        model(**inputs)
+    visual = inputs["input_ids"][0] == model.config.image_token_id
+    expected = kept[0].reshape(-1, 32)[visual]
+    assert np.allclose(looking.looks(with_models, TEACHER)[0].tokens, expected.numpy(), atol=1e-4)

@@ -1,0 +1,108 @@
+"""The page's structure, read as a browser would read it; browser_report.py opens it in a real one."""
+
+import base64
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+
+from fake_results import results_folder
+from grace.errors import GraceError
+from grace.report import verbs
+from grace.report.drawing import save, style
+from grace.report.figures import NAMES, nothing
+
+__all__ = ["results_folder"]  # a fixture
+
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting, and collects ids, links, pictures, addresses and the texts of tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.links, self.sources, self.rows = [], [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in given:
+            self.ids.append(given["id"])
+        if tag == "a":
+            self.links.append(given["href"])
+        if tag == "img":
+            assert given["alt"]
+        if "src" in given:
+            self.sources.append(given["src"])
+        if tag == "link":
+            self.sources.append(given["href"])
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.rows and self.open and self.open[-1] in ("td", "b", "u", "small"):
+            self.rows[-1].append(data)
+
+
+@pytest.fixture(scope="module")
+def built(results_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "fake"
+    shutil.copytree(results_folder, folder)
+    (folder / "figures").mkdir()
+    with style() as plt:
+        for name in NAMES:
+            save(nothing(plt, name), folder / "figures", name)
+    out = folder / "report" / "index.html"
+    verbs.page(folder, out)
+    return folder, out.read_text()
+
+
+def test_page_is_well_formed_and_self_contained(built):
+    page = Page(built[1])
+    assert len(page.ids) == len(set(page.ids))
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    assert page.sources and all(source.startswith("data:") for source in page.sources)
+    assert "http://" not in built[1] and "https://" not in built[1]
+
+
+def test_figures_and_example_pictures_are_inlined_whole(built):
+    folder, text = built
+    sources = Page(text).sources
+    for name in NAMES:
+        figure = base64.b64encode((folder / "figures" / f"{name}.svg").read_bytes()).decode()
+        assert f"data:image/svg+xml;base64,{figure}" in sources
+    pictures = [base64.b64decode(s.partition(",")[2]) for s in sources if s.startswith("data:image/png")]
+    assert len(pictures) >= 3 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_answers_and_provenance_are_there(built):
+    folder, text = built
+    rows = Page(text).rows
+    assert text.count("✓") > 3 and text.count("✗") > 3
+    for recipe, precision in (("grace", "int4"), ("rtn", "int2")):
+        assert f"students/{recipe}/{precision}/seed1/predictions" in text
+    assert any("GRACE" in row and "lm-eval 0.4.13" in row for row in rows)
+    assert json.dumps(json.loads((folder / "config/experiment.json").read_text())["experiment"]) in text.replace(
+        "&#34;", '"'
+    )
+
+
+def test_the_same_results_make_the_same_page(built, tmp_path):
+    verbs.page(built[0], tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == built[1]
+
+
+def test_a_missing_figure_is_named(built, tmp_path):
+    folder = tmp_path / "fake"
+    shutil.copytree(built[0], folder)
+    (folder / "figures" / "entropy.svg").unlink()
+    with pytest.raises(GraceError, match=r"entropy\.svg: no such file; draw the figures first"):
+        verbs.page(folder, tmp_path / "index.html")

@@ -1,0 +1,1 @@
+"""From predictions and measurements to tables, figures, metrics and one page."""

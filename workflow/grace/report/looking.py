@@ -1,0 +1,182 @@
+"""What teacher, baseline and GRACE student look at: attention over the picture (Figure 3), visual-token similarity (5).
+
+One test question is drawn, the first that the teacher answers right; the numbers in the titles are means over the
+first PICTURES questions, so that they say more than one picture can. Runs each model in fp32 with eager attention.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from grace.errors import GraceError
+from grace.report.drawing import COLOURS
+from grace.report.paper import GRACE, label, row_role
+from grace.report.read import BASELINE, TEACHER, Results, Row
+
+PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one model does with one question about one picture.
+
+    Attributes:
+        attention: [layers, visual tokens] from the position that answers to each visual token, mean over heads.
+        tokens: [visual tokens, d] output of the penultimate decoder layer.
+        answer: the first token it would say.
+    """
+
+    attention: np.ndarray
+    tokens: np.ndarray
+    answer: str
+
+
+def shown_models(results: Results) -> list[Row]:
+    """Teacher, baseline and the GRACE student (INT4 where there is one), as far as they exist."""
+    ours = [row for row in results.rows() if row_role(results.experiment, row) == GRACE]
+    ours.sort(key=lambda row: row.precision != "int4")
+    return [row for row in (TEACHER, BASELINE, *ours[:1]) if row in results.seeds]
+
+
+def questions(results: Results) -> pd.DataFrame:
+    """The first questions, each about another picture: id, question, answer, image bytes; first one the teacher has right."""
+    benchmark = results.benchmarks[0]
+    path = results.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+    try:
+        frame = pq.read_table(path, columns=["id", "image", "image_id", "question", "answer"]).to_pandas()
+    except FileNotFoundError:
+        raise GraceError(f"{path}: no such file; prepare the data first, or pull it with `dvc pull`") from None
+    scores = results.predictions(TEACHER, results.seeds[TEACHER][0], benchmark).set_index("sample_id")["score"]
+    frame = frame[frame["id"].isin(scores.index)].sort_values("id", kind="stable").drop_duplicates("image_id")
+    right = frame["id"].map(scores) >= 1
+    first = frame.index[right][:1] if right.any() else frame.index[:1]
+    return pd.concat([frame.loc[first], frame.drop(first)]).head(PICTURES)
+
+
+@lru_cache(maxsize=4)
+def _looks(folder: str, asked: tuple[tuple[str, bytes], ...]) -> list[Look]:
+    import torch
+    from PIL import Image
+
+    from grace.infer.prompt import build_prompts
+    from grace.models import image_token_id, load_model, load_processor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(folder, dtype=torch.float32, device=device, attention="eager")
+    processor = load_processor(folder)
+    found = []
+    for question, picture in asked:
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        inputs = {key: value.to(device) for key, value in build_prompts(processor, [(image, question)]).items()}
+        with torch.inference_mode():
+            out = model(**inputs, output_attentions=True, output_hidden_states=True, use_cache=False)
+        visual = (inputs["input_ids"][0] == image_token_id(model)).nonzero()[:, 0]
+        attention = torch.stack([layer[0, :, -1, visual].mean(0) for layer in out.attentions])
+        answer = processor.tokenizer.decode(out.logits[0, -1].argmax().reshape(1), skip_special_tokens=False)
+        found.append(Look(attention.cpu().numpy(), out.hidden_states[-2][0, visual].cpu().numpy(), answer.strip()))
+    return found
+
+
+def looks(results: Results, row: Row) -> list[Look]:
+    """One `Look` per question of `questions`, from the row's first seed."""
+    asked = questions(results)
+    folder = results.folder / row.folder(results.seeds[row][0]) / "model"
+    return _looks(str(folder), tuple(zip(asked["question"], (image["bytes"] for image in asked["image"]), strict=True)))
+
+
+def cka(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear CKA of two sets of row-normalised tokens [n, d_a] and [n, d_b]; nan where one does not vary."""
+    grams = []
+    for tokens in (a, b):
+        rows = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+        gram = rows @ rows.T
+        grams.append(gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
+    size = np.linalg.norm(grams[0]) * np.linalg.norm(grams[1])
+    return float((grams[0] * grams[1]).sum() / size) if size > 0 else float("nan")
+
+
+def _likeness(a: Look, b: Look) -> float:
+    """Pearson r of where two models look, attention summed over layers."""
+    return float(np.corrcoef(a.attention.sum(0), b.attention.sum(0))[0, 1])
+
+
+def _compared(results: Results, rows: list[Row], measure) -> list[tuple[Row, float]]:
+    """Mean over the questions of `measure(teacher, student)` for every student."""
+    teacher = looks(results, TEACHER)
+    return [
+        (row, float(np.nanmean([measure(t, s) for t, s in zip(teacher, looks(results, row), strict=True)])))
+        for row in rows
+        if row != TEACHER
+    ]
+
+
+def _named(results: Results, row: Row) -> str:
+    return f"{label(results.experiment, row)} {row.precision}"
+
+
+def _said(results: Results, compared: list[tuple[Row, float]]) -> str:
+    return ", ".join(f"{_named(results, row)} {value:.2f}" for row, value in compared)
+
+
+def _picture(asked: pd.DataFrame):
+    from PIL import Image
+
+    return Image.open(io.BytesIO(asked["image"].iloc[0]["bytes"])).convert("RGB")
+
+
+def attention(results: Results, plt):
+    """Figure 3: attention from the answering position to the picture, per layer and model, for one question."""
+    rows, asked = shown_models(results), questions(results)
+    each = {row: looks(results, row)[0] for row in rows}
+    picture = _picture(asked)
+    layers = max(len(look.attention) for look in each.values())
+    figure, axes = plt.subplots(
+        len(rows), layers + 1, figsize=(1.9 * (layers + 1), 2.1 * len(rows) + 0.8), squeeze=False
+    )
+    for line, (row, look) in zip(axes, each.items(), strict=True):
+        line[0].imshow(picture)
+        line[0].set_title(f"{_named(results, row)}: “{look.answer}”", fontsize=8)
+        side = round(look.attention.shape[1] ** 0.5)
+        for layer, axis in enumerate(line[1:]):
+            if layer < len(look.attention):
+                values = look.attention[layer]
+                shape = (side, side) if side * side == len(values) else (1, len(values))
+                axis.imshow(values.reshape(shape), cmap="gray_r", vmin=0, vmax=max(values.max(), 1e-9))
+                axis.set_title(f"layer {layer + 1}: {100 * values.sum():.0f}% on the picture", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    compared = _compared(results, rows, _likeness)
+    question = f"“{asked['question'].iloc[0]}” (right: {asked['answer'].iloc[0]}); darker is more"
+    finding = f"Likeness to where the teacher looks: {_said(results, compared)}"
+    figure.suptitle(f"{finding}\n(mean r of {len(asked)} pictures)\n{question}", x=0.01, ha="left", fontsize=9)
+    return figure
+
+
+def similarity(results: Results, plt):
+    """Figure 5: cosine similarity between the visual tokens of one picture, per model, and the CKA to the teacher's."""
+    rows, asked = shown_models(results), questions(results)
+    each = {row: looks(results, row)[0] for row in rows}
+    figure, axes = plt.subplots(1, len(rows) + 1, figsize=(2.5 * (len(rows) + 1), 3.3), squeeze=False)
+    axes[0, 0].imshow(_picture(asked))
+    axes[0, 0].set_title("picture", fontsize=8)
+    axes[0, 0].axis("off")
+    maps = {}
+    for row, look in each.items():
+        unit = look.tokens / np.linalg.norm(look.tokens, axis=1, keepdims=True)
+        maps[row] = unit @ unit.T
+    lowest = min(values.min() for values in maps.values())
+    for axis, (row, look) in zip(axes[0, 1:], each.items(), strict=True):
+        drawn = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1)
+        own = "" if row == TEACHER else f"\nCKA to the teacher {cka(each[TEACHER].tokens, look.tokens):.2f}"
+        axis.set_title(_named(results, row) + own, fontsize=8, color=COLOURS[0])
+        axis.set_xlabel("visual token", fontsize=8)
+        axis.grid(False)
+    figure.colorbar(drawn, ax=list(axes[0, 1:]), shrink=0.7, label="cosine similarity")
+    compared = _compared(results, rows, lambda teacher, student: cka(teacher.tokens, student.tokens))
+    finding = f"CKA to the teacher's visual tokens (mean of {len(asked)} pictures): {_said(results, compared)}"
+    figure.suptitle(finding, x=0.01, ha="left", fontsize=9)
+    return figure

@@ -1,0 +1,70 @@
+"""metrics.json: the numbers that `dvc metrics diff` compares between two versions."""
+
+from pathlib import Path
+from typing import Any
+
+from grace.files import write_json
+from grace.report.claims import findings
+from grace.report.deployment import decode_rows
+from grace.report.figures import entropy_numbers
+from grace.report.read import BASELINE, TEACHER, Results, Row
+from grace.report.score_tables import AVERAGE
+
+
+def metrics(results: Results) -> dict[str, Any]:
+    """Scores and standard errors in points (2 decimals), claims' differences, speed (3 significant digits).
+
+    Keys are names, never positions, so that a diff of two versions lines up.
+    """
+    found: dict[str, Any] = {"scores": {}}
+    for row in results.seeds:
+        here = found["scores"]
+        for key in ("teacher",) if row == TEACHER else (row.recipe, row.precision):
+            here = here.setdefault(key, {})
+        here.update(_scores(results, row))
+    if {TEACHER, BASELINE} <= set(results.seeds):
+        gap = results.estimate(TEACHER).value - results.estimate(BASELINE).value
+        found["teacher_minus_baseline"] = round(gap, 2)
+    found["claims"] = {
+        item.claim.text: {
+            "difference": round(item.comparison.difference, 2),
+            "stderr": round(item.comparison.stderr, 2),
+            "p_holm": _significant(item.p),
+            "p_holm_questions": _significant(item.p_questions),
+        }
+        for item in findings(results)
+    }
+    entropy = entropy_numbers(results)
+    if entropy is not None:
+        found["teacher_entropy"] = {"pearson_r": round(entropy["r"], 3), "binned_r2": round(entropy["r2"], 3)}
+    decode = {}
+    for row, record in decode_rows(results):
+        numbers = {key: _significant(record[key]) for key in ("tokens_per_second", "weight_mib", "peak_mib")}
+        decode.setdefault(str(row), {})[f"batch{int(record['batch'])}"] = numbers
+    if decode:
+        found["decode"] = decode
+    if results.kernel is not None:
+        speedup = results.kernel.groupby(["backend", "m"])["speedup"].median()
+        kernel: dict[str, Any] = {}
+        for (backend, m), value in speedup.items():
+            kernel.setdefault(backend, {})[f"m{int(m)}"] = _significant(value)
+        found["kernel_speedup"] = kernel
+    return found
+
+
+def _scores(results: Results, row: Row) -> dict[str, Any]:
+    average = results.estimate(row)
+    return {
+        AVERAGE: round(average.value, 2),
+        "average_stderr": round(average.stderr, 2),
+        "benchmarks": {name: round(results.estimate(row, name).value, 2) for name in results.benchmarks},
+    }
+
+
+def _significant(value: float, digits: int = 3) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def write_metrics(results: Results, out: Path) -> None:
+    """Write `metrics(results)` to the JSON file `out`."""
+    write_json(out, metrics(results))

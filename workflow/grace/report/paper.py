@@ -1,0 +1,130 @@
+"""The paper's names for what a recipe is, and the paper's numbers (paper_tables.csv)."""
+
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from grace.config.schema import Experiment, Recipe
+from grace.report.read import BASELINE, TEACHER, Row
+
+GRACE = "grace"
+PARTS = ("gdkd", "rcka", "ib")
+ARXIV = "arXiv 2601.22709"
+_LABELS = {"teacher": "Teacher", "baseline": "Baseline", "rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", GRACE: "GRACE"}
+_CANONICAL = {
+    "sqa": "ScienceQA",
+    "scienceqaimg": "ScienceQA",
+    "mmb": "MMBench",
+    "seed": "SEED-Bench",
+    "seedbenchimg": "SEED-Bench",
+    "hallb": "HallusionBench",
+}
+
+
+def role(recipe: Recipe) -> str:
+    """What a recipe is in the paper: rtn, awq, gptq, none, kd, one of GRACE's parts joined by +, or grace.
+
+    `none` is plain training: fine-tuning at bf16, QAT at a quantised precision. The controller alone sets the weight of
+    a plain distillation loss, which is the paper's "IB" row.
+    """
+    if recipe.post_training:
+        return recipe.post_training
+    parts = [part for part, on in zip(PARTS, (recipe.kd == "gated", recipe.rcka, recipe.controller), strict=True) if on]
+    if len(parts) == len(PARTS):
+        return GRACE
+    if recipe.kd == "plain" and "ib" not in parts:
+        parts = ["kd", *parts]
+    return "+".join(parts) or "none"
+
+
+def roles(experiment: Experiment) -> dict[str, str]:
+    """Role of every recipe. Where two share one, it goes to the first that changes no constants, and the others are
+    `variant`: the paper has one GRACE, not a sweep."""
+    found: dict[str, str] = {}
+    for name, recipe in sorted(experiment.recipes.items(), key=lambda item: bool(item[1].method or item[1].train)):
+        meant = role(recipe)
+        found[name] = "variant" if meant in found.values() else meant
+    return found
+
+
+def row_role(experiment: Experiment, row: Row) -> str:
+    """The role of a table's row."""
+    return row.recipe if row in (TEACHER, BASELINE) else roles(experiment)[row.recipe]
+
+
+def label(experiment: Experiment, row: Row) -> str:
+    """The name of a row in tables and figures."""
+    if row in (TEACHER, BASELINE):
+        return _LABELS[row.recipe]
+    recipe = experiment.recipes[row.recipe]
+    if recipe.label:
+        return recipe.label
+    name = roles(experiment)[row.recipe]
+    if name == "variant":
+        return row.recipe
+    quantised = row.precision != "bf16"
+    if name == "none":
+        return "QAT" if quantised else "Fine-tuning"
+    if name == "kd":
+        return "QAT + KD" if quantised else "Fine-tuning + KD"
+    return _LABELS.get(name) or " + ".join(part.upper() for part in name.split("+"))
+
+
+def _key(benchmark: str) -> str:
+    return "".join(character for character in benchmark.lower() if character.isalnum())
+
+
+@cache
+def canonical(benchmark: str) -> str:
+    """One spelling of a benchmark's name, as paper_tables.csv has it."""
+    key = _key(benchmark)
+    known = {_key(name): name for name in paper_numbers()["benchmark"].unique()}
+    return _CANONICAL.get(key) or known.get(key) or benchmark
+
+
+@cache
+def paper_numbers() -> pd.DataFrame:
+    """source, table, model, row, role, precision, benchmark, value: the paper's tables and the authors' released run."""
+    return pd.read_csv(Path(__file__).with_name("paper_tables.csv"), dtype={"table": str}, keep_default_na=False)
+
+
+@cache
+def _values() -> dict[tuple[str, ...], float]:
+    keys = paper_numbers()[["source", "table", "role", "precision", "benchmark"]].itertuples(index=False, name=None)
+    return dict(zip(keys, paper_numbers()["value"].tolist(), strict=True))
+
+
+def paper_value(experiment: Experiment, table: str, role: str, precision: str, benchmark: str) -> float | None:
+    """The paper's number for one cell, or None. Qwen3-VL experiments take the authors' released run instead."""
+    source = "release" if experiment.family == "qwen3_vl" else "paper"
+    return _values().get((source, table, role, precision, benchmark)) if role else None
+
+
+def paper_model(experiment: Experiment, table: str) -> str:
+    """Whose numbers stand beside ours in a table."""
+    if experiment.family == "qwen3_vl":
+        return "Qwen3-VL, the authors' released run"
+    return "LLaVA-1.5, 13B to 7B" if table in ("1", "2", "deployment") else "Qwen2-VL, 7B to 2B"
+
+
+def what_was_run(experiment: Experiment, seeds: tuple[int, ...], trained: bool = True) -> str:
+    """The column that keeps a reader from taking one model for another."""
+    if experiment.data.source == "demo":
+        what = "demo models, not LLaVA-1.5"
+    else:
+        names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
+        what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family
+    if not trained:
+        return f"{what}; no training"
+    return f"{what}; {seed_range(seeds)}"
+
+
+def seed_range(seeds: tuple[int, ...]) -> str:
+    """`seed 0`, `seeds 0-2` or `seeds 0, 3`."""
+    ordered = sorted(seeds)
+    if len(ordered) == 1:
+        return f"seed {ordered[0]}"
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"seeds {ordered[0]}-{ordered[-1]}"
+    return "seeds " + ", ".join(map(str, ordered))

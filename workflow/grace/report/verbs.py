@@ -1,0 +1,35 @@
+"""What `grace report ...` calls. Paths are folders, `out` of metrics a file and of page an HTML file."""
+
+from pathlib import Path
+
+
+def tables(results: Path, out: Path) -> None:
+    """Write the tables as Markdown, CSV and LaTeX, and claims.md, into the folder `out`."""
+    from grace.report.read import read_results
+    from grace.report.tables import write_tables
+
+    write_tables(read_results(results), out)
+
+
+def figures(results: Path, out: Path) -> None:
+    """Draw every figure as SVG and PNG into the folder `out`."""
+    from grace.report.figures import write_figures
+    from grace.report.read import read_results
+
+    write_figures(read_results(results), out)
+
+
+def metrics(results: Path, out: Path) -> None:
+    """Write the numbers that `dvc metrics diff` compares to the JSON file `out`."""
+    from grace.report.metrics import write_metrics
+    from grace.report.read import read_results
+
+    write_metrics(read_results(results), out)
+
+
+def page(results: Path, out: Path) -> None:
+    """Build the self-contained page `out` (index.html)."""
+    from grace.report.page import write_page
+    from grace.report.read import read_results
+
+    write_page(read_results(results), out)

@@ -1,0 +1,1 @@
+"""Versions of an experiment: the records that travel with its results, and what changed between two of them."""

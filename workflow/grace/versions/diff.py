@@ -1,0 +1,263 @@
+"""What changed between two versions of an experiment's results, and what of it is more than noise.
+
+Models are compared on the questions that both versions asked (the same sample_id with the same right answer), version
+B less version A, seed by seed. The test is about these very models: McNemar's exact test clustered by picture for each
+benchmark, the paired bootstrap for averages. Holm's correction runs over every comparison whose predictions are not
+identical: a test that cannot reject costs the others nothing (Tarone 1990).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_json, sha256
+from grace.report.read import Row, read_predictions
+from grace.report.score_tables import AVERAGE
+from grace.report.stats import ALPHA, Comparison, Scores, compare, holm
+from grace.versions.revisions import results_of
+
+_COLUMNS = ["sample_id", "image_id", "score", "target", "prompt_hash", "prediction"]
+
+
+@dataclass
+class Change:
+    """One model on one benchmark (or on the average of those it shares), B less A.
+
+    Attributes:
+        comparison: None where the predictions are identical.
+        p: after Holm's correction over everything that changed.
+        before, after: scores in points over the shared questions.
+        added, removed: questions that only B or only A has; `reworded` ones have another prompt, `redefined` another
+            right answer (these are not compared).
+    """
+
+    row: Row
+    benchmark: str
+    seeds: tuple[int, ...]
+    before: float
+    after: float
+    shared: int
+    added: int = 0
+    removed: int = 0
+    reworded: int = 0
+    redefined: int = 0
+    comparison: Comparison | None = None
+    p: float = 1.0
+
+    @property
+    def regressed(self) -> bool:
+        """A drop that is more than noise."""
+        return self.comparison is not None and self.comparison.difference < 0 and self.p < ALPHA
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A question whose score changed."""
+
+    row: Row
+    seed: int
+    benchmark: str
+    sample: str
+    target: str
+    before: str
+    after: str
+    change: float
+
+
+@dataclass
+class Difference:
+    """Everything that two versions differ in; see `diff`."""
+
+    a: str
+    b: str
+    changes: list[Change] = field(default_factory=list)
+    flips: list[Flip] = field(default_factory=list)
+    only: dict[str, list[str]] = field(default_factory=dict)  # "models in A", ... -> names
+    settings: list[tuple[str, Any, Any]] = field(default_factory=list)
+    environment: list[tuple[str, Any, Any]] = field(default_factory=list)
+    artifacts: list[tuple[str, str]] = field(default_factory=list)  # folder, what happened to it
+    speed: pd.DataFrame | None = None
+    questions: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)  # question and picture of a flip
+
+    @property
+    def regressions(self) -> list[Change]:
+        """Significant drops."""
+        return [change for change in self.changes if change.regressed]
+
+
+def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> Difference:
+    """Compare two results folders. Raises GraceError where they share no model or no benchmark."""
+    from grace.versions.surroundings import artifacts, environment, questions, settings, speed
+
+    found = Difference(*(names or (str(a), str(b))))
+    models = [_models(side) for side in (a, b)]
+    shared = [key for key in models[1] if key in models[0]]
+    if not shared:
+        raise GraceError(
+            f"{a} and {b}: no model has predictions in both; give two versions of one experiment, or pull their predictions"
+        )
+    found.only = {
+        f"models only in {name}": [f"{row} seed {seed}" for row, seed in side if (row, seed) not in other]
+        for name, side, other in (("A", models[0], models[1]), ("B", models[1], models[0]))
+    }
+    seeds: dict[Row, list[int]] = {}
+    for row, seed in shared:
+        seeds.setdefault(row, []).append(seed)
+    lonely: dict[str, set[str]] = {"A": set(), "B": set()}
+    for row, listed in seeds.items():
+        _compare_row(found, (a, b), row, tuple(listed), lonely)
+    found.only |= {f"benchmarks only in {name}": sorted(names) for name, names in lonely.items()}
+    found.only = {key: value for key, value in found.only.items() if value}
+    if not found.changes:
+        raise GraceError(
+            f"{a} and {b}: no model was asked the same questions in both; compare versions with equal benchmarks"
+        )
+    changed = [change for change in found.changes if change.comparison is not None]
+    for change, p in zip(changed, holm([change.comparison.p_questions for change in changed]), strict=True):
+        change.p = float(p)
+    telling = {(change.row, change.benchmark): (change.p, change.comparison.difference) for change in changed}
+    found.flips.sort(key=lambda flip: telling[flip.row, flip.benchmark])
+    found.settings, found.environment = settings(a, b), environment(a, b)
+    found.artifacts, found.speed = artifacts(a, b), speed(a, b)
+    found.questions = questions(b, a, found.flips)
+    return found
+
+
+def _models(folder: Path) -> dict[tuple[Row, int], Path]:
+    """Every model with predictions, by row and seed."""
+    found = {}
+    for manifest in sorted(folder.glob(f"**/predictions/{MANIFEST}")):
+        parts = manifest.parent.parent.relative_to(folder).parts
+        if parts == ("teacher",):
+            found[Row("teacher", "bf16"), 0] = manifest.parent
+        elif len(parts) == 4 and parts[0] == "students" and parts[3].removeprefix("seed").isdigit():
+            found[Row(parts[1], parts[2]), int(parts[3].removeprefix("seed"))] = manifest.parent
+    return found
+
+
+def _compare_row(found: Difference, sides: tuple[Path, Path], row: Row, seeds: tuple[int, ...], lonely: dict) -> None:
+    folders = [[side / row.folder(seed) / "predictions" for seed in seeds] for side in sides]
+    manifests = [[read_json(folder / MANIFEST)["benchmarks"] for folder in side] for side in folders]
+    names = [set.intersection(*(set(m) for m in side)) for side in manifests]
+    for name, own, other in (("A", names[0], names[1]), ("B", names[1], names[0])):
+        lonely[name] |= own - other
+    shared = [name for name in manifests[1][0] if name in names[0] & names[1]]
+    if all(_same_bytes(folders, benchmark) for benchmark in shared):
+        changes = [_unchanged(row, seeds, benchmark, manifests[1]) for benchmark in shared]
+        pairs = None
+    else:
+        compared = [_compare_benchmark(found, folders, row, seeds, benchmark) for benchmark in shared]
+        compared = [each for each in compared if each is not None]
+        changes, pairs = [change for change, _ in compared], [pair for _, pair in compared]
+    found.changes += changes
+    if len(changes) > 1:
+        before, after = (
+            sum(getattr(change, side) for change in changes) / len(changes) for side in ("before", "after")
+        )
+        average = Change(row, AVERAGE, seeds, before, after, sum(change.shared for change in changes))
+        if any(change.comparison is not None for change in changes):
+            average.comparison = compare([b for _, b in pairs], [a for a, _ in pairs])
+        found.changes.append(average)
+
+
+def _same_bytes(folders: list[list[Path]], benchmark: str) -> bool:
+    paths = [[folder / f"{benchmark}.parquet" for folder in side] for side in folders]
+    return all(
+        a.is_file() and b.is_file() and a.stat().st_size == b.stat().st_size and sha256(a) == sha256(b)
+        for a, b in zip(*paths, strict=True)
+    )
+
+
+def _unchanged(row: Row, seeds: tuple[int, ...], benchmark: str, manifests: list[dict]) -> Change:
+    """A benchmark whose files are the same byte for byte: what the manifests say of it."""
+    score = 100 * sum(manifest[benchmark]["score"] for manifest in manifests) / len(manifests)
+    return Change(row, benchmark, seeds, score, score, manifests[0][benchmark]["questions"])
+
+
+def _compare_benchmark(
+    found: Difference, folders: list[list[Path]], row: Row, seeds: tuple[int, ...], benchmark: str
+) -> tuple[Change, tuple[Scores, Scores]] | None:
+    """One benchmark of one row, over the questions that every seed of both versions has; None where there are none."""
+    frames = [
+        [read_predictions(folder / f"{benchmark}.parquet", _COLUMNS).set_index("sample_id") for folder in side]
+        for side in folders
+    ]
+    before, after = frames
+    common = before[0].index
+    for frame in (*before, *after):
+        common = common.intersection(frame.index)
+    redefined = (before[0].loc[common, "target"] != after[0].loc[common, "target"]).to_numpy()
+    shared = common[~redefined]
+    if not len(shared):
+        found.only.setdefault("benchmarks whose questions all differ", []).append(f"{row} {benchmark}")
+        return None
+    pair = tuple(
+        Scores(
+            100 * pd.concat([frame.loc[shared, "score"] for frame in side], axis=1).to_numpy(dtype=float).T,
+            side[0].loc[shared, "image_id"].to_numpy(dtype=str),
+            seeds,
+        )
+        for side in frames
+    )
+    change = Change(
+        row, benchmark, seeds, float(pair[0].values.mean()), float(pair[1].values.mean()), len(shared),
+        added=len(after[0].index.difference(before[0].index)),
+        removed=len(before[0].index.difference(after[0].index)),
+        reworded=int((before[0].loc[shared, "prompt_hash"] != after[0].loc[shared, "prompt_hash"]).sum()),
+        redefined=int(redefined.sum()),
+    )  # fmt: skip
+    if (pair[0].values != pair[1].values).any():
+        change.comparison = compare([pair[1]], [pair[0]])
+        for seed, old, new in zip(seeds, before, after, strict=True):
+            found.flips += _flips(row, seed, benchmark, old.loc[shared], new.loc[shared])
+    return change, pair
+
+
+def _flips(row: Row, seed: int, benchmark: str, old: pd.DataFrame, new: pd.DataFrame) -> list[Flip]:
+    moved = old.index[(old["score"] != new["score"]).to_numpy()]
+    return [
+        Flip(
+            row, seed, benchmark, str(sample), str(new.at[sample, "target"]), str(old.at[sample, "prediction"]),
+            str(new.at[sample, "prediction"]), float(new.at[sample, "score"] - old.at[sample, "score"]),
+        )
+        for sample in moved
+    ]  # fmt: skip
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    experiment: str = "demo",
+    repository: Path = Path("."),
+    markdown: Path | None = None,
+    page: Path | None = None,
+    fail_on_regression: bool = False,
+) -> Difference:
+    """Compare two results folders or git revisions, print what changed, and return it.
+
+    Args:
+        a, b: the older and the newer version: a results folder, or a git revision of `repository`.
+        experiment: which folder of `results/` to take from a revision.
+        markdown, page: files to write for a pull request or a browser.
+        fail_on_regression: raise a GraceError when a drop is significant.
+    """
+    from grace.files import whole_file
+    from grace.versions.diff_render import to_html, to_markdown, to_terminal
+
+    with results_of(a, experiment, repository) as first, results_of(b, experiment, repository) as second:
+        found = compare_folders(first, second, (str(a), str(b)))
+    for path, render in ((markdown, to_markdown), (page, to_html)):
+        if path is not None:
+            with whole_file(path) as part:
+                part.write_text(render(found))
+    to_terminal(found)
+    if fail_on_regression and found.regressions:
+        worst = min(found.regressions, key=lambda change: change.comparison.difference)
+        raise GraceError(
+            f"{b}: {len(found.regressions)} significant drops against {a}, the largest {worst.comparison.difference:.1f} "
+            f"points ({worst.row} on {worst.benchmark}); mend it, or run without --fail-on-regression"
+        )
+    return found
