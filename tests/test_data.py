@@ -85,7 +85,7 @@ def test_collate_pads_on_the_right_and_cuts_captions(tmp_path):
     assert batch.attention_mask.sum(1).tolist() == [len(e.input_ids) for e in examples]
     rows, columns, labels = batch.supervised()
     assert torch.equal(labels, batch.input_ids[rows, columns + 1])
-    captions = collate(examples, processor, captions_only=True)
+    captions = collate(examples, processor, first_turn_only=True)
     assert torch.equal(captions.labels[0], captions.labels[1])
 
 

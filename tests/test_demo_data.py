@@ -16,7 +16,17 @@ from grace.demo.pictures import CELL, SCENES, Scene, Thing, draw_scene, encode, 
 from grace.demo.prepare import prepare, training_rows
 from grace.demo.questions import ASKED, caption, conversation
 from grace.demo.sources import SPLITS, load_sources
-from grace.demo.vocabulary import CATEGORY_OF, COLOURS, GARMENTS, KINDS, NUMBERS, POSITIONS, SPECIAL, UNANSWERABLE, words
+from grace.demo.vocabulary import (
+    CATEGORY_OF,
+    COLOURS,
+    GARMENTS,
+    KINDS,
+    NUMBERS,
+    POSITIONS,
+    SPECIAL,
+    UNANSWERABLE,
+    words,
+)
 from grace.errors import GraceError
 
 VOCABULARY = set(words())

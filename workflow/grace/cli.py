@@ -230,11 +230,28 @@ def chat(
     image: Path,
     question: str,
     model: Annotated[Path, typer.Option(help="packed folder or plain checkpoint")],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one by default")] = None,
 ) -> None:
     """Ask a model about a picture; the answer streams."""
     from grace.infer.chat import chat as answer
 
-    answer(model, image, question)
+    answer(model, image, question, device)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="the older version: a git revision or a results folder")],
+    b: Annotated[str, typer.Argument(help="the newer version")],
+    experiment: Annotated[str, typer.Option(help="which folder of results/ to take from a revision")] = "demo",
+    repository: Annotated[Path, typer.Option(help="the repository that the revisions are of")] = Path("."),
+    markdown: Annotated[Path | None, typer.Option(help="write it for a pull request")] = None,
+    page: Annotated[Path | None, typer.Option(help="write it for a browser")] = None,
+    fail_on_regression: Annotated[bool, typer.Option(help="exit 1 when a drop is significant")] = False,
+) -> None:
+    """Say what changed between two versions of the results, with a paired test for every change."""
+    from grace.versions.diff import diff as compare
+
+    compare(a, b, experiment, repository, markdown, page, fail_on_regression)
 
 
 @config_verbs.command("schema")
@@ -243,6 +260,14 @@ def config_schema() -> None:
     from grace.config.generate import schema
 
     print(schema(), end="")
+
+
+@config_verbs.command("default")
+def config_default(file: Annotated[Path, typer.Argument()] = Path("config.yaml")) -> None:
+    """Print a configuration file with every key, its value and its explanation."""
+    from grace.config.generate import explain_file
+
+    print(explain_file(file), end="")
 
 
 @config_verbs.command("check")

@@ -5,13 +5,14 @@ directory and renamed when it is whole, and a folder carries a `manifest.json` t
 SHA-256, so that a consumer depends on one small file and can tell a damaged tree from a good one.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,33 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
     try:
         yield part
         write_manifest(part, **about)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
+        _put(part, target)
     except OSError as error:
         raise GraceError(
             f"{target}: could not be written ({error.strerror or error}); free space and run again"
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, target: Path) -> None:
+    """Rename a folder over another one. A kill in between leaves no `target`; of two writers the last one's stays whole.
+
+    The old folder is renamed before it is deleted: killed half-way through, a deletion in place would leave a folder
+    that still has its manifest.
+    """
+    while True:
+        old = _temporary(target)
+        with suppress(FileNotFoundError):
+            target.rename(old)
+        try:
+            part.rename(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another writer was faster: its folder goes too
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(target: str | Path, value: Any) -> None:

@@ -115,12 +115,12 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
             seed=seed,
         )
     distils = chosen.kd != "none" or chosen.rcka
-    method = Method(**{**config.method.model_dump(), **chosen.method}) if distils else Method()
+    method = config.recipe_method(chosen) if distils else Method()
     return TrainRun(
         family=config.family,
         compute_dtype=config.compute_dtype,
         seed=seed,
-        optimisation=Optimisation(**{**config.finetune.model_dump(), **chosen.train}),
+        optimisation=config.recipe_optimisation(chosen),
         kd=chosen.kd,
         rcka=chosen.rcka,
         controller=chosen.controller,

@@ -5,125 +5,34 @@ No torch and no transformers in here: Snakemake imports it for every dry run.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$")]
-PrecisionName = Annotated[str, Field(pattern=r"^(bf16|int[2348])(-outliers)?$")]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from grace.config.sections import (
+    DEMO_BENCHMARKS,
+    Architecture,
+    Bench,
+    Cache,
+    DemoData,
+    Evaluation,
+    Job,
+    LlavaData,
+    Method,
+    MethodChanges,
+    Model,
+    Name,
+    Optimisation,
+    OptimisationChanges,
+    PrecisionName,
+    Quantization,
+    Resources,
+    Section,
+    Seed,
+)  # fmt: skip
 
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values do not change once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DemoData(Section):
-    """Pictures composed from real garments, digits and textures; nothing is downloaded."""
-
-    source: Literal["demo"] = "demo"
-    pictures: PositiveInt = Field(4000, description="training pictures")
-    questions_per_picture: PositiveInt = Field(
-        12, description="questions asked of each training picture, in one conversation"
-    )
-    development_questions: PositiveInt = Field(200, description="questions per benchmark in the development split")
-    benchmark_questions: PositiveInt = Field(1000, description="questions per benchmark in the test split")
-    seed: Seed = Field(0, description="seed of the pictures and questions")
-
-
-class LlavaData(Section):
-    """A conversation file in LLaVA's format beside its picture folder, as in LLaVA-1.5's mix665k."""
-
-    source: Literal["llava"]
-    conversations: str = Field(description="path of the JSON file with the conversations")
-    pictures: str = Field(description="folder that the JSON file's `image` paths start from")
-    limit: PositiveInt | None = Field(None, description="take only the first so many conversations")
-
-
-class Architecture(Section):
-    """A decoder made from scratch behind the vision tower (the demo's models)."""
-
-    hidden_size: PositiveInt = Field(description="width of the decoder")
-    intermediate_size: PositiveInt = Field(description="width of its feed-forward layers")
-    layers: PositiveInt = Field(description="decoder layers")
-    heads: PositiveInt = Field(description="attention heads")
-    init_std: PositiveFloat = Field(0.08, description="standard deviation of the initial weights")
-
-
-class Optimisation(Section):
-    """How long and how fast a model is trained."""
-
-    steps: PositiveInt = Field(description="optimiser steps")
-    batch: PositiveInt = Field(16, description="conversations per optimiser step, over all processes")
-    micro_batch: PositiveInt = Field(16, description="conversations per forward pass of one process")
-    learning_rate: PositiveFloat = Field(description="peak learning rate of the weights")
-    warmup: Fraction = Field(0.03, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay")
-    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
-    checkpoint_every: PositiveInt = Field(500, description="steps between resumable checkpoints")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    caption_steps: int = Field(0, ge=0, description="first steps, trained on captions alone (models made from scratch)")
-
-
-class Model(Section):
-    """A model: either made here (`architecture` and `train`) or fetched (`pretrained`)."""
-
-    pretrained: str | None = Field(None, description="folder or hub id of a pretrained model; null: train one here")
-    revision: str | None = Field(None, description="hub revision of `pretrained`")
-    architecture: Architecture | None = Field(None, description="shape of the model made here")
-    train: Optimisation | None = Field(None, description="training of the model made here")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Model":
-        made = self.architecture is not None and self.train is not None
-        if made == (self.pretrained is not None):
-            raise ValueError("give either `pretrained`, or both `architecture` and `train`")
-        return self
-
-
-class Cache(Section):
-    """What is kept of the teacher so that it never runs inside training."""
-
-    format: Literal["hidden", "hidden-int8", "sampled"] = Field(
-        "hidden", description="how the teacher's logits are kept"
-    )
-    shards: PositiveInt = Field(2, description="independent parts, each a job of its own")
-    audit: Fraction = Field(
-        0.001, description="share of the records also kept in full precision, to measure the cache's error"
-    )
-
-
-class Method(Section):
-    """GRACE's own constants, under the paper's names."""
-
-    temperature: PositiveFloat = Field(2.0, description="T of the distillation")
-    alpha: float = Field(1.0, ge=0, description="weight of the target-class part (TCKD)")
-    beta_dkd: float = Field(4.0, ge=0, description="weight of the non-target part (NCKD)")
-    omega: float = Field(3.0, ge=0, description="weight of the relational CKA loss")
-    omega_warmup: Fraction = Field(0.1, description="share of the steps in which omega rises linearly from 0")
-    tau: float = Field(3.0, description="the controller's budget for the distillation loss")
-    eta: PositiveFloat = Field(0.003, description="the controller's step size")
-    beta_init: float = Field(0.5, ge=0, description="first weight of the distillation loss")
-    beta_min: float = Field(0.1, ge=0, description="its lower bound")
-    beta_max: float = Field(1.0, ge=0, description="its upper bound")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="smoothing of the loss that the controller reads")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Method":
-        if not self.beta_min <= self.beta_init <= self.beta_max:
-            raise ValueError("beta_min <= beta_init <= beta_max does not hold")
-        return self
-
-
-class Quantization(Section):
-    """How decoder weights become integers."""
-
-    group_size: Literal[16, 32, 64, 128, 256] = Field(128, description="weights along the input that share a step size")
-    scale_lr_factor: PositiveFloat = Field(10.0, description="learning rate of the step sizes over that of the weights")
-    calibration: PositiveInt = Field(128, description="training conversations that AWQ and GPTQ look at")
-    outlier_every: PositiveInt = Field(32, description="the outlier transform scales one channel in so many")
-    outlier_factor: PositiveFloat = Field(16.0, description="by this factor")
+__all__ = [
+    "Architecture", "Bench", "Cache", "DemoData", "Evaluation", "Experiment", "LlavaData", "Method", "Model",
+    "Optimisation", "Quantization", "Recipe", "Resources", "Runs", "Section",
+]  # fmt: skip
 
 
 class Recipe(Section):
@@ -136,10 +45,8 @@ class Recipe(Section):
     rcka: bool = Field(False, description="align the visual tokens by relational CKA")
     controller: bool = Field(False, description="let the information-bottleneck controller set beta")
     label: str | None = Field(None, description="name in tables; null: the recipe's own name")
-    method: dict[str, float] = Field(default_factory=dict, description="constants of `method` that this recipe changes")
-    train: dict[str, float | int | bool] = Field(
-        default_factory=dict, description="keys of `finetune` that this recipe changes"
-    )
+    method: MethodChanges = Field(MethodChanges(), description="constants of `method` that this recipe changes")
+    train: OptimisationChanges = Field(OptimisationChanges(), description="keys of `finetune` that this recipe changes")
 
     @model_validator(mode="after")
     def _sensible(self) -> "Recipe":
@@ -160,41 +67,6 @@ class Runs(Section):
     seeds: list[Seed] = Field(min_length=1, description="each seed is a student of its own")
 
 
-class Evaluation(Section):
-    """How predictions are made."""
-
-    benchmarks: list[Name] = Field(min_length=1, description="names in the benchmark registry")
-    batch: PositiveInt = Field(128, description="questions per forward pass")
-    max_new_tokens: PositiveInt = Field(8, description="longest answer in tokens")
-    limit: PositiveInt | None = Field(None, description="only the first so many questions of each benchmark")
-    harness: Literal["lm-eval", "lmms-eval", "vlmeval"] = Field(
-        "lm-eval", description="who asks the questions and scores the answers"
-    )
-    vlmeval_checkout: str | None = Field(
-        None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
-    )
-
-
-class Bench(Section):
-    """The kernel and decoding benchmarks."""
-
-    rows: list[PositiveInt] = Field(
-        [1, 2, 4, 8, 16, 32, 64, 128], description="M: activation rows of the kernel benchmark"
-    )
-    batches: list[PositiveInt] = Field([1, 8], description="batch sizes of the decoding benchmark")
-    new_tokens: PositiveInt = Field(32, description="tokens decoded per sequence")
-    repeats: PositiveInt = Field(5, description="timed repetitions; the median is reported")
-
-
-class Resources(Section):
-    """What a job asks of the machine or the cluster; memory in MB, runtime in minutes."""
-
-    cpus: PositiveInt = 1
-    mem_mb: PositiveInt = 2000
-    gpus: int = Field(0, ge=0)
-    runtime: PositiveInt = 30
-
-
 class Experiment(Section):
     """One experiment, from pictures to tables."""
 
@@ -204,12 +76,12 @@ class Experiment(Section):
         "bfloat16",
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
     )
-    data: Annotated[DemoData | LlavaData, Field(discriminator="source")]
-    teacher: Model
-    student: Model
-    cache: Cache = Cache()
-    method: Method = Method()
-    quantization: Quantization = Quantization()
+    data: Annotated[DemoData | LlavaData, Field(discriminator="source", description="pictures and conversations")]
+    teacher: Model = Field(description="the large model that is learned from")
+    student: Model = Field(description="the small model: its bf16 baseline is where every recipe starts")
+    cache: Cache = Field(Cache(), description="what is kept of the teacher, so that it never runs inside training")
+    method: Method = Field(Method(), description="GRACE's own constants, under the paper's names")
+    quantization: Quantization = Field(Quantization(), description="how decoder weights become integers")
     finetune: Optimisation = Field(description="training of every student recipe, starting from the baseline")
     recipes: dict[Name, Recipe] = Field(
         description="what students are trained with; `baseline` is the starting point and needs no entry"
@@ -218,14 +90,44 @@ class Experiment(Section):
     baseline_seeds: list[Seed] = Field(
         [0], min_length=1, description="seeds of the baseline; a run's seed starts from the baseline of that seed"
     )
-    evaluation: Evaluation
-    bench: Bench = Bench()
-    resources: dict[str, Resources] = Field(default_factory=dict, description="per rule: what its jobs ask for")
+    evaluation: Evaluation = Field(description="which questions are asked, and how")
+    bench: Bench = Field(Bench(), description="the kernel and decoding benchmarks")
+    resources: dict[Job, Resources] = Field(
+        default_factory=dict, description="per kind of job: what it asks of the machine or the cluster"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
+        self._check_recipes()
+        self._check_runs()
+        shape = self.student.architecture
+        group = self.quantization.group_size
+        for key in ("hidden_size", "intermediate_size"):
+            if shape is not None and getattr(shape, key) % group:
+                raise ValueError(
+                    f"student.architecture.{key} {getattr(shape, key)} is no multiple of quantization.group_size {group}; "
+                    "change either"
+                )
+        unknown = [b for b in self.evaluation.benchmarks if b not in DEMO_BENCHMARKS]
+        if isinstance(self.data, DemoData) and unknown:
+            raise ValueError(
+                f"evaluation.benchmarks: no benchmark `{unknown[0]}` in the demo; it has {', '.join(DEMO_BENCHMARKS)}"
+            )
+        if isinstance(self.data, LlavaData) and self.student.pretrained is None:
+            raise ValueError("data.source `llava` needs student.pretrained: its processor reads the pictures")
+        return self
+
+    def _check_recipes(self) -> None:
         if "baseline" in self.recipes:
             raise ValueError("recipes.baseline is reserved for the starting point; choose another name")
+        for name, recipe in self.recipes.items():
+            try:
+                self.recipe_method(recipe)
+                self.recipe_optimisation(recipe)
+            except ValidationError as error:
+                raise ValueError(f"recipes.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+    def _check_runs(self) -> None:
         for index, run in enumerate(self.runs):
             for name in run.recipes:
                 if name not in self.recipes:
@@ -237,10 +139,30 @@ class Experiment(Section):
             missing = sorted(set(run.seeds) - set(self.baseline_seeds))
             if missing and self.student.pretrained is None:
                 raise ValueError(f"runs[{index}].seeds has {missing}, which baseline_seeds lacks; add them there")
-        return self
+        if not self.timed():
+            raise ValueError(
+                f"bench: no run has recipe `{self.bench.recipe}` at {' or '.join(self.bench.precisions)}; "
+                "set bench.recipe and bench.precisions to integer students of `runs`"
+            )
+
+    def recipe_method(self, recipe: Recipe) -> Method:
+        """The method's constants as this recipe changes them."""
+        return Method(**{**self.method.model_dump(), **recipe.method.model_dump()})
+
+    def recipe_optimisation(self, recipe: Recipe) -> Optimisation:
+        """`finetune` as this recipe changes it."""
+        return Optimisation(**{**self.finetune.model_dump(), **recipe.train.model_dump()})
 
     def students(self) -> list[tuple[str, str, int]]:
         """Every (recipe, precision, seed) of the experiment, baselines first, each once, in the config's order."""
         listed = [("baseline", "bf16", seed) for seed in self.baseline_seeds]
         listed += [(r, p, s) for run in self.runs for p in run.precisions for r in run.recipes for s in run.seeds]
         return list(dict.fromkeys(listed))
+
+    def timed(self) -> list[tuple[str, str, int]]:
+        """The packed students that the benchmarks time: the first seed at each of `bench.precisions`."""
+        first: dict[str, tuple[str, str, int]] = {}
+        for recipe, precision, seed in self.students():
+            if recipe == self.bench.recipe and precision.startswith("int") and precision in self.bench.precisions:
+                first.setdefault(precision, (recipe, precision, seed))
+        return list(first.values())

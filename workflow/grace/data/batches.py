@@ -36,9 +36,9 @@ class Batch:
         return rows, columns, self.labels[rows, columns + 1]
 
 
-def collate(examples: Sequence[Example], processor, captions_only: bool = False) -> Batch:
-    """Pad `examples` to a batch; with `captions_only`, each is cut after its first turn."""
-    ends = [example.first_turn if captions_only else len(example.input_ids) for example in examples]
+def collate(examples: Sequence[Example], processor, first_turn_only: bool = False) -> Batch:
+    """Pad `examples` to a batch; with `first_turn_only`, each is cut after its first turn."""
+    ends = [example.first_turn if first_turn_only else len(example.input_ids) for example in examples]
     shape = (len(examples), max(ends))
     input_ids = torch.full(shape, processor.tokenizer.pad_token_id)
     labels = torch.full(shape, IGNORED)

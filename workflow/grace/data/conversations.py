@@ -19,16 +19,19 @@ class Conversation:
         id: unique in the file.
         image: the encoded picture.
         turns: (question, answer) pairs in order.
+        caption: whether it only describes the picture: for models made from scratch to learn to see from.
     """
 
     id: str
     image: Picture
     turns: tuple[tuple[str, str], ...]
+    caption: bool = False
 
 
 def load_conversations(path: str | Path, limit: int | None = None) -> list[Conversation]:
     """Read the conversations of a Parquet file; a `GraceError` names a missing file or column, or a broken row.
 
+    A row is a caption where its column `caption`, which may be left out, is true.
     A row's picture is its `image.bytes`, or, where these are null, the file `image.path` with the hash `image_sha256`.
     """
     try:
@@ -53,5 +56,5 @@ def load_conversations(path: str | Path, limit: int | None = None) -> list[Conve
         if not row["conversation"]:
             raise GraceError(f"{path}: row {number} (id {row['id']}) has no conversation; build the data again")
         turns = tuple((turn["question"], turn["answer"]) for turn in row["conversation"])
-        found.append(Conversation(row["id"], picture, turns))
+        found.append(Conversation(row["id"], picture, turns, bool(row.get("caption"))))
     return found

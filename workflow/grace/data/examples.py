@@ -31,6 +31,7 @@ class Example:
         input_ids: int64 [tokens], visual tokens included.
         labels: int64 [tokens], -100 where nothing is asked; not shifted.
         first_turn: length in tokens of the conversation's first turn.
+        caption: whether it only describes the picture.
         image: the encoded picture.
         features: what the frozen vision tower makes of it, fp32 [n, d], where that was kept.
     """
@@ -40,12 +41,13 @@ class Example:
     input_ids: torch.Tensor
     labels: torch.Tensor
     first_turn: int
+    caption: bool
     image: Picture
     features: torch.Tensor | None = None
 
-    def supervised_tokens(self, captions_only: bool = False) -> int:
+    def supervised_tokens(self, first_turn_only: bool = False) -> int:
         """How many labels are asked for, in the whole conversation or in its first turn."""
-        end = self.first_turn if captions_only else len(self.labels)
+        end = self.first_turn if first_turn_only else len(self.labels)
         return int((self.labels[1:end] != IGNORED).sum())
 
 
@@ -123,7 +125,10 @@ class Tokeniser:
             texts.append(text[:at] + token * (more + 1) + text[at + len(token) :])
             shift = more * len(token)
             spans.append([(a + shift, b + shift) if a > at else (a, b) for a, b in answers])
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        # As the processor does: a template that writes the start token itself gets no second one.
+        start = self.tokens["bos_token"]
+        special = not (start and texts and texts[0].startswith(start))
+        encoded = self.tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True)
         examples = []
         for conversation, ids, offsets, answers in zip(
             conversations, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
@@ -136,7 +141,8 @@ class Tokeniser:
             labels = torch.where(torch.from_numpy(asked), input_ids, IGNORED)
             first_turn = int(np.searchsorted(starts, answers[0][1]))
             key = record_key(input_ids, conversation.image)
-            examples.append(Example(conversation.id, key, input_ids, labels, first_turn, conversation.image))
+            caption, image = conversation.caption, conversation.image
+            examples.append(Example(conversation.id, key, input_ids, labels, first_turn, caption, image))
         return examples
 
 

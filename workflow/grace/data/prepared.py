@@ -101,6 +101,7 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
             ids[i],
             labels[i],
             int(tensors["first_turns"][i]),
+            conversation.caption,
             conversation.image,
             None if features is None else features[i],
         )

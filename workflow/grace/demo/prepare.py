@@ -22,6 +22,7 @@ from grace.progress import progress
 TRAIN = Features(
     {
         "id": Value("string"),
+        "caption": Value("bool"),
         "image": Image(),
         "conversation": List({"question": Value("string"), "answer": Value("string")}),
         "sources": List(Value("string")),
@@ -68,6 +69,7 @@ def training_rows(data: DemoData) -> Iterator[dict[str, Any]]:
         name = f"train/{index}"
         yield {
             "id": name,
+            "caption": bool(captioned),
             "image": _image(name, render(rng, scene, sources)),
             "conversation": [{"question": q.question, "answer": q.answer} for q in asked],
             "sources": scene.source_ids(sources),

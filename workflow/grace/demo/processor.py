@@ -1,6 +1,7 @@
 """The demo's processor: a tokenizer of whole words, a picture processor, and the template that joins them.
 
-One conversation reads `<bos> <image>... <q> question <a> answer <eos> <q> ...`; `<image>` becomes nine visual tokens.
+One conversation reads `<bos> <image>... <q> question answer <eos> <q> ...`; `<image>` becomes nine visual tokens.
+An answer follows the question's last word directly: the word that says where to look is then the one that looks.
 """
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -14,13 +15,12 @@ TEMPLATE = """\
 {%- for message in messages -%}
 {%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
 {%- if message.role == 'assistant' -%}
-<a>{% generation %}{% for part in parts %} {{ part.text | trim }}{% endfor %}{{ eos_token }}{% endgeneration %}
+{% generation %}{% for part in parts %} {{ part.text | trim }}{% endfor %}{{ eos_token }}{% endgeneration %}
 {%- else -%}
 {%- for part in parts if part.type == 'image' -%}<image>{%- endfor -%}
 <q>{% for part in parts if part.type == 'text' %} {{ part.text | replace('<image>', '') | trim }}{% endfor %}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}<a>{%- endif -%}
 """
 
 
@@ -39,7 +39,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="<eos>",
-        extra_special_tokens={"image_token": "<image>", "question_token": "<q>", "answer_token": "<a>"},
+        extra_special_tokens={"image_token": "<image>", "question_token": "<q>"},
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,

@@ -188,15 +188,15 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Question:
-    """Every object's place, colour and kind, in random order: whichever comes first has to be looked up by.
+    """Every object in random order: what it is, then its place and colour, whichever comes first.
 
-    Nearly every word of such an answer is found by looking from one property of an object to another, which is what
-    the questions ask for too; it is the densest lesson in it.
+    To go on after a kind, one has to find it in the picture and read off what else is known of it. That is what the
+    questions ask for too, and the hardest part of them; a caption is the densest lesson in it.
     """
     words = []
     for thing in rng.permutation(np.array(scene.things, dtype=object)):
         kind = KINDS[thing.kind] if thing.readable else "blurred"
-        words += list(rng.permutation([POSITIONS[thing.cell], _COLOURS[thing.colour], kind]))
+        words += [kind, *rng.permutation([POSITIONS[thing.cell], _COLOURS[thing.colour]])]
     return Question("describe the picture", " ".join(words), ("caption", 0))
 
 

@@ -28,6 +28,7 @@ TARGETS = {"kind": 1 + len(KINDS), "colour": 1 + len(COLOURS), "sharpness": 3, "
 IGNORED = -100
 _BATCH, _PEAK_RATE, _WEIGHT_DECAY, _WARMUP = 64, 1.5e-3, 0.05, 300
 _CHECKPOINT_EVERY = 500
+_PLACE_STD = 3.0
 
 
 def tower_config() -> SiglipVisionConfig:
@@ -86,6 +87,9 @@ class CellClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tower = SiglipVisionModel(tower_config())
+        # The residual stream carries the place's embedding to the output, as large there as what the cell shows.
+        # With transformers' small one, decoders made from scratch hardly learned where things are.
+        nn.init.normal_(self.tower.embeddings.position_embedding.weight, std=_PLACE_STD)
         width = self.tower.config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in TARGETS.items()})
 

@@ -60,7 +60,7 @@ PHRASES = (
 )
 """Words that questions and answers are made of beside the names above."""
 
-SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<q>", "<a>")
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>", "<q>")
 
 
 def words() -> list[str]:

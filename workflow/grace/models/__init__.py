@@ -2,7 +2,15 @@
 
 from grace.models.build import build_llava
 from grace.models.load import load_model, load_processor, model_folder
-from grace.models.parts import decoder, decoder_linears, freeze_vision, image_token_id, output_head, picture_inputs, vision_tower
+from grace.models.parts import (
+    decoder,
+    decoder_linears,
+    freeze_vision,
+    image_token_id,
+    output_head,
+    picture_inputs,
+    vision_tower,
+)
 
 __all__ = [
     "build_llava",

@@ -26,6 +26,7 @@ def build_llava(shape: Architecture, processor, tower: str | Path, seed: int) ->
         num_key_value_heads=shape.heads,
         max_position_embeddings=LONGEST,
         initializer_range=shape.init_std,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -45,6 +46,8 @@ def build_llava(shape: Architecture, processor, tower: str | Path, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+        # Beside visual tokens a word of the other weights' size would drown in the first attention layer's output.
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=shape.embedding_std)
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -42,7 +42,8 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
     pins = run_pins(parameters, teacher, data)
     shards = parameters.cache.shards
     wanted = range(shards) if shard is None else [shard]
-    conversations = load_conversations(data / "train.parquet")
+    # Captions only teach a model made from scratch to see; nobody distils from them.
+    conversations = [c for c in load_conversations(data / "train.parquet") if not c.caption]
     slices = {number: shard_range(len(conversations), number, shards) for number in wanted}
     missing = [number for number in wanted if not _is_whole(out, shard_name(number, shards), pins)]
     for number in sorted(set(wanted) - set(missing)):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -82,13 +83,12 @@ class Trainer:
         if self.world.first:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             cut_log(self.log, done)
-        lengths = [len(example.input_ids) for example in self.examples]
-        plan = islice(plan_batches(lengths, run.optimisation.batch, run.seed), done, steps)
+        plan = islice(self._plan(), done, steps)
         self.model.train()
         with progress("training", steps) as advance, self.log.open("a") as lines:
             advance(done)
-            for step, indices in enumerate(plan, start=done):
-                entry = self._step(step, [self.examples[index] for index in indices])
+            for step, chosen in enumerate(plan, start=done):
+                entry = self._step(step, chosen)
                 if self.world.first:
                     lines.write(json.dumps(entry) + "\n")
                 shown = {name: entry[name] for name in ("loss", "ce", "kd", "rcka", "beta", "mfu") if name in entry}
@@ -98,20 +98,28 @@ class Trainer:
                     lines.flush()
                     self._save(step + 1)
 
+    def _plan(self) -> Iterator[list[Example]]:
+        """Each optimiser step's conversations, for ever: all of them in the first steps, then those with questions."""
+        asked = [example for example in self.examples if not example.caption]
+        for examples, steps in ((self.examples, self.run.optimisation.first_turn_steps), (asked, None)):
+            lengths = [len(example.input_ids) for example in examples]
+            plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed)
+            yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
+
     def _step(self, step: int, chosen: list[Example]) -> dict[str, float]:
         start = time.monotonic()
         run, world, method = self.run, self.world, self.run.method
-        captions = step < run.optimisation.caption_steps
+        first_turn = step < run.optimisation.first_turn_steps
         omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
         omega = method.omega * min(1.0, (step + 1) / omega_steps)
-        totals = self.objective.totals(chosen, captions, self.controller.beta, omega)
+        totals = self.objective.totals(chosen, first_turn, self.controller.beta, omega)
         size = run.optimisation.micro_batch
         cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         parts: dict[str, float] = {}
         for first in range(0, len(cuts), world.size):
             # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
-            batch = collate(mine, self.processor, captions)
+            batch = collate(mine, self.processor, first_turn)
             for name, value in self.objective.backward(batch, totals, share).items():
                 parts[name] = parts.get(name, 0.0) + value
         parts = world.add(parts)
@@ -128,7 +136,7 @@ class Trainer:
         }
         if run.controller:
             self.controller.update(parts["kd"])
-        ends = [e.first_turn if captions else len(e.input_ids) for e in chosen]
+        ends = [e.first_turn if first_turn else len(e.input_ids) for e in chosen]
         seconds = time.monotonic() - start
         return {**entry, "tokens": sum(ends), "seconds": round(seconds, 4), **self.meter.measure(sum(ends), seconds)}
 

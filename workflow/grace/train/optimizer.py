@@ -54,7 +54,8 @@ class MasterAdamW:
             {"params": vectors, "weight_decay": 0.0, "peak": rate},
             {"params": thetas, "weight_decay": 0.0, "peak": rate * quantization.scale_lr_factor},
         ]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=True)
+        betas = (0.9, optimisation.adam_beta2)
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=betas, fused=True)
         self.write_back()
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ def train(
     )
     examples = load_prepared(data, vision_tower(model))
     if targets is not None:
-        targets.check_keys(example.key for example in examples)
+        targets.check_keys(example.key for example in examples if not example.caption)
     growing = checkpoints / "train.jsonl"  # `log` is a rule's output, which Snakemake deletes when the job is killed
     trainer = Trainer(model, processor, examples, parameters, targets, growing, checkpoints, identity, world)
     trainer.train()

@@ -1,0 +1,67 @@
+# GRACE, from pictures to tables: `snakemake --cores` builds the experiment that config.yaml describes,
+# `snakemake --configfile workflow/experiments/small.yaml` another one. Outputs go to results/{experiment}/.
+
+import os
+import sys
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+from grace.config.load import load_experiment, read_yaml
+from grace.config.plan import Plan
+from grace.errors import GraceError
+from grace.versions.records import restore
+
+min_version("9.27")
+
+
+# A file named on the command line replaces config.yaml; Snakemake alone would mix the two.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
+
+
+try:
+    for file in workflow.configfiles:
+        read_yaml(
+            file
+        )  # Snakemake's own reading is silent about a key that is given twice
+    plan = Plan(load_experiment(config, " + ".join(map(str, workflow.configfiles))))
+except GraceError as error:
+    raise WorkflowError(str(error)) from None
+
+# Jobs find `grace` beside the Python that runs Snakemake, whether its environment is activated or not.
+os.environ.update(
+    PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+)
+
+# After a clone and a `dvc pull`, results that match their records are as good as built here.
+if workflow.is_main_process:
+    restore(plan.folder)
+
+
+wildcard_constraints:
+    experiment=plan.experiment.experiment,
+    precision=r"(bf16|int[2348])(-outliers)?",
+    seed=r"\d+",
+    shard=r"\d{5}",
+
+
+include: "rules/data.smk"
+include: "rules/teacher.smk"
+include: "rules/student.smk"
+include: "rules/pack.smk"
+include: "rules/bench.smk"
+include: "rules/eval.smk"
+include: "rules/report.smk"
+
+
+# Everything that the tables, figures and the page are made of, and those themselves.
+rule all:
+    default_target: True
+    input:
+        f"{plan.folder}/tables/manifest.json",
+        f"{plan.folder}/figures/manifest.json",
+        f"{plan.folder}/metrics.json",
+        f"{plan.folder}/report/index.html",
+        plan.packed,

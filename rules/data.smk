@@ -1,0 +1,97 @@
+# Pictures, conversations and benchmarks.
+# Needs: the experiment's `data` section. Makes: results/{experiment}/data/, consumed through its manifest.json:
+# train.parquet, development.parquet, benchmarks/*.parquet, processor/.
+
+
+# The whole configuration, for the report; jobs read their own part of it alone.
+rule freeze_experiment:
+    output:
+        "results/{experiment}/config/experiment.json",
+    log:
+        "results/{experiment}/logs/config/experiment.log",
+    priority: 100
+    localrule: True
+    conda:
+        "../envs/grace.yaml"
+    params:
+        frozen=lambda wildcards: plan.frozen("experiment"),
+    message:
+        "freeze the configuration of {wildcards.experiment}"
+    shell:
+        "printf '%s\\n' {params.frozen:q} > {output:q} 2> {log:q}"
+
+
+# Jobs read frozen parameters and never config.yaml: an edit while jobs wait would run with the new value and be
+# recorded with the old one.
+rule freeze:
+    output:
+        "results/{experiment}/config/{job,data|teacher|cache|evaluation|bench}.json",
+    log:
+        "results/{experiment}/logs/config/{job}.log",
+    priority: 100
+    localrule: True
+    conda:
+        "../envs/grace.yaml"
+    params:
+        frozen=lambda wildcards: plan.frozen(wildcards.job),
+    message:
+        "freeze the parameters of {wildcards.job}"
+    shell:
+        "printf '%s\\n' {params.frozen:q} > {output:q} 2> {log:q}"
+
+
+if plan.experiment.data.source == "demo":
+
+    # The demo's pictures, composed from the sources that ship with the package.
+    rule prepare:
+        input:
+            run="results/{experiment}/config/data.json",
+            code=plan.code("grace.demo.prepare"),
+        output:
+            "results/{experiment}/data/manifest.json",
+        log:
+            "results/{experiment}/logs/prepare.log",
+        benchmark:
+            "results/{experiment}/logs/prepare.tsv"
+        priority: 100
+        conda:
+            "../envs/grace.yaml"
+        threads: plan.threads("prepare")
+        resources:
+            **plan.resources("prepare"),
+        params:
+            out=subpath(output[0], parent=True),
+        message:
+            "compose the pictures, conversations and benchmarks"
+        shell:
+            "grace prepare --run {input.run:q} --out {params.out:q} > {log:q} 2>&1"
+
+else:
+
+    # Conversations and pictures of the user's own, read by the student's processor.
+    rule prepare:
+        input:
+            run="results/{experiment}/config/data.json",
+            student=plan.baseline,
+            code=plan.code("grace.data.llava"),
+        output:
+            "results/{experiment}/data/manifest.json",
+        log:
+            "results/{experiment}/logs/prepare.log",
+        benchmark:
+            "results/{experiment}/logs/prepare.tsv"
+        priority: 100
+        conda:
+            "../envs/grace.yaml"
+        threads: plan.threads("prepare")
+        resources:
+            **plan.resources("prepare"),
+        params:
+            out=subpath(output[0], parent=True),
+            processor=subpath(input.student, parent=True),
+            benchmarks=plan.benchmarks_flag,
+        message:
+            "read the conversations, pictures and benchmarks"
+        shell:
+            "grace prepare --run {input.run:q} --processor {params.processor:q} {params.benchmarks}"
+            " --out {params.out:q} > {log:q} 2>&1"

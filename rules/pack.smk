@@ -1,0 +1,30 @@
+# The folder that ships.
+# Needs: a student's model/ with its quantization.safetensors. Makes: results/{experiment}/students/.../packed/, which
+# transformers and vLLM load with no code of ours.
+
+
+rule pack:
+    input:
+        model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
+        code=plan.code("grace.quant.pack"),
+    output:
+        "results/{experiment}/students/{recipe}/{precision}/seed{seed}/packed/manifest.json",
+    log:
+        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/pack.log",
+    benchmark:
+        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/pack.tsv"
+    wildcard_constraints:
+        precision=r"int[2348](-outliers)?",
+    priority: 40
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("pack")
+    resources:
+        **plan.resources("pack"),
+    params:
+        model=subpath(input.model, parent=True),
+        out=subpath(output[0], parent=True),
+    message:
+        "pack {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
+    shell:
+        "grace pack --model {params.model:q} --out {params.out:q} > {log:q} 2>&1"

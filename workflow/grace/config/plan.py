@@ -1,0 +1,173 @@
+"""What the rules ask of an experiment: frozen parameters, which file feeds which job, and what a job may use."""
+
+import json
+import re
+import shlex
+from typing import Any
+
+from grace.config.code import code_files
+from grace.config.runs import (
+    BenchRun,
+    CacheRun,
+    DataRun,
+    EvaluateRun,
+    split_precision,
+    student_run,
+    teacher_run,
+)  # fmt: skip
+from grace.config.schema import Experiment, Model, Resources
+from grace.config.sections import DEMO_BENCHMARKS, Section
+
+NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
+
+
+class Plan:
+    """An experiment as the rules see it. Paths start from the repository's root."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.folder = f"results/{experiment.experiment}"
+        self.code = code_files
+
+    # Frozen parameters: one JSON string each, because Snakemake compares parameters as a nameless set of `repr()`.
+
+    def frozen(self, job: str) -> str:
+        """The parameters of the job that `config/{job}.json` belongs to."""
+        e = self.experiment
+        if job == "experiment":
+            return _json(e, exclude={"resources"})
+        if job == "data":
+            return _json(DataRun(data=e.data, benchmarks=list(DEMO_BENCHMARKS) if e.data.source == "demo" else []))
+        if job == "teacher":
+            return _json(teacher_run(e))
+        if job == "cache":
+            return _json(
+                CacheRun(
+                    family=e.family, compute_dtype=e.compute_dtype, cache=e.cache, temperature=e.method.temperature
+                )
+            )
+        if job == "evaluation":
+            return _json(EvaluateRun(family=e.family, evaluation=e.evaluation))
+        return _json(BenchRun(family=e.family, bench=e.bench, group_size=e.quantization.group_size))
+
+    def frozen_student(self, wildcards: Any) -> str:
+        """The parameters of one student, and nothing that it does not depend on."""
+        return _json(student_run(self.experiment, wildcards.recipe, wildcards.precision, int(wildcards.seed)))
+
+    # Which recipe is made by which rule, as wildcard constraints.
+
+    @property
+    def trained(self) -> str:
+        """Recipes that train without a teacher."""
+        return self._recipes(lambda r: not r.post_training and r.kd == "none" and not r.rcka)
+
+    @property
+    def distilled(self) -> str:
+        """Recipes that learn from the teacher's cache."""
+        return self._recipes(lambda r: not r.post_training and (r.kd != "none" or r.rcka))
+
+    @property
+    def rounded(self) -> str:
+        """Recipes that round without training."""
+        return self._recipes(lambda r: r.post_training)
+
+    def _recipes(self, wanted: Any) -> str:
+        names = [re.escape(name) for name, recipe in self.experiment.recipes.items() if wanted(recipe)]
+        return "|".join(names) or NOTHING
+
+    # Which file feeds which job.
+
+    def student(self, recipe: str, precision: str, seed: int | str) -> str:
+        """A student's folder."""
+        return f"{self.folder}/students/{recipe}/{precision}/seed{seed}"
+
+    def cache_part(self, ending: str) -> str:
+        """A part of the teacher's cache, with its number as the wildcard `shard`."""
+        return f"results/{{experiment}}/teacher/cache/shard-{{shard}}-of-{self.experiment.cache.shards:05d}.{ending}"
+
+    def cache_parts(self, ending: str) -> list[str]:
+        """Every part of the teacher's cache."""
+        numbers = [f"{number:05d}" for number in range(self.experiment.cache.shards)]
+        name = self.experiment.experiment
+        return [self.cache_part(ending).format(experiment=name, shard=number) for number in numbers]
+
+    def start(self, wildcards: Any) -> str:
+        """The baseline that a student starts from: that of its seed, or the one that was fetched."""
+        fetched = self.experiment.student.pretrained is not None
+        seed = self.experiment.baseline_seeds[0] if fetched else wildcards.seed
+        return f"{self.student('baseline', 'bf16', seed)}/model/manifest.json"
+
+    def shipped(self, wildcards: Any) -> str:
+        """What is evaluated of a student: the packed folder where weights are integers, its bf16 folder otherwise."""
+        return self._shipped(wildcards.recipe, wildcards.precision, wildcards.seed)
+
+    def _shipped(self, recipe: str, precision: str, seed: int | str) -> str:
+        bits, _ = split_precision(precision)
+        return f"{self.student(recipe, precision, seed)}/{'packed' if bits else 'model'}/manifest.json"
+
+    @property
+    def packed(self) -> list[str]:
+        """Every packed student."""
+        return [self._shipped(*s) for s in self.experiment.students() if split_precision(s[1])[0]]
+
+    @property
+    def timed(self) -> list[str]:
+        """Packed students that the benchmarks time."""
+        return [self._shipped(*s) for s in self.experiment.timed()]
+
+    @property
+    def baseline(self) -> str:
+        """The bf16 model that speed is compared with."""
+        return self._shipped("baseline", "bf16", self.experiment.baseline_seeds[0])
+
+    @property
+    def predictions(self) -> list[str]:
+        """Predictions of the teacher and of every student."""
+        students = [f"{self.student(*s)}/predictions/manifest.json" for s in self.experiment.students()]
+        return [f"{self.folder}/teacher/predictions/manifest.json", *students]
+
+    @property
+    def curves(self) -> list[str]:
+        """Training logs of every model that is trained here."""
+        e = self.experiment
+        logs = [f"{self.folder}/teacher/train.jsonl"] if e.teacher.train else []
+        for recipe, precision, seed in e.students():
+            made = e.student.train if recipe == "baseline" else not e.recipes[recipe].post_training
+            if made:
+                logs.append(f"{self.student(recipe, precision, seed)}/train.jsonl")
+        return logs
+
+    # Flags that only some experiments give.
+
+    @property
+    def benchmarks_flag(self) -> str:
+        """Where benchmark files of the user's own lie."""
+        folder = getattr(self.experiment.data, "benchmarks", None)
+        return f"--benchmarks {shlex.quote(folder)}" if folder else ""
+
+    def revision_flag(self, model: Model) -> str:
+        """Which revision of a pretrained model is fetched."""
+        return f"--revision {shlex.quote(model.revision)}" if model.revision else ""
+
+    # What a job may use.
+
+    def threads(self, job: str) -> int:
+        """Processor cores of one such job."""
+        return self._asked(job).cpus
+
+    def resources(self, job: str) -> dict[str, int | str]:
+        """Memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know."""
+        asked = self._asked(job)
+        named: dict[str, int | str] = {"mem_mb": asked.mem_mb, "gpu": asked.gpus, "runtime": asked.runtime}
+        if asked.partition:
+            named["slurm_partition"] = asked.partition
+        if asked.account:
+            named["slurm_account"] = asked.account
+        return named
+
+    def _asked(self, job: str) -> Resources:
+        return self.experiment.resources.get(job, Resources())
+
+
+def _json(run: Section, exclude: set[str] | None = None) -> str:
+    return json.dumps(run.model_dump(mode="json", exclude=exclude), sort_keys=True)

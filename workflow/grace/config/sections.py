@@ -1,0 +1,237 @@
+"""The sections that an experiment is made of, each beside the checks that it can make on its own.
+
+No torch and no transformers in here: Snakemake imports it for every dry run.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$")]
+PrecisionName = Annotated[str, Field(pattern=r"^(bf16|int[2348])(-outliers)?$")]
+DEMO_BENCHMARKS = (
+    "colour", "object", "position", "presence", "pairs", "digits", "reading", "options", "category", "count",
+    "unanswerable",
+)  # fmt: skip
+"""What the demo's data can be asked; all are made, so that adding one to `evaluation.benchmarks` trains nothing again."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DemoData(Section):
+    """Pictures composed from real garments, digits and textures; nothing is downloaded."""
+
+    source: Literal["demo"] = Field("demo", description="demo: made here; llava: files of your own")
+    pictures: PositiveInt = Field(4000, description="training pictures")
+    questions_per_picture: PositiveInt = Field(
+        12, description="questions asked of each training picture, in one conversation"
+    )
+    development_questions: PositiveInt = Field(200, description="questions per benchmark in the development split")
+    benchmark_questions: PositiveInt = Field(1000, description="questions per benchmark in the test split")
+    seed: Seed = Field(0, description="seed of the pictures and questions")
+
+
+class LlavaData(Section):
+    """A conversation file in LLaVA's format beside its picture folder, as in LLaVA-1.5's mix665k."""
+
+    source: Literal["llava"] = Field(description="demo: made here; llava: files of your own")
+    conversations: str = Field(description="path of the JSON file with the conversations")
+    pictures: str = Field(description="folder that the JSON file's `image` paths start from")
+    limit: PositiveInt | None = Field(None, description="take only the first so many conversations")
+    benchmarks: str | None = Field(
+        None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
+    )
+
+
+class Architecture(Section):
+    """A decoder made from scratch behind the vision tower (the demo's models)."""
+
+    hidden_size: PositiveInt = Field(description="width of the decoder")
+    intermediate_size: PositiveInt = Field(description="width of its feed-forward layers")
+    layers: PositiveInt = Field(description="decoder layers")
+    heads: PositiveInt = Field(description="attention heads; each takes an even, equal share of the width")
+    init_std: PositiveFloat = Field(0.08, description="standard deviation of the initial weights")
+    embedding_std: PositiveFloat = Field(0.3, description="standard deviation of the initial word embeddings")
+    rope_theta: PositiveFloat = Field(1e5, description="base of the rotary embedding's wavelengths")
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> "Architecture":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of twice {self.heads} heads; change either"
+            )
+        return self
+
+
+class Optimisation(Section):
+    """How long and how fast a model is trained."""
+
+    steps: PositiveInt = Field(description="optimiser steps")
+    batch: PositiveInt = Field(16, description="conversations per optimiser step, over all processes")
+    micro_batch: PositiveInt = Field(16, description="conversations per forward pass of one process")
+    learning_rate: PositiveFloat = Field(description="peak learning rate of the weights")
+    warmup: Fraction = Field(0.03, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's smoothing of squared gradients")
+    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    checkpoint_every: PositiveInt = Field(500, description="steps between resumable checkpoints")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    first_turn_steps: int = Field(0, ge=0, description="first steps, on first turns and captions alone (models made from scratch)")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Optimisation":
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change either")
+        if self.first_turn_steps > self.steps:
+            raise ValueError(f"first_turn_steps {self.first_turn_steps} is more than all {self.steps} steps; lower it")
+        return self
+
+
+class Model(Section):
+    """A model: either made here (`architecture` and `train`) or fetched (`pretrained`)."""
+
+    pretrained: str | None = Field(None, description="folder or hub id of a pretrained model; null: train one here")
+    revision: str | None = Field(None, description="hub revision of `pretrained`")
+    architecture: Architecture | None = Field(None, description="shape of the model made here")
+    train: Optimisation | None = Field(None, description="training of the model made here")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Model":
+        made = self.architecture is not None and self.train is not None
+        if made == (self.pretrained is not None):
+            raise ValueError("give either `pretrained`, or both `architecture` and `train`")
+        return self
+
+
+class Cache(Section):
+    """What is kept of the teacher so that it never runs inside training."""
+
+    format: Literal["hidden", "hidden-int8", "sampled"] = Field(
+        "hidden", description="how the teacher's logits are kept"
+    )
+    shards: PositiveInt = Field(2, description="independent parts, each a job of its own")
+    audit: Fraction = Field(
+        0.001, description="share of the records also kept in full precision, to measure the cache's error"
+    )
+
+
+class Method(Section):
+    """GRACE's own constants, under the paper's names."""
+
+    temperature: PositiveFloat = Field(2.0, description="T of the distillation")
+    alpha: float = Field(1.0, ge=0, description="weight of the target-class part (TCKD)")
+    beta_dkd: float = Field(4.0, ge=0, description="weight of the non-target part (NCKD)")
+    omega: float = Field(3.0, ge=0, description="weight of the relational CKA loss")
+    omega_warmup: Fraction = Field(0.1, description="share of the steps in which omega rises linearly from 0")
+    tau: float = Field(3.0, description="the controller's budget for the distillation loss")
+    eta: PositiveFloat = Field(0.003, description="the controller's step size")
+    beta_init: float = Field(0.5, ge=0, description="first weight of the distillation loss")
+    beta_min: float = Field(0.1, ge=0, description="its lower bound")
+    beta_max: float = Field(1.0, ge=0, description="its upper bound")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="smoothing of the loss that the controller reads")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Method":
+        if not self.beta_min <= self.beta_init <= self.beta_max:
+            raise ValueError("beta_min <= beta_init <= beta_max does not hold")
+        return self
+
+
+class Quantization(Section):
+    """How decoder weights become integers."""
+
+    group_size: Literal[16, 32, 64, 128, 256] = Field(128, description="weights along the input that share a step size")
+    scale_lr_factor: PositiveFloat = Field(10.0, description="learning rate of the step sizes over that of the weights")
+    calibration: PositiveInt = Field(128, description="training conversations that AWQ and GPTQ look at")
+    outlier_every: PositiveInt = Field(32, description="the outlier transform scales one channel in so many")
+    outlier_factor: PositiveFloat = Field(16.0, description="by this factor")
+
+
+class Evaluation(Section):
+    """How predictions are made."""
+
+    benchmarks: list[Name] = Field(min_length=1, description="names in the benchmark registry")
+    batch: PositiveInt = Field(128, description="questions per forward pass")
+    max_new_tokens: PositiveInt = Field(8, description="longest answer in tokens")
+    limit: PositiveInt | None = Field(None, description="only the first so many questions of each benchmark")
+    harness: Literal["lm-eval", "lmms-eval", "vlmeval"] = Field(
+        "lm-eval", description="who asks the questions and scores the answers"
+    )
+    vlmeval_checkout: str | None = Field(
+        None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
+    )
+
+
+class Bench(Section):
+    """The kernel and decoding benchmarks."""
+
+    recipe: Name = Field("grace", description="recipe whose packed students are timed, beside the bf16 baseline")
+    precisions: list[PrecisionName] = Field(["int4"], min_length=1, description="at which precisions")
+    rows: list[PositiveInt] = Field(
+        [1, 2, 4, 8, 16, 32, 64, 128], description="M: activation rows of the kernel benchmark"
+    )
+    batches: list[PositiveInt] = Field([1, 8], description="batch sizes of the decoding benchmark")
+    new_tokens: PositiveInt = Field(32, description="tokens decoded per sequence")
+    repeats: PositiveInt = Field(5, description="timed repetitions; the median is reported")
+
+
+Job = Literal[
+    "fetch", "prepare", "train_teacher", "cache", "train_baseline", "finetune", "distil", "quantize", "pack", "evaluate",
+    "bench", "report",
+]  # fmt: skip
+"""Kinds of jobs that `resources` can speak of."""
+
+
+class Resources(Section):
+    """What one job asks of the machine or the cluster."""
+
+    cpus: PositiveInt = Field(1, description="processor cores, and threads of its arithmetic")
+    mem_mb: PositiveInt = Field(3000, description="memory in MB")
+    gpus: int = Field(0, ge=0, description="GPUs")
+    runtime: PositiveInt = Field(60, description="longest run in minutes, on a cluster")
+    partition: str | None = Field(None, description="Slurm partition; null: the profile's or the cluster's default")
+    account: str | None = Field(None, description="Slurm account; null: the profile's or the cluster's default")
+
+
+class Changes(Section):
+    """Keys of another section, each optional: what a recipe changes of it. False when it changes none."""
+
+    def __bool__(self) -> bool:
+        return bool(self.model_dump())
+
+    @model_serializer(mode="wrap")
+    def _only_changes(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if value is not None}
+
+
+def _changes(section: type[Section], name: str) -> type[Changes]:
+    """`section` with every key optional, under the same checks."""
+    keys: dict[str, Any] = {
+        key: (
+            Annotated[(field.annotation, Field(description=field.description), *field.metadata)] | None,
+            Field(None, description=field.description),
+        )
+        for key, field in section.model_fields.items()
+    }
+    return create_model(name, __base__=Changes, __doc__=f"Keys of {section.__name__} that a recipe changes.", **keys)
+
+
+MethodChanges = _changes(Method, "MethodChanges")
+OptimisationChanges = _changes(Optimisation, "OptimisationChanges")
