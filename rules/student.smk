@@ -76,7 +76,8 @@ else:
         message:
             "train the baseline, seed {wildcards.seed}"
         shell:
-            "grace train --run {input.run:q} --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
+            "grace train --processes {resources.gpu} --run {input.run:q}"
+            " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
             " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
 
@@ -110,7 +111,8 @@ rule finetune:
     message:
         "train {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --run {input.run:q} --init {params.start:q} --data {params.data:q} --out {params.out:q}"
+        "grace train --processes {resources.gpu} --run {input.run:q}"
+        " --init {params.start:q} --data {params.data:q} --out {params.out:q}"
         " --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
 
@@ -146,7 +148,8 @@ rule distil:
     message:
         "distil {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --run {input.run:q} --init {params.start:q} --data {params.data:q} --cache {params.cache:q}"
+        "grace train --processes {resources.gpu} --run {input.run:q}"
+        " --init {params.start:q} --data {params.data:q} --cache {params.cache:q}"
         " --out {params.out:q} --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
 

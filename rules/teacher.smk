@@ -57,7 +57,8 @@ else:
         message:
             "train the teacher"
         shell:
-            "grace train --run {input.run:q} --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
+            "grace train --processes {resources.gpu} --run {input.run:q}"
+            " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
             " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
 

@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_the_first_step(home, tmp_path, change, give
 def test_two_processes_equal_one(home, tmp_path):
     steps = optimisation(micro_batch=2, batch=6)
     one = student(home, tmp_path, "one", **GRACE, optimisation=steps)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "grace.cli", "train"]
+    command = [sys.executable, "-m", "grace.cli", "train", "--processes", "2"]
     command += ["--run", tmp_path / "one.json", "--data", home / "data", "--out", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
     command += ["--checkpoints", tmp_path / ".two", "--init", home / "baseline", "--cache", home / "cache"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """The command line: one verb per step of the pipeline. Each imports what it needs only when it runs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -88,8 +89,12 @@ def train(
     checkpoints: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
     init: Annotated[Path | None, typer.Option(help="model folder to start from")] = None,
     cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
+    processes: Annotated[int, typer.Option(help="share the work between so many, one GPU each; 0 and 1: alone")] = 1,
 ) -> None:
     """Train a teacher, a baseline or a student."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        os.execv(sys.executable, [*launcher, "-m", "--", "grace.cli", *sys.argv[1:]])
     from grace.train.verbs import train as run_training
 
     run_training(run, data, out, log, checkpoints, init, cache)

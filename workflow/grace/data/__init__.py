@@ -4,7 +4,7 @@ from grace.data.batches import Batch, collate, plan_batches
 from grace.data.conversations import Conversation, load_conversations
 from grace.data.examples import Example, load_examples
 from grace.data.pictures import Picture
-from grace.data.prepared import load_prepared, prepare_examples
+from grace.data.prepared import load_features, load_prepared, prepare_examples, prepare_features
 
 __all__ = [
     "Batch",
@@ -14,7 +14,9 @@ __all__ = [
     "collate",
     "load_conversations",
     "load_examples",
+    "load_features",
     "load_prepared",
     "plan_batches",
     "prepare_examples",
+    "prepare_features",
 ]

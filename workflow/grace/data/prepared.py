@@ -6,8 +6,10 @@ ids alone and run the tower.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,9 +38,9 @@ def tower_hash(tower: nn.Module) -> str:
 
 @torch.inference_mode()
 def _features(tower: nn.Module, processor, pictures: list[Picture]) -> torch.Tensor:
-    """The tower's last hidden state, fp32 [pictures, n, d]."""
+    """The tower's last hidden state [pictures, n, d] in its dtype."""
     pixels = processor.image_processor(images=[p.open() for p in pictures], return_tensors="pt")["pixel_values"]
-    return tower(pixels, output_hidden_states=True).hidden_states[-1]
+    return tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states[-1]
 
 
 def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
@@ -72,6 +74,40 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
         save_file(tensors, part, metadata=about)
 
 
+@torch.inference_mode()
+def prepare_features(files: Sequence[Path], processor, tower: Path, out: Path) -> None:
+    """Write to `out` what the tower makes of every picture in the `image` column of Parquet `files`, each once.
+
+    In bf16, as a model that ships would compute it: keys uint8 [pictures, 32] (SHA-256 of the encoded picture) and
+    features bf16 [pictures, n, d].
+    """
+    vision = AutoModel.from_pretrained(tower, dtype=torch.bfloat16, local_files_only=True).eval()
+    pictures = {}
+    for file in files:
+        for image in pq.read_table(file, columns=["image"])["image"].to_pylist():
+            picture = Picture.from_bytes(str(image["path"]), image["bytes"])
+            pictures[picture.sha256] = picture
+    features, waiting = [], list(pictures.values())
+    with progress("features of the benchmarks", len(waiting)) as advance:
+        for start in range(0, len(waiting), BATCH):
+            features.append(_features(vision, processor, waiting[start : start + BATCH]))
+            advance(len(features[-1]))
+    keys = torch.tensor([list(bytes.fromhex(key)) for key in pictures], dtype=torch.uint8)
+    with whole_file(out) as part:
+        save_file({"keys": keys, "features": torch.cat(features)}, part, metadata={"tower": tower_hash(vision)})
+
+
+def load_features(path: Path, tower: nn.Module | None) -> dict[bytes, torch.Tensor]:
+    """Features bf16 [n, d] by the SHA-256 of the picture; empty where there is no file, or another tower made it."""
+    if tower is None or not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        if file.metadata()["tower"] != tower_hash(tower):
+            return {}
+        keys, features = file.get_tensor("keys"), file.get_tensor("features")
+    return {bytes(key): feature for key, feature in zip(keys.tolist(), features, strict=True)}
+
+
 def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]:
     """The examples of `folder`, with features where they were made by `tower`'s weights.
 
@@ -88,9 +124,13 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; run `grace prepare` again") from None
     except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise GraceError(f"{path}: cannot be read ({error}); delete the folder and run `grace prepare` again") from error
+        raise GraceError(
+            f"{path}: cannot be read ({error}); delete the folder and run `grace prepare` again"
+        ) from error
     if about["conversations"] != sha256(folder / "train.parquet"):
-        raise GraceError(f"{path}: was made from another train.parquet; delete the folder and run `grace prepare` again")
+        raise GraceError(
+            f"{path}: was made from another train.parquet; delete the folder and run `grace prepare` again"
+        )
     conversations = load_conversations(folder / "train.parquet")
     lengths = tensors["lengths"].tolist()
     ids, labels = (tensors[name].long().split(lengths) for name in ("input_ids", "labels"))

@@ -87,7 +87,9 @@ def find_benchmark(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
-def _grant(found: list[Question], wishes: list[Wish], same_fact: bool, rng: np.random.Generator) -> list[Question] | None:
+def _grant(
+    found: list[Question], wishes: list[Wish], same_fact: bool, rng: np.random.Generator
+) -> list[Question] | None:
     chosen: list[Question] = []
     for wish in wishes:
         fitting = [q for q in found if all(getattr(q, field) == value for field, value in wish.items())]

@@ -88,7 +88,9 @@ def _text(rng):
     row, length = rng.integers(3), rng.integers(1, 4)
     written = row * 3 + rng.integers(0, 4 - length) + np.arange(length)
     others = rng.permutation([cell for cell in range(9) if cell // 3 != row])[: rng.integers(0, 4)]
-    kinds = np.concatenate([len(GARMENTS) + rng.integers(len(DIGITS), size=length), rng.integers(len(GARMENTS), size=len(others))])
+    kinds = np.concatenate(
+        [len(GARMENTS) + rng.integers(len(DIGITS), size=length), rng.integers(len(GARMENTS), size=len(others))]
+    )
     return kinds, np.concatenate([written, others])
 
 
@@ -157,7 +159,9 @@ def _layers(rng: np.random.Generator, scene: Scene, sources: Sources) -> np.ndar
     for n, thing in enumerate(scene.things):
         if thing.blur:
             blur = _blur_matrices()[np.abs(_BLURS - thing.blur).argmin()]
-            layers[n] = np.tensordot(blur, (blur @ layers[n].reshape(CELL, -1)).reshape(CELL, CELL, 4), (1, 1)).transpose(1, 0, 2)
+            layers[n] = np.tensordot(
+                blur, (blur @ layers[n].reshape(CELL, -1)).reshape(CELL, CELL, 4), (1, 1)
+            ).transpose(1, 0, 2)
     return layers
 
 

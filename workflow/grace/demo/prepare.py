@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
 from grace.config.schema import DemoData
-from grace.data import prepare_examples
+from grace.data import prepare_examples, prepare_features
 from grace.demo.benchmarks import find_benchmark, items
 from grace.demo.pictures import draw_scene, encode, generator, render
 from grace.demo.processor import build_processor
@@ -129,3 +129,6 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
         processor.save_pretrained(folder / "processor")
         shutil.copytree(_TOWER, folder / "vision_tower")
         prepare_examples(folder, processor, folder / "vision_tower")
+        asked = sorted((folder / "benchmarks").glob("*.parquet"))
+        if asked:
+            prepare_features(asked, processor, folder / "vision_tower", folder / "benchmarks" / "features.safetensors")

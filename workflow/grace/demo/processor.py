@@ -28,7 +28,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Lower-cased words and single digits; anything else is `<unk>`."""
     vocabulary = {word: index for index, word in enumerate(words())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\- ]"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^a-z0-9\- ]"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
     )

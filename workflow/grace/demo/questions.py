@@ -93,7 +93,9 @@ def position(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """Where is the X."""
     for thing in _nameable(scene):
         fact = ("place", thing.cell)
-        yield Question(f"where is the {KINDS[thing.kind]}", POSITIONS[thing.cell], fact, frozenset({fact, _present(thing.kind)}))
+        yield Question(
+            f"where is the {KINDS[thing.kind]}", POSITIONS[thing.cell], fact, frozenset({fact, _present(thing.kind)})
+        )
 
 
 def _presence(scene: Scene, rng: np.random.Generator, kinds: range) -> Iterator[Question]:
@@ -181,7 +183,9 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
         yield Question(f"what is {_COLOURS[c]}", UNANSWERABLE, fact, frozenset({fact}), "absent")
     for thing in _by_colour(scene):
         if not thing.readable:
-            yield Question(f"what is {_COLOURS[thing.colour]}", UNANSWERABLE, _bound(thing), frozenset({_bound(thing)}), "blurred")
+            yield Question(
+                f"what is {_COLOURS[thing.colour]}", UNANSWERABLE, _bound(thing), frozenset({_bound(thing)}), "blurred"
+            )
     number = _number(scene)
     if number and not any(thing.readable for thing in number):
         yield Question("read the digits", UNANSWERABLE, ("number", 0), frozenset(), "blurred")

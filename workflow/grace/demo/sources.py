@@ -43,7 +43,9 @@ def _package_file(package: str, *parts: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(next(iter(spec.submodule_search_locations)), *parts) if spec else None
     if path is None or not path.is_file():
-        raise GraceError(f"{path or package}: the demo's pictures need it; run `pip install --force-reinstall {package}`")
+        raise GraceError(
+            f"{path or package}: the demo's pictures need it; run `pip install --force-reinstall {package}`"
+        )
     return path
 
 
@@ -53,7 +55,9 @@ def _garments() -> dict[str, np.ndarray]:
         with np.load(GARMENTS_FILE) as file:
             return {name: file[name] for name in ("images", "labels", "splits")}
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged archive
-        raise GraceError(f"{GARMENTS_FILE}: the garments cannot be read ({error}); install grace-pipeline again") from error
+        raise GraceError(
+            f"{GARMENTS_FILE}: the garments cannot be read ({error}); install grace-pipeline again"
+        ) from error
 
 
 @cache

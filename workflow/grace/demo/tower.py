@@ -64,12 +64,16 @@ def _draw(rng: np.random.Generator, sources: Sources) -> Scene:
     for cell in np.flatnonzero(rng.random(CELLS) < 0.9):
         digit = rng.random() < 0.3
         kind = int(rng.integers(len(GARMENTS), len(KINDS)) if digit else rng.integers(len(GARMENTS)))
-        things.append(Thing(kind, int(rng.integers(len(COLOURS))), int(cell), int(rng.integers(len(sources.crops[kind])))))
+        things.append(
+            Thing(kind, int(rng.integers(len(COLOURS))), int(cell), int(rng.integers(len(sources.crops[kind]))))
+        )
     scene = Scene(tuple(things), noise=float(rng.uniform(2, 14)))
     return degrade(rng, scene) if rng.random() < 0.15 else scene
 
 
-def _batch(seed: int, split: str, step: int, size: int, sources: Sources) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _batch(
+    seed: int, split: str, step: int, size: int, sources: Sources
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     # pixels float32 [size, 3, 96, 96] in [-1, 1]; targets int64 [size * 9]
     pictures, targets = [], []
     for index in range(step * size, (step + 1) * size):
@@ -152,7 +156,9 @@ def tower(out: Path, steps: int = 8000, seed: int = 0) -> dict[str, float]:
             optimiser.step()
             if (step + 1) % _CHECKPOINT_EVERY == 0:
                 with whole_file(checkpoint) as part:
-                    torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, part)
+                    torch.save(
+                        {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}, part
+                    )
             advance(1, f"loss {loss.item():.3f}")
     accuracy = cell_accuracy(model, "development", seed)
     with whole_folder(out, steps=steps, seed=seed, held_out_accuracy=accuracy) as folder:

@@ -43,7 +43,11 @@ def vendor(folder: Path, out: Path = GARMENTS_FILE) -> None:
     image, label, split, official = (np.stack(column) for column in zip(*rows, strict=True))
     with whole_file(out) as part, part.open("wb") as file:
         np.savez_compressed(
-            file, images=image, labels=label.astype(np.uint8), splits=split.astype(np.uint8), official=official.astype(np.uint16)
+            file,
+            images=image,
+            labels=label.astype(np.uint8),
+            splits=split.astype(np.uint8),
+            official=official.astype(np.uint16),
         )
 
 

@@ -8,7 +8,7 @@ the `<image>` token exactly as in the model's own forward.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +60,17 @@ class Runner:
         processor: its processor, with a chat template.
         batch: sequences per forward pass.
         max_new_tokens: longest answer in tokens.
+        kept: what the model's tower makes of pictures, bf16 [n, d] by SHA-256, where that was kept.
     """
 
-    def __init__(self, model, processor, batch: int = 128, max_new_tokens: int = 8) -> None:
+    def __init__(
+        self,
+        model,
+        processor,
+        batch: int = 128,
+        max_new_tokens: int = 8,
+        kept: Mapping[bytes, torch.Tensor] | None = None,
+    ) -> None:
         if model.config.model_type != "llava":
             raise GraceError(
                 f"this runner answers for LLaVA models, not for `{model.config.model_type}`; "
@@ -77,6 +85,7 @@ class Runner:
         ends = ends if ends is not None else self.tokenizer.eos_token_id
         self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+        self.kept = kept or {}
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._held = 0
 
@@ -118,14 +127,21 @@ class Runner:
         new = {digest: question for digest, question in wanted if digest not in self._features}
         here = {digest: self._features[digest] for digest, _ in wanted if digest in self._features}
         if new:
-            images = [Picture.from_bytes(question.id, question.image).open() for question in new.values()]
-            pixels = self.pixels(images).to(self.model.device, self.model.dtype)
-            for digest, row in zip(new, self.model.get_image_features(pixels).pooler_output, strict=True):
+            for digest, row in zip(new, self._project(new), strict=True):
                 here[digest] = self._features[digest] = row
                 self._held += row.nbytes
             while self._held > FEATURE_BYTES:
                 self._held -= self._features.popitem(last=False)[1].nbytes
         return torch.stack([here[digest] for digest, _ in wanted])
+
+    def _project(self, new: Mapping[bytes, Question]) -> Iterable[torch.Tensor]:
+        """The visual features of pictures not seen yet, each [visual tokens, d]."""
+        if all(digest in self.kept for digest in new):
+            features = torch.stack([self.kept[digest] for digest in new])
+            return self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
+        images = [Picture.from_bytes(question.id, question.image).open() for question in new.values()]
+        pixels = self.pixels(images).to(self.model.device, self.model.dtype)
+        return self.model.get_image_features(pixels).pooler_output
 
     def _generate(self, prompts: list[list[int]], features: torch.Tensor) -> list[Answer]:
         """Greedy decoding of one batch: left-padded, so that every row's next token is in the last column."""

@@ -36,6 +36,7 @@ _INSTALL = {
     VLMEVAL: "pip install -r envs/vlmeval.txt",
 }
 
+FEATURES = "features.safetensors"  # what the frozen tower makes of the benchmarks' pictures, where it was kept
 Predict = Callable[[Benchmark, Path], pd.DataFrame]
 
 
@@ -91,33 +92,37 @@ def _run_all(
     limit, failed = parameters.evaluation.limit, []
     total = sum(entry.size if limit is None else min(entry.size, limit) for entry, _ in pending)
     with progress(f"evaluating {model}", total) as advance:
-        predict = _predictor(parameters, model, advance)
+        predict = _predictor(parameters, model, pending[0][1].parent / FEATURES, advance)
+        said = 0
         for entry, questions in pending:
             start = time.monotonic()
             try:
                 rows = predict(entry, questions)
-                if rows["prediction"].str.strip().eq("").all():
-                    raise GraceError(
-                        f"{model}: answered nothing to all {len(rows)} questions of {entry.name}; "
-                        "check its training log, and that its chat template is the one it was trained with"
-                    )
+                said += int(rows["prediction"].str.strip().ne("").sum())
                 write_predictions(out / f"{entry.name}.parquet", rows, keys[entry.name], time.monotonic() - start)
             except GraceError as error:
                 failed.append(str(error))
+    if not said and not failed:
+        raise GraceError(
+            f"{model}: answered nothing to any question of any benchmark; check its training log, and that its chat "
+            "template is the one it was trained with"
+        )
     return failed
 
 
-def _predictor(parameters: EvaluateRun, model: Path, advance: Callable[[int], None]) -> Predict:
+def _predictor(parameters: EvaluateRun, model: Path, features: Path, advance: Callable[[int], None]) -> Predict:
     """The harness around the model, both loaded."""
     import torch
 
     from grace.evaluate.runner import Runner
-    from grace.models import load_model, load_processor
+    from grace.data import load_features
+    from grace.models import load_model, load_processor, vision_tower
 
     settings = parameters.evaluation
     harness = importlib.import_module(_MODULES[settings.harness])
     loaded = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens)
+    kept = load_features(features, vision_tower(loaded))
+    runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
     return harness.predictor(runner, settings, advance)
 
 
