@@ -51,7 +51,10 @@ def test_no_source_picture_is_in_two_splits():
 
 
 def test_no_background_pixel_is_in_two_splits():
-    spans = {split: [(t.ctypes.data, t.ctypes.data + 3 * t.shape[1]) for t in load_sources(split).textures] for split in SPLITS}
+    spans = {
+        split: [(t.ctypes.data, t.ctypes.data + 3 * t.shape[1]) for t in load_sources(split).textures]
+        for split in SPLITS
+    }
     for n in range(2):  # views of one row of the same photograph: their byte ranges follow one another
         (a, b), (c, d), (e, f) = (spans[split][n] for split in SPLITS)
         assert a < b <= c < d <= e < f
@@ -81,7 +84,9 @@ def test_an_object_stays_inside_its_cell(blur):
     found = load_sources("train")
     for cell in range(9):
         thing = Thing(kind=8, colour=7, cell=cell, crop=3, blur=blur)
-        empty, shown = (render(generator(0, "train", "x", cell), Scene(things, noise=0), found) for things in ((), (thing,)))
+        empty, shown = (
+            render(generator(0, "train", "x", cell), Scene(things, noise=0), found) for things in ((), (thing,))
+        )
         # The background is drawn first, so both pictures have the same one.
         differs = (empty != shown).any(-1).reshape(3, CELL, 3, CELL).any((1, 3)).ravel()
         assert list(np.flatnonzero(differs)) == [cell]
@@ -98,7 +103,9 @@ def check(question, answer, scene):
     elif text == "where is the":
         assert [POSITIONS[t.cell] for t in of_kind] == ([answer] if answer != UNANSWERABLE else [])
     elif text in ("what is", "what kind is"):
-        names = [(CATEGORY_OF[KINDS[t.kind]] if text.endswith("kind is") else KINDS[t.kind]) for t in of_colour if t.readable]
+        names = [
+            (CATEGORY_OF[KINDS[t.kind]] if text.endswith("kind is") else KINDS[t.kind]) for t in of_colour if t.readable
+        ]
         assert names == ([answer] if answer != UNANSWERABLE else [])
         assert len(of_colour) <= 1
     elif text == "is there a":
@@ -107,7 +114,9 @@ def check(question, answer, scene):
         (thing,) = (t for t in seen if KINDS[t.kind] == text.removeprefix("is the "))
         assert answer == ("yes" if COLOUR_NAMES[thing.colour] == key else "no")
     elif text == "count the":
-        assert answer == NUMBERS[sum(CATEGORY_OF[KINDS[t.kind]] == key for t in seen)] and len(seen) == len(scene.things)
+        assert answer == NUMBERS[sum(CATEGORY_OF[KINDS[t.kind]] == key for t in seen)] and len(seen) == len(
+            scene.things
+        )
     elif text.startswith("which is shown"):
         offered = question.removeprefix("which is shown ").replace(" or ", " ").split()
         assert len(offered) == len(set(offered)) == 4
@@ -138,7 +147,8 @@ def test_captions_name_every_object():
         assert set(said) <= VOCABULARY
         triples = {frozenset(said[i : i + 3]) for i in range(0, len(said), 3)}
         assert triples == {
-            frozenset((POSITIONS[t.cell], COLOUR_NAMES[t.colour], KINDS[t.kind] if t.readable else "blurred")) for t in scene.things
+            frozenset((POSITIONS[t.cell], COLOUR_NAMES[t.colour], KINDS[t.kind] if t.readable else "blurred"))
+            for t in scene.things
         }
 
 
@@ -199,7 +209,11 @@ def test_prepare_writes_the_same_folder_twice(tmp_path):
     manifests = [(tmp_path / out / "manifest.json").read_text() for out in ("one", "two")]
     assert manifests[0] == manifests[1]
     train = pd.read_parquet(tmp_path / "one" / "train.parquet")
-    assert list(train.columns) == ["id", "image", "conversation", "sources"] and train.id.is_unique and len(train) == 12
+    assert (
+        list(train.columns) == ["id", "caption", "image", "conversation", "sources"]
+        and train.id.is_unique
+        and len(train) == 12
+    )
     assert all(len(turns) <= 4 for turns in train.conversation)
     test = pd.read_parquet(tmp_path / "one" / "benchmarks" / "presence.parquet")
     assert test.id.is_unique and len(test) == 5 and test.image_id.nunique() == 3
@@ -217,7 +231,7 @@ def test_datasets_decodes_the_pictures(tmp_path):
 
 
 def test_an_unknown_benchmark_is_named_with_those_there_are(tmp_path):
-    with pytest.raises(GraceError, match="no benchmark `colours`.*colour, object"):
+    with pytest.raises(GraceError, match=r"no benchmark `colours`.*colour, object"):
         prepare(DemoData(), ["colour", "colours"], tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
@@ -228,7 +242,7 @@ def test_an_unreadable_source_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "GARMENTS_FILE", damaged)
     sources._garments.cache_clear()
     try:
-        with pytest.raises(GraceError, match="garments.npz.*cannot be read"):
+        with pytest.raises(GraceError, match=r"garments\.npz.*cannot be read"):
             sources._garments()
     finally:
         sources._garments.cache_clear()

@@ -286,6 +286,7 @@ def config_check(file: Path) -> None:
 
 def main() -> None:
     """Entry point: a `GraceError` is one sentence on standard error and exit status 1."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading is quick here; a bar in a log says nothing
     try:
         app()
     except GraceError as error:

@@ -126,7 +126,7 @@ def cell_accuracy(model: CellClassifier, split: str, seed: int, pictures: int = 
     return {name: round(torch.cat(parts).float().mean().item(), 4) for name, parts in right.items()}
 
 
-def tower(out: Path, steps: int = 8000, seed: int = 0) -> dict[str, float]:
+def tower(out: Path, steps: int = 6000, seed: int = 0) -> dict[str, float]:
     """Train the tower and write it to `out` as a transformers folder in bf16; return its held-out accuracies.
 
     A killed run continues from its last checkpoint, kept beside `out` until the folder is written; pictures are a

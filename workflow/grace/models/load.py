@@ -5,11 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, CompressedTensorsConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from grace.errors import GraceError
-
-disable_progress_bar()  # loading is quick here, and a bar in a job's log says nothing
 
 
 def model_folder(folder: str | Path) -> dict:
