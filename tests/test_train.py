@@ -29,8 +29,12 @@ def optimisation(**change):
 
 def run_file(folder, name, **change):
     values = dict(
-        family="llava", compute_dtype="float32", seed=1, optimisation=optimisation(),
-        method=Method(tau=0.1), quantization=Quantization(group_size=32),
+        family="llava",
+        compute_dtype="float32",
+        seed=1,
+        optimisation=optimisation(),
+        method=Method(tau=0.1),
+        quantization=Quantization(group_size=32),
     )
     write_json(folder / f"{name}.json", TrainRun(**{**values, **change}).model_dump())
     return folder / f"{name}.json"
@@ -46,7 +50,9 @@ def home(tmp_path_factory):
         run = run_file(home, name, architecture=shape, seed=seed, optimisation=optimisation(steps=3))
         train(run, home / "data", home / name, home / f"{name}.jsonl", home / f".{name}")
     run = home / "cache.json"
-    write_json(run, CacheRun(family="llava", compute_dtype="float32", cache=Cache(shards=2), temperature=2.0).model_dump())
+    write_json(
+        run, CacheRun(family="llava", compute_dtype="float32", cache=Cache(shards=2), temperature=2.0).model_dump()
+    )
     for shard in range(2):
         write(run, home / "teacher", home / "data", home / "cache", shard)
     finish(run, home / "teacher", home / "data", home / "cache")
@@ -58,7 +64,15 @@ GRACE = dict(kd="gated", rcka=True, controller=True, bits=4)
 
 def student(home, folder, name, **change):
     run = run_file(folder, name, **change)
-    train(run, home / "data", folder / name, folder / f"{name}.jsonl", folder / f".{name}", home / "baseline", home / "cache")
+    train(
+        run,
+        home / "data",
+        folder / name,
+        folder / f"{name}.jsonl",
+        folder / f".{name}",
+        home / "baseline",
+        home / "cache",
+    )
     return folder / name
 
 
@@ -87,14 +101,18 @@ def test_every_recipe_trains_and_logs_its_parts(home, tmp_path, name):
     expected = {"ce"} | ({"kd"} if "kd" in change else set()) | ({"rcka"} if change.get("rcka") else set())
     assert {"ce", "kd", "rcka"} & set(entries[0]) == expected
     for entry in entries:
-        weighted = entry["ce"] + entry.get("beta", 0) * entry.get("kd", 0) + entry.get("omega", 0) * entry.get("rcka", 0)
+        weighted = (
+            entry["ce"] + entry.get("beta", 0) * entry.get("kd", 0) + entry.get("omega", 0) * entry.get("rcka", 0)
+        )
         assert entry["loss"] == pytest.approx(weighted, rel=1e-4)
     if change.get("controller"):
         method = Method(tau=0.1)
         average, beta = None, method.beta_init
         for entry in entries:
             assert entry["beta"] == pytest.approx(beta, abs=2e-6)
-            average = entry["kd"] if average is None else method.ema_decay * average + (1 - method.ema_decay) * entry["kd"]
+            average = (
+                entry["kd"] if average is None else method.ema_decay * average + (1 - method.ema_decay) * entry["kd"]
+            )
             beta = min(max(beta + method.eta * (average - method.tau), method.beta_min), method.beta_max)
         assert entries[-1]["beta"] != entries[0]["beta"]
     assert not (tmp_path / f".{name}").exists()
@@ -133,7 +151,18 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     steps = optimisation(steps=60, checkpoint_every=3)
     whole = student(home, tmp_path, "whole", **GRACE, optimisation=steps)
     run = run_file(tmp_path, "killed", **GRACE, optimisation=steps)
-    command = [sys.executable, "-m", "grace.cli", "train", "--run", run, "--data", home / "data", "--out", tmp_path / "killed"]
+    command = [
+        sys.executable,
+        "-m",
+        "grace.cli",
+        "train",
+        "--run",
+        run,
+        "--data",
+        home / "data",
+        "--out",
+        tmp_path / "killed",
+    ]
     command += ["--log", tmp_path / "killed.jsonl", "--checkpoints", tmp_path / ".killed", "--init", home / "baseline"]
     command += ["--cache", home / "cache"]
     job = subprocess.Popen(list(map(str, command)))
@@ -143,7 +172,15 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not (tmp_path / "killed").exists()
-    train(run, home / "data", tmp_path / "killed", tmp_path / "killed.jsonl", tmp_path / ".killed", home / "baseline", home / "cache")
+    train(
+        run,
+        home / "data",
+        tmp_path / "killed",
+        tmp_path / "killed.jsonl",
+        tmp_path / ".killed",
+        home / "baseline",
+        home / "cache",
+    )
     before, after = weights(whole), weights(tmp_path / "killed")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -170,7 +207,14 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_conversations(home, tmp_p
 def test_bad_input_is_refused_before_the_first_step(home, tmp_path, change, given, reason):
     run = run_file(tmp_path, "bad", **change)
     with pytest.raises(GraceError, match=reason):
-        train(run, home / "data", tmp_path / "bad", tmp_path / "bad.jsonl", tmp_path / ".bad", **({"init": home / "baseline"} | given))
+        train(
+            run,
+            home / "data",
+            tmp_path / "bad",
+            tmp_path / "bad.jsonl",
+            tmp_path / ".bad",
+            **({"init": home / "baseline"} | given),
+        )
     assert not (tmp_path / "bad").exists()
 
 
@@ -178,7 +222,16 @@ def test_two_processes_equal_one(home, tmp_path):
     steps = optimisation(micro_batch=2, batch=6)
     one = student(home, tmp_path, "one", **GRACE, optimisation=steps)
     command = [sys.executable, "-m", "grace.cli", "train", "--processes", "2"]
-    command += ["--run", tmp_path / "one.json", "--data", home / "data", "--out", tmp_path / "two", "--log", tmp_path / "two.jsonl"]
+    command += [
+        "--run",
+        tmp_path / "one.json",
+        "--data",
+        home / "data",
+        "--out",
+        tmp_path / "two",
+        "--log",
+        tmp_path / "two.jsonl",
+    ]
     command += ["--checkpoints", tmp_path / ".two", "--init", home / "baseline", "--cache", home / "cache"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

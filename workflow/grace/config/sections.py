@@ -93,7 +93,9 @@ class Optimisation(Section):
     clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
     checkpoint_every: PositiveInt = Field(500, description="steps between resumable checkpoints")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    first_turn_steps: int = Field(0, ge=0, description="first steps, on first turns and captions alone (models made from scratch)")
+    first_turn_steps: int = Field(
+        0, ge=0, description="first steps, on first turns and captions alone (models made from scratch)"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "Optimisation":

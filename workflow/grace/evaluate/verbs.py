@@ -114,8 +114,8 @@ def _predictor(parameters: EvaluateRun, model: Path, features: Path, advance: Ca
     """The harness around the model, both loaded."""
     import torch
 
-    from grace.evaluate.runner import Runner
     from grace.data import load_features
+    from grace.evaluate.runner import Runner
     from grace.models import load_model, load_processor, vision_tower
 
     settings = parameters.evaluation
