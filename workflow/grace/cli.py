@@ -95,9 +95,14 @@ def train(
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         os.execv(sys.executable, [*launcher, "-m", "--", "grace.cli", *sys.argv[1:]])
+    from grace.cluster.lock import one_writer
     from grace.train.verbs import train as run_training
 
-    run_training(run, data, out, log, checkpoints, init, cache)
+    if os.environ.get("RANK", "0") != "0":  # the first process holds the lock for all
+        run_training(run, data, out, log, checkpoints, init, cache)
+        return
+    with one_writer(checkpoints):
+        run_training(run, data, out, log, checkpoints, init, cache)
 
 
 @cache_verbs.command("write")
@@ -173,9 +178,11 @@ def evaluate(
     run: Run, model: Annotated[Path, typer.Option(help="model folder, plain or packed")], data: Data, out: Out
 ) -> None:
     """Ask a model every question of every benchmark and keep each prediction."""
+    from grace.cluster.lock import one_writer
     from grace.evaluate.verbs import evaluate as ask
 
-    ask(run, model, data, out)
+    with one_writer(out):
+        ask(run, model, data, out)
 
 
 @bench_verbs.command("kernel")
@@ -257,6 +264,38 @@ def diff(
     from grace.versions.diff import diff as compare
 
     compare(a, b, experiment, repository, markdown, page, fail_on_regression)
+
+
+@app.command()
+def provenance(
+    path: Annotated[Path, typer.Argument(help="an output file or folder of results/")],
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of a tree")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="do not shorten long lists")] = False,
+) -> None:
+    """Tell what made an output, back to the data."""
+    from grace.versions.provenance import provenance as tell
+
+    tell(path, json, everything)
+
+
+@app.command()
+def verify(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Re-hash a results tree and name every file that differs, is missing or is not listed."""
+    from grace.versions.verify import verify as check
+
+    check(results)
+
+
+@app.command()
+def plan(
+    configfile: Annotated[Path, typer.Option(help="the experiment")] = Path("config.yaml"),
+    price: Annotated[float | None, typer.Option(help="of one GPU hour, in any currency")] = None,
+    slurm: Annotated[bool, typer.Option(help="also ask this machine's cluster whether it would take the jobs")] = False,
+) -> None:
+    """Say which jobs a run would start and the most that they can cost."""
+    from grace.cluster.estimate import plan as estimate
+
+    estimate(configfile, price, slurm)
 
 
 @config_verbs.command("schema")

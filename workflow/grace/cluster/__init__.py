@@ -1,0 +1,1 @@
+"""Shared machines: what a run will ask of them, whether a Slurm would take it, and one writer per output."""

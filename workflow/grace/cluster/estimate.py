@@ -1,0 +1,110 @@
+"""`grace plan`: which jobs a run would start, and at most how many hours of cores and GPUs they would take."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from grace.config.load import load_experiment
+from grace.config.sections import Resources
+from grace.errors import GraceError
+
+# the kind of job, in `resources` of the configuration, that each rule asks as; rules that only write a file ask nothing
+KINDS = {
+    "fetch_teacher": "fetch", "fetch_baseline": "fetch", "prepare": "prepare", "train_teacher": "train_teacher",
+    "write_cache": "cache", "finish_cache": "cache", "train_baseline": "train_baseline", "finetune": "finetune",
+    "distil": "distil", "quantize": "quantize", "pack": "pack", "evaluate": "evaluate", "evaluate_teacher": "evaluate",
+    "bench_kernel": "bench", "bench_decode": "bench", "tables": "report", "figures": "report", "metrics": "report",
+    "page": "report",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """Jobs of one kind: how many are left to run, and what each asks for."""
+
+    kind: str
+    jobs: int
+    asked: Resources
+
+    @property
+    def core_hours(self) -> float:
+        """If every job takes all of its time."""
+        return self.jobs * self.asked.cpus * self.asked.runtime / 60
+
+    @property
+    def gpu_hours(self) -> float:
+        """If every job takes all of its time."""
+        return self.jobs * self.asked.gpus * self.asked.runtime / 60
+
+
+def plan(
+    configfile: Path = Path("config.yaml"),
+    price: float | None = None,
+    slurm: bool = False,
+    snakefile: Path | None = None,
+) -> list[Request]:
+    """Print what `snakemake --configfile {configfile}` has left to do and the most that it can cost; return it.
+
+    Args:
+        configfile: the experiment.
+        price: of one GPU hour, in any currency.
+        slurm: also ask the cluster of this machine whether it would take each kind of job.
+        snakefile: another than the working directory's.
+
+    Raises:
+        GraceError: a wrong configuration, Snakemake's own refusal, or what Slurm would refuse.
+    """
+    resources = load_experiment(configfile).resources
+    counts: dict[str, int] = {}
+    for rule, jobs in left_to_do(configfile, snakefile).items():
+        if rule in KINDS:
+            counts[KINDS[rule]] = counts.get(KINDS[rule], 0) + jobs
+    kinds = list(dict.fromkeys(kind for kind in KINDS.values() if kind in counts))
+    requests = [Request(kind, counts[kind], resources.get(kind, Resources())) for kind in kinds]
+    _show(requests, configfile, price)
+    if slurm:
+        from grace.cluster.slurm import check_slurm
+
+        check_slurm({request.kind: request.asked for request in requests})
+        print("Slurm would take every kind of job.")
+    return requests
+
+
+def left_to_do(configfile: Path, snakefile: Path | None = None) -> dict[str, int]:
+    """How many jobs of each rule a dry run of Snakemake lists."""
+    command = [str(Path(sys.executable).with_name("snakemake")), "--dry-run", "--quiet", "host", "reason"]
+    command += ["--configfile", str(configfile), *(["--snakefile", str(snakefile)] if snakefile else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise GraceError(f"{configfile}: Snakemake makes no plan of it:\n{said.strip()[-2000:]}")
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)}
+
+
+def _show(requests: list[Request], configfile: Path, price: float | None) -> None:
+    if not requests:
+        print(f"{configfile}: nothing to be done")
+        return
+    table = Table(box=SIMPLE)
+    table.add_column("job", no_wrap=True)
+    for head in ("jobs", "cores", "memory", "GPUs", "longest run", "core hours", "GPU hours"):
+        table.add_column(head, justify="right")
+    for request in requests:
+        asked = request.asked
+        table.add_row(
+            request.kind, str(request.jobs), str(asked.cpus), f"{asked.mem_mb / 1000:g} GB", str(asked.gpus or ""),
+            f"{asked.runtime} min", f"{request.core_hours:,.1f}", f"{request.gpu_hours:,.1f}" if asked.gpus else "",
+        )  # fmt: skip
+    jobs, cores = sum(r.jobs for r in requests), sum(r.core_hours for r in requests)
+    cards = sum(r.gpu_hours for r in requests)
+    table.add_section()
+    table.add_row("all", str(jobs), "", "", "", "", f"{cores:,.1f}", f"{cards:,.1f}" if cards else "")
+    Console().print(table)
+    cost = f", {cards * price:,.2f} at {price:g} per GPU hour" if price is not None else ""
+    print(f"At most {cards:,.1f} GPU hours{cost}: as if every job took all of the time that it asks for, once.")

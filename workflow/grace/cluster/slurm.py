@@ -1,0 +1,63 @@
+"""What a Slurm says before anything is submitted to it: a sentence with the fix instead of jobs that fail or hang."""
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+from grace.config.sections import Resources
+from grace.errors import GraceError
+
+
+def check_slurm(asked: Mapping[str, Resources], status_command: str | None = None) -> None:
+    """Ask the cluster whether it would take each kind of job; nothing is submitted.
+
+    Args:
+        asked: what each kind of job asks for, by its name under `resources` in the configuration.
+        status_command: how Snakemake will ask after its jobs, `sacct` or `squeue`; None is not checked.
+
+    Raises:
+        GraceError: no Slurm, a controller that does not answer, `sacct` without accounting, or one line per kind of job
+            that Slurm refuses, with its reason.
+    """
+    if shutil.which("sbatch") is None:
+        raise GraceError("sbatch: not found; run on a machine that submits to Slurm, or without --workflow-profile")
+    code, said = _asked("scontrol", "show", "config")
+    if code:
+        raise GraceError(f"scontrol: Slurm does not answer ({said}); see `scontrol ping`, then try again")
+    settings = dict(map(str.strip, line.split("=", 1)) for line in said.splitlines() if "=" in line)
+    storage = settings.get("AccountingStorageType", "")
+    if status_command == "sacct" and storage in ("", "(null)", "accounting_storage/none"):
+        raise GraceError(
+            "sacct: this Slurm keeps no accounting, so that Snakemake would wait for its jobs for ever; "
+            "add --slurm-status-command squeue"
+        )
+    refused = [f"resources.{kind}: {reason}" for kind, request in asked.items() if (reason := _refusal(request))]
+    if refused:
+        raise GraceError("\n".join(refused))
+
+
+def submission(request: Resources) -> list[str]:
+    """The flags of sbatch for a request, as Snakemake's Slurm plugin gives them."""
+    flags = ["--nodes=1", f"--cpus-per-task={request.cpus}", f"--mem={request.mem_mb}", f"--time={request.runtime}"]
+    flags += [f"--gpus={request.gpus}"] if request.gpus else ["--ntasks=1"]
+    flags += [f"--partition={request.partition}"] if request.partition else []
+    return flags + ([f"--account={request.account}"] if request.account else [])
+
+
+def _refusal(request: Resources) -> str | None:
+    """Why Slurm would not take a job, with the fix; None where it would."""
+    flags = submission(request)
+    code, said = _asked("sbatch", "--test-only", *flags, "--wrap", "true")
+    if not code:
+        return None
+    reason = said.splitlines()[-1].split(": ")[-1] if said else "no reason given"
+    if "partition" in reason.lower():
+        _, known = _asked("sinfo", "--noheader", "--format", "%R")
+        return f"partition `{request.partition}`: {reason}; this Slurm has {', '.join(dict.fromkeys(known.split()))}"
+    return f"Slurm refuses {shlex.join(flags)} ({reason}); change it in the configuration; `sinfo -Nl` shows the nodes"
+
+
+def _asked(*command: str) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, (done.stdout or done.stderr if not done.returncode else done.stderr or done.stdout).strip()
