@@ -6,6 +6,7 @@ ids alone and run the tower.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
         tensors["features"] = torch.cat(features)
         about["tower"] = tower_hash(vision)
     with whole_file(folder / FILE) as part:
-        save_file(tensors, part, metadata=about)
+        # One key: safetensors writes several in any order, and equal data should make equal bytes.
+        save_file(tensors, part, metadata={"about": json.dumps(about, sort_keys=True)})
 
 
 @torch.inference_mode()
@@ -117,7 +119,7 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     path = folder / FILE
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata()
+            about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys() if name != "features"}  # noqa: SIM118
             fits = tower is not None and about.get("tower") == tower_hash(tower)
             features = file.get_tensor("features") if fits else None
