@@ -1,4 +1,4 @@
-# GRACE, from pictures to tables: `snakemake --cores` builds the experiment that config.yaml describes,
+# GRACE, from pictures to tables: `snakemake --cores all` builds the experiment that config.yaml describes,
 # `snakemake --configfile workflow/experiments/small.yaml` another one. Outputs go to results/{experiment}/.
 
 import os
