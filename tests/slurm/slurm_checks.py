@@ -137,6 +137,19 @@ def test_a_drained_node_delays_and_nothing_else(tree: Tree) -> None:
     assert [job["JobState"] for job in jobs("prepare", tree.folder)] == ["COMPLETED"]
 
 
+def test_a_preempted_job_goes_on_where_it_was_queued_again(tree: Tree) -> None:
+    """Slurm puts a preempted job back in its queue; Snakemake waits, and the job's second start finishes it."""
+    goal = "results/demo/students/finetune/int4/seed0/model/manifest.json"
+    running = start(tree, goal)
+    until("the job runs", (tree.folder / "first-train").exists)
+    (job,) = jobs("finetune", tree.folder)
+    subprocess.run(["scontrol", "requeue", job["JobId"]], check=True)
+    finish(running, tree, 600)
+    (after,) = jobs("finetune", tree.folder)
+    assert (after["JobId"], after["JobState"], after["Restarts"]) == (job["JobId"], "COMPLETED", "1")
+    assert (tree.folder / goal).is_file()
+
+
 def test_a_killed_snakemake_never_makes_two_writers(tree: Tree) -> None:
     """Its job runs on and is submitted again by the next run, where it waits for the first."""
     (tree.folder / "one-writer").touch()
