@@ -14,7 +14,7 @@ from grace.cluster.estimate import KINDS, left_to_do, plan
 from grace.cluster.lock import lock_path, one_writer
 from grace.environment import environment
 from grace.errors import GraceError
-from grace.files import check_manifest, read_json, whole_folder, write_json, write_manifest
+from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
 from grace.versions.provenance import provenance
 from grace.versions.verify import check, verify
 from stub_tree import ROOT, Tree
@@ -153,6 +153,19 @@ def test_every_wrong_file_is_named(results: Path) -> None:
         "  results/small/data/c.txt: listed nowhere",
         "  results/small/students/grace/int4/seed0/.model.12-abc.part/a.txt: left by a killed job; delete it",
     ]
+
+
+def test_predictions_are_held_against_their_benchmarks(results: Path) -> None:
+    """Their manifest grows with them and lists files under `benchmarks`; the data's names what was asked for there."""
+    folder = results / "students/grace/int4/seed0/predictions"
+    folder.mkdir()
+    (folder / "colour.parquet").write_bytes(b"answers")
+    entry = {"file": "colour.parquet", "sha256": sha256(folder / "colour.parquet")}
+    write_json(folder / "manifest.json", {"benchmarks": {"colour": entry}})
+    write_manifest(results / "data", benchmarks=["colour"])
+    assert check(results).wrong == []
+    (folder / "colour.parquet").write_bytes(b"others")
+    assert [line.split(": ")[1][:12] for line in check(results).wrong] == ["differs from"]
 
 
 def test_single_files_are_held_against_the_saved_records(tree: Tree) -> None:

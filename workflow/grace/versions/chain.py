@@ -16,6 +16,7 @@ from typing import Any
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256
+from grace.versions.listed import listed
 from grace.versions.records import FORMAT, HASHED_UP_TO, _read, _record_path
 
 _CODE = "workflow/grace/"
@@ -198,14 +199,6 @@ class Results:
             found[name] = self.step(name)
             waiting += [i.path for i in found[name].inputs if self.record(i.path) is not None]
         return found
-
-
-def listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Files of a manifest by name, with SHA-256 and, where it is kept, size: `files`, or a predictions' `benchmarks`."""
-    files = dict(manifest.get("files") or {})
-    for entry in (manifest.get("benchmarks") or {}).values() if isinstance(manifest.get("benchmarks"), dict) else ():
-        files.setdefault(entry["file"], {"sha256": entry["sha256"]})
-    return files
 
 
 def _seed(values: Any) -> int | None:

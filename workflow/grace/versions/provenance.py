@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from grace.files import MANIFEST, read_json, sha256
-from grace.versions.chain import Input, Results, Step, listed
+from grace.versions.chain import Input, Results, Step
+from grace.versions.listed import listed
 
 SHOWN = 6  # inputs of one rule under one output; --all shows every one
 WIDE = 2000  # columns of a file or pipe, where nothing is wrapped

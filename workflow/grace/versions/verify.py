@@ -11,7 +11,8 @@ from pathlib import Path
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256
-from grace.versions.chain import Results, listed
+from grace.versions.chain import Results
+from grace.versions.listed import listed
 
 _UNRECORDED = ("logs", ".checkpoints")  # what no manifest and no record speaks of
 _IGNORED = (".gitignore", "provenance.jsonl")
