@@ -8,9 +8,9 @@ carrying it, because lm-eval copies, hashes and logs whole rows.
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
-import datasets
 import pandas as pd
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -79,19 +79,25 @@ def task_yaml(benchmark: Benchmark, questions: Path, max_new_tokens: int, folder
     return path
 
 
+class Documents(list):
+    """A split in memory, as lm-eval reads one: rows, and which columns they have."""
+
+    @property
+    def features(self) -> dict[str, None]:
+        return dict.fromkeys(self[0])
+
+
 def build_task(benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) -> ConfigurableTask:
     """The task over rows in memory; its documents are (prompt, answer, image), `image` being the question's id."""
     prompt = _TEMPLATES.from_string(benchmark.prompt)
-    columns = ["question", "answer", "options", "group"]
-    docs = {
-        "prompt": [prompt.render(row) for row in rows[columns].to_dict("records")],
-        "answer": rows["answer"].tolist(),
-        "image": rows["id"].tolist(),
-    }
+    docs = Documents(
+        {"prompt": prompt.render(row), "answer": row["answer"], "image": row["id"]}
+        for row in rows[["id", "question", "answer", "options", "group"]].to_dict("records")
+    )
     config = {
         **task_config(benchmark, max_new_tokens),
         "doc_to_text": "prompt",
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(docs)},
+        "custom_dataset": lambda **_: {"test": docs},
     }
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
@@ -112,6 +118,7 @@ class RunnerLM(TemplateLM):
     def __init__(self, runner: Runner, advance: Callable[[int], None] = lambda steps: None) -> None:
         super().__init__()
         self.runner, self.tokenizer, self.advance = runner, runner.tokenizer, advance
+        self._render = cache(self._render)  # the same question is asked of many pictures
         self.pictures: Mapping[str, bytes] = {}
         self.answers: dict[int, Answer] = {}
 
@@ -135,12 +142,15 @@ class RunnerLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """lm-eval's messages in the processor's template; `<image>` in a message becomes a picture."""
+        return self._render(tuple((message["role"], message["content"]) for message in chat_history))
+
+    def _render(self, messages: tuple[tuple[str, str], ...]) -> str:
         said = []
-        for message in chat_history:
-            before, picture, after = message["content"].partition(PICTURE)
+        for role, content in messages:
+            before, picture, after = content.partition(PICTURE)
             parts = [{"type": "text", "text": before}] if before else []
             parts += [{"type": "image"}] if picture else []
-            said.append({"role": message["role"], "content": [*parts, {"type": "text", "text": after}]})
+            said.append({"role": role, "content": [*parts, {"type": "text", "text": after}]})
         return self.runner.render(said)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
