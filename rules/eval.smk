@@ -1,49 +1,35 @@
 # Every question of every benchmark, asked of the teacher and of every student.
-# Needs: results/{experiment}/data/ and a model: the packed folder where weights are integers, the bf16 folder
-# otherwise. Makes: predictions/{benchmark}.parquet, consumed through predictions/manifest.json. One job asks all
-# benchmarks, because start-up costs more than a benchmark; predictions that still hold are kept.
+# Needs: results/{experiment}/data/ and models: of a student the packed folder where weights are integers, the bf16
+# folder otherwise. Makes: predictions/{benchmark}.parquet of each, consumed through predictions/manifest.json. One job
+# asks all benchmarks, and on processors all students of a recipe, because starting costs more than asking; predictions
+# that still hold are kept.
 
+for asking in plan.asking:
 
-rule evaluate:
-    input:
-        run="results/{experiment}/config/evaluation.json",
-        model=plan.shipped,
-        data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.evaluate.verbs"),
-    output:
-        "results/{experiment}/students/{recipe}/{precision}/seed{seed}/predictions/manifest.json",
-    log:
-        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/evaluate.log",
-    benchmark:
-        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/evaluate.tsv"
-    priority: 30
-    conda:
-        "../envs/grace.yaml"
-    threads: plan.threads("evaluate")
-    resources:
-        **plan.resources("evaluate"),
-    params:
-        model=subpath(input.model, parent=True),
-        data=subpath(input.data, parent=True),
-        out=subpath(output[0], parent=True),
-    message:
-        "evaluate {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
-    shell:
-        "grace evaluate --run {input.run:q} --model {params.model:q} --data {params.data:q} --out {params.out:q}"
-        " > {log:q} 2>&1"
-
-
-use rule evaluate as evaluate_teacher with:
-    input:
-        run="results/{experiment}/config/evaluation.json",
-        model="results/{experiment}/teacher/model/manifest.json",
-        data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.evaluate.verbs"),
-    output:
-        "results/{experiment}/teacher/predictions/manifest.json",
-    log:
-        "results/{experiment}/logs/teacher/evaluate.log",
-    benchmark:
-        "results/{experiment}/logs/teacher/evaluate.tsv"
-    message:
-        "evaluate the teacher"
+    rule:
+        name:
+            asking.rule
+        input:
+            run=f"{plan.folder}/config/evaluation.json",
+            data=f"{plan.folder}/data/manifest.json",
+            models=asking.models,
+            code=plan.code("grace.evaluate.verbs"),
+        output:
+            asking.predictions,
+        log:
+            f"{plan.folder}/logs/{asking.name}/evaluate.log",
+        benchmark:
+            f"{plan.folder}/logs/{asking.name}/evaluate.tsv"
+        priority: 30
+        conda:
+            "../envs/grace.yaml"
+        threads: plan.threads("evaluate")
+        resources:
+            **plan.resources("evaluate"),
+        params:
+            data=subpath(input.data, parent=True),
+            pairs=asking.pairs,
+        message:
+            f"evaluate {asking.title}"
+        shell:
+            "grace evaluate --run {input.run:q} --data {params.data:q} {params.pairs:q} > {log:q} 2>&1"

@@ -48,7 +48,8 @@ def test_the_chain_leads_back_to_the_data(built: Tree, capsys: pytest.CaptureFix
     assert rules["students/grace/int4/seed0/packed/manifest.json"] == "pack"
     assert rules["students/grace/int4/seed0/model/manifest.json"] == "distil"
     assert {"train_baseline", "finish_cache", "write_cache", "train_teacher", "prepare"} <= set(rules.values())
-    assert not {"evaluate", "quantize", "finetune"} & set(rules.values()), "nothing that it was not made from"
+    others = [rule for rule in rules.values() if rule.startswith(("evaluate", "quantize", "finetune"))]
+    assert not others, "nothing that it was not made from"
     step = found["chain"][f"{SEED}/model/manifest.json"]
     frozen = read_json(built.folder / "results/demo/config/students/grace/int4/seed0.json")
     assert step["parameters"]["values"] == frozen and step["seed"] == frozen["seed"] == 0

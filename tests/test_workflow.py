@@ -63,8 +63,8 @@ def test_a_further_seed_builds_its_baseline_and_students(tree: Tree) -> None:
         ],
     )
     name = "finetune at int4, seed 1"
-    expected = ["train the baseline, seed 1", "evaluate baseline at bf16, seed 1"]
-    assert tree.planned() == sorted([*expected, f"train {name}", f"pack {name}", f"evaluate {name}", *REPORT])
+    expected = ["train the baseline, seed 1", "evaluate baseline, 2 students", "evaluate finetune, 2 students"]
+    assert tree.planned() == sorted([*expected, f"train {name}", f"pack {name}", *REPORT])
 
 
 def test_a_further_benchmark_trains_nothing(tree: Tree) -> None:
@@ -72,6 +72,15 @@ def test_a_further_benchmark_trains_nothing(tree: Tree) -> None:
     jobs = tree.planned()
     assert [job for job in jobs if not job.startswith("evaluate ")] == REPORT
     assert len(jobs) == len(REPORT) + 5
+
+
+def test_with_gpus_each_student_is_asked_by_a_job_of_its_own(tree: Tree) -> None:
+    tree.edit(runs=[{"recipes": ["finetune", "grace", "rtn"], "precisions": ["int4", "int8"], "seeds": [0]}])
+    assert "evaluate grace, 2 students" in tree.planned()
+    tree.edit(resources={"evaluate": {"gpus": 1}})
+    planned = tree.planned()
+    asked = [job for job in planned if job.startswith("evaluate ")]
+    assert asked == [f"evaluate {recipe} at int8, seed 0" for recipe in ("finetune", "grace", "rtn")], "int4 is there"
 
 
 def test_code_reruns_the_jobs_that_import_it(tree: Tree) -> None:
@@ -127,7 +136,7 @@ def test_a_wrong_key_stops_before_anything_runs(tree: Tree) -> None:
 def test_every_rule_declares_what_it_needs() -> None:
     """Log, environment and message on each; benchmark, threads, resources and code on each that computes."""
     for file in sorted((ROOT / "rules").glob("*.smk")):
-        rules = re.split(r"^ *rule (\w+):\n", file.read_text(), flags=re.MULTILINE)
+        rules = re.split(r"^ *rule ?(\w*):\n", file.read_text(), flags=re.MULTILINE)
         for name, text in zip(rules[1::2], rules[2::2], strict=True):
             text = text.split("\nuse rule ")[0]
             wanted = ["output:", "log:", "conda:", "params:", "message:", "shell:"]

@@ -176,14 +176,28 @@ def export(
 
 @app.command()
 def evaluate(
-    run: Run, model: Annotated[Path, typer.Option(help="model folder, plain or packed")], data: Data, out: Out
+    run: Run,
+    data: Data,
+    model: Annotated[list[Path], typer.Option(help="model folder, plain or packed; repeat for several")],
+    out: Annotated[list[Path], typer.Option(help="where its predictions go; once for each --model, in order")],
 ) -> None:
-    """Ask a model every question of every benchmark and keep each prediction."""
+    """Ask models every question of every benchmark and keep each prediction."""
     from grace.cluster.lock import one_writer
     from grace.evaluate.verbs import evaluate as ask
 
-    with one_writer(out):
-        ask(run, model, data, out)
+    if len(model) != len(out):
+        raise GraceError(
+            f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
+        )
+    failed = []
+    for one, predictions in zip(model, out, strict=True):
+        try:
+            with one_writer(predictions):
+                ask(run, one, data, predictions)
+        except GraceError as error:
+            failed.append(str(error))
+    if failed:
+        raise GraceError("; ".join(failed))
 
 
 @bench_verbs.command("kernel")

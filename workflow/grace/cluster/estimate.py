@@ -18,9 +18,8 @@ from grace.errors import GraceError
 KINDS = {
     "fetch_teacher": "fetch", "fetch_baseline": "fetch", "prepare": "prepare", "train_teacher": "train_teacher",
     "write_cache": "cache", "finish_cache": "cache", "train_baseline": "train_baseline", "finetune": "finetune",
-    "distil": "distil", "quantize": "quantize", "pack": "pack", "evaluate": "evaluate", "evaluate_teacher": "evaluate",
-    "bench_kernel": "bench", "bench_decode": "bench", "tables": "report", "figures": "report", "metrics": "report",
-    "page": "report",
+    "distil": "distil", "quantize": "quantize", "pack": "pack", "evaluate": "evaluate", "bench_kernel": "bench",
+    "bench_decode": "bench", "tables": "report", "figures": "report", "metrics": "report", "page": "report",
 }  # fmt: skip
 
 
@@ -63,6 +62,7 @@ def plan(
     resources = load_experiment(configfile).resources
     counts: dict[str, int] = {}
     for rule, jobs in left_to_do(configfile, snakefile).items():
+        rule = "evaluate" if rule.startswith("evaluate_") else rule  # one rule per evaluation, named after the models
         if rule in KINDS:
             counts[KINDS[rule]] = counts.get(KINDS[rule], 0) + jobs
     kinds = list(dict.fromkeys(kind for kind in KINDS.values() if kind in counts))

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 from grace.config.code import code_files
@@ -19,6 +20,33 @@ from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Section
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One evaluation job: models that one process asks, one after the other.
+
+    Attributes:
+        name: of its rule and, below `logs/`, of its log.
+        title: in messages.
+        models: manifests of the models.
+        predictions: manifests of their predictions, in the same order.
+    """
+
+    name: str
+    title: str
+    models: list[str]
+    predictions: list[str]
+
+    @property
+    def rule(self) -> str:
+        return "evaluate_" + re.sub(r"\W", "_", self.name)
+
+    @property
+    def pairs(self) -> list[str]:
+        """The flags that say which model is asked and where its predictions go."""
+        folders = [[path.removesuffix("/manifest.json") for path in paths] for paths in (self.models, self.predictions)]
+        return [word for model, out in zip(*folders, strict=True) for word in ("--model", model, "--out", out)]
 
 
 class Plan:
@@ -97,11 +125,8 @@ class Plan:
         seed = self.experiment.baseline_seeds[0] if fetched else wildcards.seed
         return f"{self.student('baseline', 'bf16', seed)}/model/manifest.json"
 
-    def shipped(self, wildcards: Any) -> str:
-        """What is evaluated of a student: the packed folder where weights are integers, its bf16 folder otherwise."""
-        return self._shipped(wildcards.recipe, wildcards.precision, wildcards.seed)
-
     def _shipped(self, recipe: str, precision: str, seed: int | str) -> str:
+        """What is evaluated of a student: the packed folder where weights are integers, its bf16 folder otherwise."""
         bits, _ = split_precision(precision)
         return f"{self.student(recipe, precision, seed)}/{'packed' if bits else 'model'}/manifest.json"
 
@@ -121,10 +146,37 @@ class Plan:
         return self._shipped("baseline", "bf16", self.experiment.baseline_seeds[0])
 
     @property
+    def asking(self) -> list[Asking]:
+        """Every evaluation: the teacher's, and the students'.
+
+        On processors starting costs more than the questions, so one process asks all students of a recipe; of those
+        it asks again only what changed. With GPUs each student is a job of its own, and a cluster asks them at once.
+        """
+        teacher = f"{self.folder}/teacher"
+        jobs = [
+            Asking(
+                "teacher", "the teacher", [f"{teacher}/model/manifest.json"], [f"{teacher}/predictions/manifest.json"]
+            )
+        ]
+        together: dict[str, list[tuple[str, str, int]]] = {}
+        for recipe, precision, seed in self.experiment.students():
+            alone = self._asked("evaluate").gpus > 0
+            name = f"students/{recipe}" + (f"/{precision}/seed{seed}" if alone else "")
+            together.setdefault(name, []).append((recipe, precision, seed))
+        for name, students in together.items():
+            recipe, precision, seed = students[0]
+            title = (
+                f"{recipe} at {precision}, seed {seed}" if len(students) == 1 else f"{recipe}, {len(students)} students"
+            )
+            models = [self._shipped(*student) for student in students]
+            predictions = [f"{self.student(*student)}/predictions/manifest.json" for student in students]
+            jobs.append(Asking(name, title, models, predictions))
+        return jobs
+
+    @property
     def predictions(self) -> list[str]:
         """Predictions of the teacher and of every student."""
-        students = [f"{self.student(*s)}/predictions/manifest.json" for s in self.experiment.students()]
-        return [f"{self.folder}/teacher/predictions/manifest.json", *students]
+        return [path for job in self.asking for path in job.predictions]
 
     @property
     def curves(self) -> list[str]:
