@@ -92,6 +92,9 @@ class Optimisation(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's smoothing of squared gradients")
     clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
     checkpoint_every: PositiveInt = Field(500, description="steps between resumable checkpoints")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss that is NaN or infinite: stop with the records named, or skip the step and count"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     first_turn_steps: int = Field(
         0, ge=0, description="first steps, on first turns and captions alone (models made from scratch)"

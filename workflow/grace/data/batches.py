@@ -30,6 +30,12 @@ class Batch:
     keys: list[str]
     ids: list[str]
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        tokens = (tensor.pin_memory() for tensor in (self.input_ids, self.attention_mask, self.labels))
+        pixels = {name: value.pin_memory() for name, value in self.pixels.items()}
+        return Batch(*tokens, pixels, self.keys, self.ids)
+
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows and columns [tokens] of the positions that predict a label, and these labels [tokens]."""
         rows, columns = torch.nonzero(self.labels[:, 1:] != IGNORED, as_tuple=True)

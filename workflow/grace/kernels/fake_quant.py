@@ -10,7 +10,7 @@ With step s per group along the input, u = w / s, and the codes' range [-Qn, Qp]
 as LSQ (arXiv 1902.08153, eq. 1 to 5) and `grace.quant.step_size`, the torch form, define it. Steps come in rounded to
 the export dtype (`LearnedStepSize.scales`), since a GPU's fast exponential could round to a neighbour and train other
 codes than ship. Meant to run once per optimiser step, on the accumulated gradient: weights and gradients are read
-once and written once.
+once each, and of the gradients only the clipped ones written.
 """
 
 import torch
@@ -63,7 +63,8 @@ def _lsq_gradient(
     inside = (ratio > qn) & (ratio < qp)
     slope = tl.where(inside, _round_half_even(clamped) - ratio, clamped)
     tl.store(step_gradients + index, tl.sum(gradient * slope, 1), mask=index < groups)
-    tl.store(gradients + offsets, tl.where(inside, gradient, 0.0).to(gradients.dtype.element_ty), mask=mask)
+    # a gradient inside stays where it is: only the clipped few are written
+    tl.store(gradients + offsets, tl.zeros_like(gradient).to(gradients.dtype.element_ty), mask=mask & ~inside)
 
 
 def _layout(weight: Tensor, scales: Tensor) -> tuple[int, dict[str, int]]:

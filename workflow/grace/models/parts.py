@@ -55,7 +55,7 @@ def picture_inputs(model: nn.Module, pixels: dict[str, torch.Tensor]) -> dict:
     """
     parameter = next(model.parameters())
     pixels = {
-        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None, non_blocking=True)
         for name, value in pixels.items()
     }
     if "vision_features" not in pixels:

@@ -42,6 +42,7 @@ def lsq_gradients(
     bits: int,
     group_size: int,
     gradient_scale: bool = False,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LSQ's gradients from the gradient of the dequantised weights.
 
@@ -50,9 +51,11 @@ def lsq_gradients(
         theta: [out, in / group_size], log step sizes.
         grad_of_dequantised: [out, in], any float dtype; the arithmetic is fp32.
         gradient_scale: multiply theta's gradient by LSQ's 1 / sqrt(group_size * Qp).
+        overwrite: `grad_of_dequantised` is not needed any more: a GPU then masks it where it is, without a copy.
 
     Returns:
-        Gradients of `weight` and of `theta`, both fp32, in their shapes.
+        Gradients of `weight` (fp32, or with `overwrite` perhaps in the dtype that came in: masking rounds nothing)
+        and of `theta` (fp32), in their shapes.
 
     Raises:
         GraceError: unknown width, or a group that does not divide the input.
@@ -62,7 +65,8 @@ def lsq_gradients(
     if _fused(weight):
         from grace.kernels.fake_quant import lsq_gradient_
 
-        grad_weight = grad_of_dequantised.to(torch.float32, copy=True).contiguous()
+        grad_weight = grad_of_dequantised if overwrite else grad_of_dequantised.to(torch.float32, copy=True)
+        grad_weight = grad_weight.contiguous()
         scales = on_bf16_grid(theta.exp())
         grad_theta = lsq_gradient_(weight.contiguous(), theta, scales, grad_weight, bits, gradient_scale)
         return grad_weight, grad_theta
@@ -138,6 +142,16 @@ class LearnedStepSize(nn.Module):
     def fake_quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """bf16 [out, in], exactly `dequantize(codes, scales)`, with LSQ's gradients to `weight` and `theta`."""
         return _FakeQuantize.apply(weight, self.theta, self.bits, self.group_size, self.gradient_scale)
+
+    @torch.no_grad()
+    def write(self, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """Put `fake_quantize(weight)` into `out` [out, in], of any float dtype."""
+        if _fused(weight) and out.dtype == torch.bfloat16 and out.is_contiguous():
+            from grace.kernels.fake_quant import fake_quantize
+
+            fake_quantize(weight.contiguous(), self.scales, self.bits, out)
+        else:
+            out.copy_(_value(weight, self.scales, self.bits))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, group_size={self.group_size}, groups={tuple(self.theta.shape)}"

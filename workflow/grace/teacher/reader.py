@@ -5,7 +5,7 @@ its checksum when its first record is read, once per process: no number from a d
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,18 @@ class CachedTargets:
     grams: list[torch.Tensor]
 
     def to(self, device: torch.device | str) -> "CachedTargets":
-        """The same targets on another device."""
-        return CachedTargets(
-            self.keys,
-            self.counts,
-            self.gates.to(device),
-            None if self.hidden is None else self.hidden.to(device),
-            None if self.sampled is None else self.sampled.to(device),
-            [matrix.to(device) for matrix in self.grams],
-        )
+        """The same targets on another device; from pinned memory without waiting for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "CachedTargets":
+        """The same targets in page-locked memory, from which a GPU copies while it computes."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CachedTargets":
+        hidden = None if self.hidden is None else change(self.hidden)
+        sampled = None if self.sampled is None else self.sampled.each(change)
+        grams = [change(matrix) for matrix in self.grams]
+        return CachedTargets(self.keys, self.counts, change(self.gates), hidden, sampled, grams)
 
 
 class TeacherCache:

@@ -20,6 +20,7 @@ stored log p adds e^2 and not e where they agree. An entry is 32 bits: as many a
 Qwen's 151,936, where 16 would not do), and the rest for log p.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -71,7 +72,11 @@ class SampledRecord:
 
     def to(self, device: torch.device | str) -> "SampledRecord":
         """The same record on another device."""
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        return self.each(lambda tensor: tensor.to(device))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "SampledRecord":
+        """The record of changed tensors."""
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
     @classmethod
     def cat(cls, records: list["SampledRecord"]) -> "SampledRecord":

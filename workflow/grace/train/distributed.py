@@ -36,6 +36,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def gather(self, items: list) -> list:
+        """Every process's items, in the order of the ranks; all of them must call it."""
+        if self.size == 1:
+            return items
+        parts: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
     def add(self, values: dict[str, float]) -> dict[str, float]:
         """Sum each value over the processes."""
         if self.size == 1:

@@ -5,22 +5,39 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from grace.config.runs import TrainRun
-from grace.data import Example, collate, plan_batches
+from grace.data import Batch, Example, collate, plan_batches
 from grace.distill import InformationBottleneckController
 from grace.errors import GraceError
 from grace.files import write_json
 from grace.models import freeze_vision
 from grace.progress import progress
-from grace.teacher.reader import TeacherCache
+from grace.teacher.background import ahead
+from grace.teacher.reader import CachedTargets, TeacherCache
 from grace.train.checkpoint import cut_log, load_checkpoint, save_checkpoint
 from grace.train.distributed import World, shard
 from grace.train.meter import Meter
 from grace.train.objective import Objective
 from grace.train.optimizer import MasterAdamW
+
+
+MICRO_BATCHES_AHEAD = 2  # prepared while the present one is computed
+SKIPPED_IN_A_ROW = 20  # steps that may be skipped one after the other: a run of which nothing is finite has diverged
+
+
+class MicroBatch(NamedTuple):
+    """Conversations of one forward pass; `share` is 0 where a process only keeps step with the others."""
+
+    examples: list[Example]
+    first_turn: bool
+    share: float
 
 
 def run_identity(run: TrainRun, *manifests: Path | None) -> str:
@@ -63,6 +80,7 @@ class Trainer:
         shard(model, world)
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
         self.objective = Objective(model, run, cache)
+        self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
         method = run.method
         self.controller = InformationBottleneckController(
             method.tau, method.eta, method.beta_init, method.beta_min, method.beta_max, method.ema_decay
@@ -72,7 +90,8 @@ class Trainer:
         """Run every step that is left.
 
         Raises:
-            GraceError: a loss is not finite. The weights are then as before that step, and the step's conversations
+            GraceError: a loss or a gradient is not finite, and the config does not say to skip such steps (or many
+                came in a row). The weights are then as before that step, and the conversations and records at fault
                 are listed in `nonfinite.json` in the checkpoint folder.
         """
         run, steps = self.run, self.run.optimisation.steps
@@ -80,19 +99,21 @@ class Trainer:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.controller.load_state_dict(state["controller"])
+            self.skipped = state["skipped"]
         if self.world.first:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             cut_log(self.log, done)
-        plan = islice(self._plan(), done, steps)
         self.model.train()
-        with progress("training", steps) as advance, self.log.open("a") as lines:
+        feed = ahead(self._prepare, self._micro_batches(done, steps), MICRO_BATCHES_AHEAD)
+        with progress("training", steps) as advance, self.log.open("a") as lines, closing(feed):
             advance(done)
-            for step, chosen in enumerate(plan, start=done):
-                entry = self._step(step, chosen)
+            for step, chosen in islice(enumerate(self._plan()), done, steps):
+                entry = self._step(step, chosen, feed)
                 if self.world.first:
                     lines.write(json.dumps(entry) + "\n")
                 shown = {name: entry[name] for name in ("loss", "ce", "kd", "rcka", "beta", "mfu") if name in entry}
                 note = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                note += f", {self.skipped} skipped" if self.skipped else ""
                 advance(1, f"{note}, {entry['tokens_per_second']:,.0f} tokens/s, {entry['memory_gib']:.1f} GiB")
                 if (step + 1) % run.optimisation.checkpoint_every == 0 and step + 1 < steps:
                     lines.flush()
@@ -106,49 +127,88 @@ class Trainer:
             plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed)
             yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
 
-    def _step(self, step: int, chosen: list[Example]) -> dict[str, float]:
+    def _cuts(self, step: int, chosen: list[Example]) -> Iterator[MicroBatch]:
+        """This process's micro-batches of a step."""
+        first_turn = step < self.run.optimisation.first_turn_steps
+        size, world = self.run.optimisation.micro_batch, self.world
+        cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        for first in range(0, len(cuts), world.size):
+            # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
+            mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
+            yield MicroBatch(mine, first_turn, share)
+
+    def _micro_batches(self, done: int, steps: int) -> Iterator[MicroBatch]:
+        """Those of all steps that are left, one after the other."""
+        for step, chosen in islice(enumerate(self._plan()), done, steps):
+            yield from self._cuts(step, chosen)
+
+    def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
+        """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
+        batch = collate(micro.examples, self.processor, micro.first_turn)
+        targets = self.objective.cache.batch(batch.keys) if self.objective.distils else None
+        if self.world.device.type == "cuda":
+            return batch.pin_memory(), targets and targets.pin_memory()
+        return batch, targets
+
+    def _step(
+        self, step: int, chosen: list[Example], feed: Iterator[tuple[Batch, CachedTargets | None]]
+    ) -> dict[str, Any]:
         start = time.monotonic()
-        run, world, method = self.run, self.world, self.run.method
+        run, method = self.run, self.run.method
         first_turn = step < run.optimisation.first_turn_steps
         omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
         omega = method.omega * min(1.0, (step + 1) / omega_steps)
         totals = self.objective.totals(chosen, first_turn, self.controller.beta, omega)
-        size = run.optimisation.micro_batch
-        cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-        parts: dict[str, float] = {}
-        for first in range(0, len(cuts), world.size):
-            # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
-            mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
-            batch = collate(mine, self.processor, first_turn)
-            for name, value in self.objective.backward(batch, totals, share).items():
-                parts[name] = parts.get(name, 0.0) + value
-        parts = world.add(parts)
-        if not all(map(math.isfinite, parts.values())):
-            self._stop(step, chosen, parts)
-        norm = self.optimizer.step(step)
-        entry = {
-            "step": step + 1,
-            **{name: float(f"{value:.7g}") for name, value in parts.items()},
-            **({"beta": self.controller.beta} if run.kd != "none" else {}),
-            **({"omega": omega} if run.rcka else {}),
-            "learning_rate": run.optimisation.learning_rate * self.optimizer.learning_rate(step),
-            "grad_norm": float(f"{norm:.7g}"),
-        }
-        if run.controller:
-            self.controller.update(parts["kd"])
+        cuts = list(self._cuts(step, chosen))
+        each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
+        names = list(each[0])
+        rows = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in each]).tolist()
+        parts = self.world.add({name: sum(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
+        wrong = [name for name, value in parts.items() if not math.isfinite(value)]
+        if wrong:
+            self.optimizer.drop_gradients()
+        else:
+            norm = self.optimizer.step(step)
+            wrong = [] if math.isfinite(norm) else ["gradient"]
+        entry: dict[str, Any] = {"step": step + 1}
+        if wrong:
+            bad = [micro.examples for micro, row in zip(cuts, rows, strict=True) if not all(map(math.isfinite, row))]
+            suspects = self.world.gather([(e.id, e.key) for examples in bad for e in examples])
+            entry |= self._nonfinite(step, wrong, suspects or [(e.id, e.key) for e in chosen])
+        else:
+            self.in_a_row = 0
+            entry |= {
+                **{name: float(f"{value:.7g}") for name, value in parts.items()},
+                **({"beta": self.controller.beta} if run.kd != "none" else {}),
+                **({"omega": omega} if run.rcka else {}),
+                "learning_rate": run.optimisation.learning_rate * self.optimizer.learning_rate(step),
+                "grad_norm": float(f"{norm:.7g}"),
+            }
+            if run.controller:
+                self.controller.update(parts["kd"])
         ends = [e.first_turn if first_turn else len(e.input_ids) for e in chosen]
         seconds = time.monotonic() - start
         return {**entry, "tokens": sum(ends), "seconds": round(seconds, 4), **self.meter.measure(sum(ends), seconds)}
 
-    def _stop(self, step: int, chosen: list[Example], parts: dict[str, float]) -> None:
+    def _nonfinite(self, step: int, wrong: list[str], suspects: list[tuple[str, str]]) -> dict[str, Any]:
+        """Count a step that was not applied, or stop the run with the conversations at fault on disk."""
+        found = {"nonfinite": wrong, "ids": [i for i, _ in suspects], "keys": [key for _, key in suspects]}
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.run.optimisation.nonfinite == "skip" and self.in_a_row < SKIPPED_IN_A_ROW:
+            return {"skipped": self.skipped, **found}
+        where = self.checkpoints / "nonfinite.json"
         if self.world.first:
-            write_json(self.checkpoints / "nonfinite.json", {"step": step + 1, "ids": [e.id for e in chosen]})
-        wrong = ", ".join(name for name, value in parts.items() if not math.isfinite(value))
+            write_json(where, {"step": step + 1, **found})
+        row = f" for {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
         raise GraceError(
-            f"step {step + 1}: {wrong} is not finite; the step's conversations are listed in "
-            f"{self.checkpoints / 'nonfinite.json'}; lower learning_rate, or leave them out of the data"
+            f"step {step + 1}: {', '.join(wrong)} is not finite{row}; the conversations at fault are listed in {where}; "
+            "lower learning_rate, leave them out of the data, or set optimisation.nonfinite to skip"
         )
 
     def _save(self, step: int) -> None:
-        state = {"optimizer": self.optimizer.state_dict(), "controller": self.controller.state_dict()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "controller": self.controller.state_dict(),
+            "skipped": self.skipped,
+        }
         save_checkpoint(self.checkpoints, self.identity, step, state, self.world)

@@ -58,22 +58,28 @@ class Objective:
         gates = self.cache.gate_sum([e.key for e in chosen]) if self.run.kd == "gated" else tokens
         return Totals(float(tokens), float(gates), float(len(chosen)), beta, omega)
 
-    def backward(self, batch: Batch, totals: Totals, share: float = 1.0) -> dict[str, float]:
-        """Forward and backward of one micro-batch; returns its part of each global loss (the parts add up).
+    def backward(
+        self, batch: Batch, target: CachedTargets | None, totals: Totals, share: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """Forward and backward of one micro-batch against the teacher's record of it.
 
+        Returns its part of each global loss (the parts add up), as scalars on the device: the host runs ahead of it.
         `share` is 1, or 0 for a process that has nothing left to do but must keep step with the others.
         """
         run, device = self.run, self.device
-        rows, columns, labels = (part.to(device) for part in batch.supervised())
-        input_ids = batch.input_ids.to(device)
+
+        def here(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        rows, columns, labels = map(here, batch.supervised())
         outputs = self.model.model(
-            input_ids=input_ids,
-            attention_mask=batch.attention_mask.to(device),
+            input_ids=here(batch.input_ids),
+            attention_mask=here(batch.attention_mask),
             use_cache=False,
             output_hidden_states=run.rcka,
             **picture_inputs(self.model, batch.pixels),
         )
-        target = self.cache.batch(batch.keys).to(device) if self.distils else None
+        target = target.to(device) if target is not None else None
         states = outputs.last_hidden_state[rows, columns]  # [tokens, d]
         losses = self._token_losses(states, labels, target, totals, share)
         loss = losses["loss"]
@@ -81,15 +87,16 @@ class Objective:
         if run.kd != "none":
             parts["kd"] = losses["kd_sum"] * (share / totals.gates)
         if run.rcka:
-            visual = input_ids == self.image_token
-            tokens = outputs.hidden_states[-2][visual].split(visual.sum(1).tolist())  # per image [n, d]
+            visual = batch.input_ids == self.image_token  # asked of the host's copy: the device is not waited for
+            places = map(here, visual.nonzero(as_tuple=True))
+            tokens = outputs.hidden_states[-2][*places].split(visual.sum(1).tolist())  # per image [n, d]
             rcka, _, skipped = relational_cka_sum(tokens, teacher_grams=target.grams)
             rcka = rcka * (share / totals.images)
             loss = loss + totals.omega * rcka
             parts |= {"rcka": rcka.detach(), "rcka_skipped": share * skipped}
         loss.backward()
         parts["loss"] = loss.detach()
-        return dict(zip(parts, torch.stack([p.double() for p in parts.values()]).tolist(), strict=True))
+        return parts
 
     def _token_losses(
         self, states: torch.Tensor, labels: torch.Tensor, target: CachedTargets | None, totals: Totals, share: float

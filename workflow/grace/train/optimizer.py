@@ -64,7 +64,11 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             size = self.step_sizes.get(name)
-            local(parameter).copy_(master.to(torch.bfloat16) if size is None else size.fake_quantize(master))
+            held = local(parameter)
+            if size is not None:
+                size.write(master, held)
+            else:
+                held.copy_(master if held.dtype == torch.bfloat16 else master.to(torch.bfloat16))
 
     def learning_rate(self, step: int) -> float:
         """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine to zero."""
@@ -80,17 +84,17 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             master, size = self.masters[name], self.step_sizes.get(name)
             sharded = isinstance(parameter, DTensor)
-            gradient = torch.zeros_like(master) if parameter.grad is None else local(parameter.grad).float()
-            if self.world.size > 1 and not sharded:
-                dist.all_reduce(gradient)
-            if size is None:
-                master.grad = gradient
-            else:
-                rule = (self.bits, self.group_size)
-                master.grad, size.theta.grad = lsq_gradients(master, size.theta, gradient, *rule)
-            mine = parts if sharded else whole
-            mine += [master.grad] if size is None else [master.grad, size.theta.grad]
+            gradient = torch.zeros_like(master) if parameter.grad is None else local(parameter.grad)
             parameter.grad = None
+            mine = parts if sharded else whole
+            if size is not None:
+                rule = (self.bits, self.group_size)
+                gradient, size.theta.grad = lsq_gradients(master, size.theta, gradient, *rule, overwrite=True)
+                mine.append(size.theta.grad)
+            master.grad = gradient.float()
+            if self.world.size > 1 and not sharded:
+                dist.all_reduce(master.grad)
+            mine.append(master.grad)
         squares = nn.utils.get_total_norm(parts).square() if parts else torch.zeros((), device=self.world.device)
         if self.world.size > 1:
             dist.all_reduce(squares)
@@ -98,17 +102,26 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, step: int) -> float:
-        """Apply the accumulated gradients as optimiser step `step`; return their norm before clipping."""
+        """Apply the accumulated gradients as optimiser step `step`; return their norm before clipping.
+
+        Where the norm is not finite nothing is applied, and the gradients are dropped.
+        """
         norm = self._take_gradients()
-        trained = [p for group in self.adam.param_groups for p in group["params"]]
-        nn.utils.clip_grads_with_norm_(trained, self.optimisation.clip, norm)
-        share = self.learning_rate(step)
-        for group in self.adam.param_groups:
-            group["lr"] = group["peak"] * share
-        self.adam.step()
+        if math.isfinite(norm):
+            trained = [p for group in self.adam.param_groups for p in group["params"]]
+            nn.utils.clip_grads_with_norm_(trained, self.optimisation.clip, norm)
+            share = self.learning_rate(step)
+            for group in self.adam.param_groups:
+                group["lr"] = group["peak"] * share
+            self.adam.step()
+            self.write_back()
         self.adam.zero_grad()
-        self.write_back()
         return float(norm)
+
+    def drop_gradients(self) -> None:
+        """Forget what the micro-batches have accumulated."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def quantised(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Codes (int8) and scales (bf16) of every quantised linear, by module name, as they ship."""
