@@ -424,7 +424,7 @@ def test_bad_examples_are_refused_by_name(examples):
     for label in (75, -1):
         labels = example.labels.clone()
         labels[-1] = label
-        with pytest.raises(GraceError, match="conversation row0: a label lies outside the teacher's vocabulary of 75"):
+        with pytest.raises(GraceError, match="conversation row0: a label lies outside the model's vocabulary of 75"):
             check_examples([SimpleNamespace(**{**vars(example), "labels": labels})], model)
 
 

@@ -151,6 +151,14 @@ def test_degenerate_alignment_is_zero_and_nan_is_seen():
     assert torch.isnan(loss) and valid
 
 
+@pytest.mark.parametrize("factor", [1.0, -2.5, float("nan")])
+def test_scaling_in_place(factor):
+    values = logits(4, 3, 7001)
+    want = values * factor
+    gated_dkd.scale_(values, torch.tensor(factor))
+    torch.testing.assert_close(values, want, equal_nan=True)
+
+
 @pytest.mark.parametrize("mode", ["gated", "plain", "none"])
 def test_whole_loss_through_the_kernel(monkeypatch, mode):
     """The chunked loss with the kernel in place of its torch rows: what runs on a GPU."""
@@ -182,7 +190,8 @@ fp32 |= dict.fromkeys(("gates", "weights", "ce_out", "kd_out", "gate_out", "step
 i32 = dict.fromkeys(("student_stride", "teacher_stride", "vocabulary", "groups", "n"), "i32")
 rows = fp32 | i32 | {"student": "*bf16", "teacher": "*bf16", "labels": "*i64"}
 for distil, plain in ((True, False), (True, True), (False, False)):
-    build(gated_dkd._loss_rows, rows, DISTIL=distil, PLAIN=plain, GIVEN_GATES=False, BLOCK=256)
+    build(gated_dkd._loss_rows, rows, DISTIL=distil, PLAIN=plain, GIVEN_GATES=False, SQUARE=plain, BLOCK=256)
+build(gated_dkd._scale, {"values": "*bf16", "factor": "*fp32", "count": "i32"}, BLOCK=256)
 groups = {"GROUP": 128, "GROUPS": 4, "WIDTH": 128}
 weights = fp32 | i32 | {"weights": "*fp32", "scales": "*bf16", "out": "*bf16", "gradients": "*bf16"}
 build(fake_quant._quantize, weights, CODES=False, **groups)
@@ -198,4 +207,4 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+    assert len(done.stdout.splitlines()) == 8

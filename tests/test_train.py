@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 from grace.config.runs import CacheRun, TrainRun
 from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
+from grace.data import load_prepared
 from grace.demo.prepare import prepare
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, write_json
 from grace.models import decoder_linears, load_model
 from grace.teacher.verbs import finish, write
+from grace.train.optimizer import MasterAdamW
 from grace.train.verbs import train
 
 STEPS = 6
@@ -192,8 +195,80 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_conversations(home, tmp_p
     with pytest.raises(GraceError, match="ce, loss is not finite"):
         train(run, home / "data", tmp_path / "wild", tmp_path / "wild.jsonl", tmp_path / ".wild", home / "baseline")
     saved = read_json(tmp_path / ".wild/nonfinite.json")
-    assert len(saved["ids"]) == 6 and saved["step"] > 1
+    assert len(saved["ids"]) == len(saved["keys"]) == 6 and saved["step"] > 1
     assert not (tmp_path / "wild").exists()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """One conversation whose picture gives NaN: the model's loss of its micro-batch is then not finite."""
+    ids = []
+
+    def load(data, tower):
+        examples = load_prepared(data, tower)
+        at = next(i for i, example in enumerate(examples) if not example.caption)
+        examples[at] = replace(examples[at], features=examples[at].features * torch.nan)
+        ids.append(examples[at].id)
+        return examples
+
+    monkeypatch.setattr("grace.train.verbs.load_prepared", load)
+    return ids
+
+
+@pytest.mark.parametrize("name", ["bf16", "grace"])
+def test_the_micro_batch_that_is_not_finite_is_named(home, tmp_path, poisoned, name):
+    with pytest.raises(GraceError, match="not finite; the conversations at fault are listed in"):
+        student(home, tmp_path, "run", **RECIPES[name], optimisation=optimisation(micro_batch=2, steps=20))
+    saved = read_json(tmp_path / ".run/nonfinite.json")
+    assert poisoned[0] in saved["ids"] and len(saved["ids"]) == len(saved["keys"]) == 2
+    assert {"ce", "loss"} <= set(saved["nonfinite"])
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(home, tmp_path, poisoned):
+    steps = optimisation(micro_batch=2, steps=20, nonfinite="skip", checkpoint_every=3)
+    folder = student(home, tmp_path, "run", **GRACE, optimisation=steps)
+    entries = log(tmp_path, "run")
+    assert [entry["step"] for entry in entries] == list(range(1, 21))
+    skipped = [entry for entry in entries if "skipped" in entry]
+    assert [entry["skipped"] for entry in skipped] == list(range(1, len(skipped) + 1)) and skipped
+    assert all(poisoned[0] in entry["ids"] and "loss" not in entry for entry in skipped)
+    assert all(torch.isfinite(weight).all() for weight in load_file(folder / "model.safetensors").values())
+    # the controller stands still where nothing was applied
+    betas = [entry.get("beta") for entry in entries]
+    average, beta, method = None, Method().beta_init, Method(tau=0.1)
+    for entry, seen in zip(entries, betas, strict=True):
+        if seen is None:
+            continue
+        assert seen == pytest.approx(beta, abs=2e-6)
+        average = entry["kd"] if average is None else method.ema_decay * average + (1 - method.ema_decay) * entry["kd"]
+        beta = min(max(beta + method.eta * (average - method.tau), method.beta_min), method.beta_max)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace(home, tmp_path, monkeypatch):
+    """A gradient that overflows in step 3 is dropped: what comes before and after is a run without that step's data."""
+    take = MasterAdamW._take_gradients
+    calls = []
+
+    def overflow(self):
+        norm = take(self)
+        calls.append(norm)
+        return norm * torch.inf if len(calls) == 3 else norm
+
+    before = student(home, tmp_path, "two", optimisation=optimisation(steps=2, warmup=0.0))
+    monkeypatch.setattr(MasterAdamW, "_take_gradients", overflow)
+    monkeypatch.setattr(MasterAdamW, "learning_rate", lambda self, step: 1.0)
+    student(home, tmp_path, "three", optimisation=optimisation(steps=3, warmup=0.0, nonfinite="skip"))
+    monkeypatch.setattr(MasterAdamW, "_take_gradients", take)
+    student(home, tmp_path, "two", optimisation=optimisation(steps=2, warmup=0.0))
+    assert log(tmp_path, "three")[2]["nonfinite"] == ["gradient"]
+    after = load_file(tmp_path / "three/model.safetensors")
+    assert all(torch.equal(weight, after[name]) for name, weight in load_file(before / "model.safetensors").items())
+
+
+def test_a_run_of_which_nothing_is_finite_stops_all_the_same(home, tmp_path):
+    wild = optimisation(learning_rate=1e30, clip=1e30, warmup=0.0, steps=60, nonfinite="skip")
+    with pytest.raises(GraceError, match="not finite for 20 steps in a row"):
+        student(home, tmp_path, "wild", optimisation=wild)
 
 
 @pytest.mark.parametrize(

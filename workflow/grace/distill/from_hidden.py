@@ -133,9 +133,25 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
-        # scaled in place, as a head's gradient is too large to hold twice; a second backward is then an error of torch
-        gradients = [saved.mul_(grad_loss) if saved is not None else None for saved in ctx.saved_tensors]
+        gradients = ctx.saved_tensors
+        for saved in gradients:
+            if saved is not None:
+                _scale_(saved, grad_loss)
         return (*gradients, None, None, None, None, None, None)
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient *= factor`, where it is: a head's gradient is too large to hold twice, or to pass over for nothing.
+
+    A second backward would scale it again; torch is told of the change, and refuses that.
+    """
+    if gradient.is_cuda:
+        from grace.kernels.gated_dkd import scale_
+
+        scale_(gradient, factor)
+    elif factor != 1:
+        gradient.mul_(factor)
+    torch.autograd.graph.increment_version(gradient)
 
 
 def _run(student_hidden, student_head, teacher_hidden, teacher_head, labels, weights, gates, options, needs):

@@ -42,6 +42,7 @@ def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
 
 def relational_cka_from_gram(student_tokens: Tensor, teacher_gram: Tensor) -> Tensor:
     """`relational_cka` with the teacher's Gram [n, n] of l2-normalised rows (not centred) in place of its tokens."""
+    _check_tokens(student_tokens, "student")
     return _image_loss(student_tokens, teacher_gram)[0]
 
 
@@ -62,7 +63,8 @@ def relational_cka_sum(
         three scalars that add up over micro-batches and ranks; gradient flows through the first, to the students.
 
     Raises:
-        GraceError: as `relational_cka`; the lists differ in length, or are empty.
+        GraceError: no visual tokens, different numbers of them; the lists differ in length, or are empty. Values are
+            not looked at: a NaN or an infinity is a loss of NaN, which a training loop asks about.
     """
     if (teacher_tokens is None) == (teacher_grams is None):
         raise GraceError("give relational_cka_sum either teacher_tokens or teacher_grams")
@@ -73,7 +75,7 @@ def relational_cka_sum(
         )
     if teacher_grams is None:
         for tokens in teachers:
-            _check_tokens(tokens, "teacher")
+            _check_shape(tokens, "teacher")
         teachers = [_gram(tokens) for tokens in teachers]
     results = [_image_loss(student, gram) for student, gram in zip(student_tokens, teachers, strict=True)]
     losses, valid = torch.stack([loss for loss, _ in results]), torch.stack([flag for _, flag in results])
@@ -96,18 +98,22 @@ def _gram(tokens: Tensor) -> Tensor:
 
 
 def _check_tokens(tokens: Tensor, who: str) -> None:
+    _check_shape(tokens, who)
+    if tokens.device.type == "cpu":
+        check_finite(tokens, f"the {who}'s visual tokens")
+
+
+def _check_shape(tokens: Tensor, who: str) -> None:
     if tokens.dim() != 2 or tokens.shape[0] == 0:
         raise GraceError(
             f"the {who}'s visual tokens are {list(tokens.shape)} where [n, width] with n >= 1 is needed: the image "
             "has no visual tokens; leave the record out or check its image placeholder"
         )
-    if tokens.device.type == "cpu":
-        check_finite(tokens, f"the {who}'s visual tokens")
 
 
 def _image_loss(student_tokens: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of one image and whether it counts, both scalars on the student's device."""
-    _check_tokens(student_tokens, "student")
+    _check_shape(student_tokens, "student")
     n = student_tokens.shape[0]
     if teacher_gram.shape != (n, n):
         raise GraceError(

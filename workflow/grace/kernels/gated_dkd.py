@@ -1,10 +1,10 @@
 """Triton: losses of each row of logits, and their gradient written over the student's logits.
 
-One program per row, two passes over its two rows of logits. The first keeps online softmax statistics of the classes
-other than the label, at T = 1 and at T, from which CE, TCKD, gate and all normalisers follow as scalars (log-odds of
-the label against the rest: no `1 - p` is ever computed from p). The second reads both rows again, adds up NCKD, and
-stores the gradient over the student's logits. Traffic: 4 bytes read twice (the second time partly from L2) and 2
-written per bf16 pair of logits, against about 100 for composed operations.
+One program per row, two passes over its two rows of logits. The first sums the softmax of the classes other than the
+label, at T = 1 and at T, from which CE, TCKD, gate and all normalisers follow as scalars (log-odds of the label
+against the rest: no `1 - p` is ever computed from p). The second reads both rows again, adds up NCKD, and stores the
+gradient over the student's logits. Traffic: 4 bytes read twice and 2 written per bf16 pair of logits, against about
+100 for composed operations.
 
 Formulas: `grace.distill.rows`, the torch form that this is tested against.
 """
@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 2048  # classes per step of a program
+_BLOCK, _WARPS = 2048, 8  # classes per step of a program
+LOG2_E = tl.constexpr(math.log2(math.e))
+FARTHEST = tl.constexpr(16.0)  # nats: an exponent of this size costs e^x 1e-6 of its value
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _log_sigmoid(x):
 @triton.jit
 def _kl_element(p, q, d):
     """p (e^d - 1 - d) for q = p e^d: a term of KL(p || q) that is never negative."""
-    series = 0.5 * d * d * (1.0 + d * (1 / 3.0) * (1.0 + d * (1 / 4.0) * (1.0 + d * (1 / 5.0) * (1.0 + d * (1 / 6.0)))))
+    series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720)))))
     return tl.where(tl.abs(d) < 0.125, p * series, q - p - p * d)
 
 
@@ -43,10 +45,25 @@ def _binary_kl(log_odds_p, log_odds_q):
 
 
 @triton.jit
+def _others(row, start, label, vocabulary, BLOCK: tl.constexpr):
+    """One block of a row of logits, fp32 [BLOCK]; -inf at the label and past the end."""
+    columns = start + tl.arange(0, BLOCK)
+    logits = tl.load(row + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+    return tl.where(columns == label, -float("inf"), logits)
+
+
+@triton.jit
+def _exponentials(shifted, inverse_t, SQUARE: tl.constexpr):
+    """e^x and e^(x/T); at T = 2 the first is the second's square."""
+    at_t = tl.exp2(shifted * (inverse_t * LOG2_E))
+    return at_t * at_t if SQUARE else tl.exp2(shifted * LOG2_E), at_t
+
+
+@triton.jit
 def _loss_rows(
     student, teacher, labels, gates, weights, ce_out, kd_out, gate_out,
     student_stride, teacher_stride, vocabulary, temperature, alpha, beta_dkd, inverse_log_vocabulary,
-    DISTIL: tl.constexpr, PLAIN: tl.constexpr, GIVEN_GATES: tl.constexpr, BLOCK: tl.constexpr,
+    DISTIL: tl.constexpr, PLAIN: tl.constexpr, GIVEN_GATES: tl.constexpr, SQUARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
@@ -57,38 +74,50 @@ def _loss_rows(
     label_student = tl.load(student + label, mask=inside, other=float("nan")).to(tl.float32)
     inverse_t = 1.0 / temperature
 
-    # statistics of the classes other than the label, relative to their largest logit
-    s_max, t_max = -float("inf"), -float("inf")
+    # Sums over the classes other than the label, relative to the largest logit of the first block: lanes then never
+    # wait for one another. Where a later logit is too far above it, the pass is done again relative to the largest.
+    farthest = FARTHEST * tl.minimum(temperature, 1.0)
+    s_from, t_from = tl.max(_others(student, 0, label, vocabulary, BLOCK), 0), 0.0
+    if DISTIL:
+        t_from = tl.max(_others(teacher, 0, label, vocabulary, BLOCK), 0)
+    s_max, t_max = s_from, t_from
     s_sum = tl.zeros([BLOCK], tl.float32)  # sum of e^x, student
     s_sum_t = tl.zeros([BLOCK], tl.float32)  # sum of e^(x/T), student
     t_sum = tl.zeros([BLOCK], tl.float32)
     t_sum_t = tl.zeros([BLOCK], tl.float32)
     t_moment = tl.zeros([BLOCK], tl.float32)  # sum of x e^x, teacher: for its entropy
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        valid = (columns < vocabulary) & (columns != label)
-        s = tl.load(student + columns, mask=valid, other=-float("inf")).to(tl.float32)
-        s_new = tl.maximum(s_max, tl.max(s, 0))
-        s_shift = tl.where(valid, s - s_new, 0.0)
-        s_sum = s_sum * tl.exp(s_max - s_new) + tl.where(valid, tl.exp(s_shift), 0.0)
+    again = tl.full((), 1, tl.int32)
+    while again > 0:
+        s_top = tl.full([BLOCK], -float("inf"), tl.float32)
+        t_top = tl.full([BLOCK], -float("inf"), tl.float32)
+        s_sum, s_sum_t, t_sum = tl.zeros_like(s_sum), tl.zeros_like(s_sum), tl.zeros_like(s_sum)
+        t_sum_t, t_moment = tl.zeros_like(s_sum), tl.zeros_like(s_sum)
+        for start in range(0, vocabulary, BLOCK):
+            s = _others(student, start, label, vocabulary, BLOCK)
+            s_top = tl.maximum(s_top, s)
+            if DISTIL:
+                at_one, at_t = _exponentials(s - s_from, inverse_t, SQUARE)
+                s_sum += at_one
+                s_sum_t += at_t
+                t = _others(teacher, start, label, vocabulary, BLOCK)
+                t_top = tl.maximum(t_top, t)
+                at_one, at_t = _exponentials(t - t_from, inverse_t, SQUARE)
+                t_sum_t += at_t
+                if not PLAIN and not GIVEN_GATES:
+                    t_sum += at_one
+                    t_moment += tl.where(at_one > 0, at_one * (t - t_from), 0.0)
+            else:
+                s_sum += tl.exp2((s - s_from) * LOG2_E)
+        s_max, t_max = tl.max(s_top, 0), tl.max(t_top, 0)
+        far = s_max - s_from > farthest
         if DISTIL:
-            s_sum_t = s_sum_t * tl.exp((s_max - s_new) * inverse_t) + tl.where(valid, tl.exp(s_shift * inverse_t), 0.0)
-            t = tl.load(teacher + columns, mask=valid, other=-float("inf")).to(tl.float32)
-            t_new = tl.maximum(t_max, tl.max(t, 0))
-            t_shift = tl.where(valid, t - t_new, 0.0)
-            if not PLAIN and not GIVEN_GATES:
-                t_scale = tl.exp(t_max - t_new)
-                # the moment is relative to the maximum, which may have moved; before the first class it has none
-                t_moved = tl.where(t_max > -float("inf"), t_max - t_new, 0.0)
-                e = tl.where(valid, tl.exp(t_shift), 0.0)
-                t_moment = (t_moment + t_sum * t_moved) * t_scale + e * t_shift
-                t_sum = t_sum * t_scale + e
-            t_sum_t = t_sum_t * tl.exp((t_max - t_new) * inverse_t) + tl.where(valid, tl.exp(t_shift * inverse_t), 0.0)
-            t_max = t_new
-        s_max = s_new
+            far = far | (t_max - t_from > farthest)
+        again = far.to(tl.int32)
+        s_from = tl.where(far, s_max, s_from)
+        t_from = tl.where(far, t_max, t_from)
 
-    s_normaliser = tl.log(tl.sum(s_sum, 0))
-    s_odds = label_student - s_max - s_normaliser  # log-odds of the label at T = 1
+    s_total = tl.sum(s_sum, 0)
+    s_odds = label_student - s_from - tl.log(s_total)  # log-odds of the label at T = 1
     tl.store(ce_out + row, -_log_sigmoid(s_odds))
     ce_weight = tl.load(weights)
     not_r = ce_weight * tl.exp(_log_sigmoid(-s_odds))  # ce_weight (1 - r_y)
@@ -98,8 +127,8 @@ def _loss_rows(
     tckd, gate, beta_row = 0.0, 0.0, 0.0
     if DISTIL:
         label_teacher = tl.load(teacher + label, mask=inside, other=float("nan")).to(tl.float32)
-        s_normaliser_t = tl.log(tl.sum(s_sum_t, 0))
-        t_normaliser_t = tl.log(tl.sum(t_sum_t, 0))
+        s_normaliser_t = tl.log(tl.sum(s_sum_t, 0)) + (s_from - s_max) * inverse_t  # relative to the largest logit
+        t_normaliser_t = tl.log(tl.sum(t_sum_t, 0)) + (t_from - t_max) * inverse_t
         s_odds_t = (label_student - s_max) * inverse_t - s_normaliser_t
         t_odds_t = (label_teacher - t_max) * inverse_t - t_normaliser_t
         tckd = _binary_kl(t_odds_t, s_odds_t)
@@ -113,7 +142,7 @@ def _loss_rows(
                 gate = tl.load(gates + row).to(tl.float32)
             else:
                 t_total = tl.sum(t_sum, 0)
-                t_odds = label_teacher - t_max - tl.log(t_total)
+                t_odds = label_teacher - t_from - tl.log(t_total)
                 log_y, log_not_y = _log_sigmoid(t_odds), _log_sigmoid(-t_odds)
                 rest_entropy = tl.log(t_total) - tl.sum(t_moment, 0) / t_total
                 entropy = tl.exp(log_not_y) * (rest_entropy - log_not_y) - tl.exp(log_y) * log_y
@@ -124,21 +153,27 @@ def _loss_rows(
         label_shift = kd_weight * alpha * (q * not_p - p * not_q)  # c alpha (q - p)
         label_gradient += label_shift
 
-    s_total = tl.sum(s_sum, 0)
+    # e^((x - largest) / T) times these are the probabilities among the other classes
+    s_scale_t, t_scale_t = tl.exp(-s_normaliser_t), tl.exp(-t_normaliser_t)
+    r_scale = not_r * tl.exp(s_max - s_from) / s_total
     nckd = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         present = columns < vocabulary
-        valid = present & (columns != label)
         s = tl.load(student + columns, mask=present, other=0.0).to(tl.float32)
-        gradient = not_r * (tl.exp(tl.where(valid, s - s_max, 0.0)) / s_total)
+        # the label's own logit may be far above the others'
+        s_shifted = tl.minimum(s - s_max, 0.0)
         if DISTIL:
             t = tl.load(teacher + columns, mask=present, other=0.0).to(tl.float32)
-            log_q = tl.where(valid, (s - s_max) * inverse_t - s_normaliser_t, 0.0)
-            log_p = tl.where(valid, (t - t_max) * inverse_t - t_normaliser_t, 0.0)
-            q_rest, p_rest = tl.exp(log_q), tl.exp(log_p)
-            nckd += tl.where(valid, _kl_element(p_rest, q_rest, log_q - log_p), 0.0)
-            gradient += kd_weight_others * (q_rest - p_rest) - label_shift * q_rest
+            at_one, at_t = _exponentials(s_shifted, inverse_t, SQUARE)
+            q_rest = at_t * s_scale_t
+            t_shifted = tl.minimum(t - t_max, 0.0)
+            p_rest = tl.exp2(t_shifted * (inverse_t * LOG2_E)) * t_scale_t
+            d = (s_shifted - t_shifted) * inverse_t - (s_normaliser_t - t_normaliser_t)  # log q^ / p^
+            nckd += tl.where(present & (columns != label), _kl_element(p_rest, q_rest, d), 0.0)
+            gradient = at_one * r_scale + kd_weight_others * (q_rest - p_rest) - label_shift * q_rest
+        else:
+            gradient = tl.exp2(s_shifted * LOG2_E) * r_scale
         gradient = tl.where(columns == label, label_gradient, gradient)
         tl.store(student + columns, gradient.to(student.dtype.element_ty), mask=present)
     if DISTIL:
@@ -146,6 +181,20 @@ def _loss_rows(
     else:
         tl.store(kd_out + row, 0.0)
     tl.store(gate_out + row, gate)
+
+
+@triton.jit
+def _scale(values, factor, count, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(values + offsets, mask=offsets < count).to(tl.float32) * by
+        tl.store(values + offsets, scaled.to(values.dtype.element_ty), mask=offsets < count)
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    """`values *= factor`, a scalar on the device. A factor of 1, the usual one, costs no pass and no waiting."""
+    _scale[(triton.cdiv(values.numel(), 16384),)](values, factor, values.numel(), BLOCK=16384, num_warps=8)
 
 
 def loss_rows_(
@@ -175,7 +224,7 @@ def loss_rows_(
         student_logits, teacher, labels, gates if gates is not None else labels, weights, ce, kd, gate,
         student_logits.stride(0), teacher.stride(0), vocabulary,
         float(temperature), 1.0 if mode == "plain" else float(alpha), float(beta_dkd), 1.0 / math.log(vocabulary),
-        DISTIL=distil, PLAIN=mode == "plain", GIVEN_GATES=gates is not None,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=8,
+        DISTIL=distil, PLAIN=mode == "plain", GIVEN_GATES=gates is not None, SQUARE=temperature == 2,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=_WARPS,
     )  # fmt: skip
     return ce, kd, gate

@@ -46,12 +46,12 @@ def check_examples(examples: Sequence[Example], model: nn.Module) -> None:
         if not (example.input_ids == image).any():
             raise GraceError(
                 f"{where}: its picture has no visual tokens (id {image} is not among its tokens); check that the "
-                "processor belongs to the teacher"
+                "processor belongs to the model"
             )
         asked = example.labels[example.labels != -100]
         if len(asked) and not 0 <= int(asked.min()) <= int(asked.max()) < vocabulary:
             raise GraceError(
-                f"{where}: a label lies outside the teacher's vocabulary of {vocabulary}; use the teacher's tokenizer"
+                f"{where}: a label lies outside the model's vocabulary of {vocabulary}; use the model's tokenizer"
             )
 
 

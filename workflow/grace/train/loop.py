@@ -27,7 +27,6 @@ from grace.train.meter import Meter
 from grace.train.objective import Objective
 from grace.train.optimizer import MasterAdamW
 
-
 MICRO_BATCHES_AHEAD = 2  # prepared while the present one is computed
 SKIPPED_IN_A_ROW = 20  # steps that may be skipped one after the other: a run of which nothing is finite has diverged
 

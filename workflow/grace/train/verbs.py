@@ -11,6 +11,7 @@ from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, whole_file, whole_folder
 from grace.models import build_llava, load_model, load_processor, vision_tower
 from grace.quant import save_quantization
+from grace.teacher.forward import check_examples
 from grace.teacher.pins import expected
 from grace.teacher.reader import TeacherCache
 from grace.train.distributed import World, join_world, whole
@@ -86,6 +87,7 @@ def train(
         parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
     )
     examples = load_prepared(data, vision_tower(model))
+    check_examples(examples, model)
     if targets is not None:
         targets.check_keys(example.key for example in examples if not example.caption)
     growing = checkpoints / "train.jsonl"  # `log` is a rule's output, which Snakemake deletes when the job is killed
