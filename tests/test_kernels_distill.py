@@ -130,24 +130,27 @@ def test_fake_quantisation_refuses_layouts():
 
 @pytest.mark.parametrize(("n", "dtype"), [(2, torch.float32), (64, torch.float32), (100, torch.float16)])
 def test_alignment_equals_torch(n, dtype):
-    rows = unit_rows(logits(8, n, 24))
-    centred = rows - rows.mean(0)
-    gram = (unit_rows(logits(9, n, 40)) @ unit_rows(logits(9, n, 40)).T).to(dtype)
-    student = centred @ centred.T
+    rows = unit_rows(logits(8, 3 * n, 24)).view(3, n, 24)
+    centred = rows - rows.mean(1, keepdim=True)
+    others = unit_rows(logits(9, 3 * n, 40)).view(3, n, 40)
+    others[1] = others[1, 0]  # a Gram without relations between others that have them
+    gram = (others @ others.mT).to(dtype)
+    student = centred @ centred.mT
     exact = student.double()
     want, valid = _align_(exact, gram.double(), 1e-6)
     got, flag = relational_cka.align_(student, gram, 1e-6)
-    assert bool(flag) and bool(valid)
+    assert flag.tolist() == valid.tolist() == [True, False, True]
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(student.double(), exact, rtol=1e-4, atol=1e-6)
 
 
 def test_degenerate_alignment_is_zero_and_nan_is_seen():
-    gram = torch.ones(10, 10)
-    student = torch.eye(10) - 0.1
+    gram = torch.ones(2, 10, 10)
+    student = (torch.eye(10) - 0.1).repeat(2, 1, 1)
+    student[1] = torch.nan
     loss, valid = relational_cka.align_(student, gram, 1e-6)
-    assert loss == 0 and not valid and not student.any()
-    loss, valid = relational_cka.align_(torch.full((10, 10), torch.nan), torch.eye(10), 1e-6)
+    assert loss.tolist() == [0, 0] and not valid.any() and not student.any()
+    loss, valid = relational_cka.align_(torch.full((1, 10, 10), torch.nan), torch.eye(10)[None], 1e-6)
     assert torch.isnan(loss) and valid
 
 

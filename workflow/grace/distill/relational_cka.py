@@ -43,7 +43,8 @@ def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
 def relational_cka_from_gram(student_tokens: Tensor, teacher_gram: Tensor) -> Tensor:
     """`relational_cka` with the teacher's Gram [n, n] of l2-normalised rows (not centred) in place of its tokens."""
     _check_tokens(student_tokens, "student")
-    return _image_loss(student_tokens, teacher_gram)[0]
+    _check_pair(student_tokens, teacher_gram)
+    return _losses(student_tokens.unsqueeze(0), teacher_gram.unsqueeze(0))[0].squeeze(0)
 
 
 def relational_cka_sum(
@@ -77,24 +78,39 @@ def relational_cka_sum(
         for tokens in teachers:
             _check_shape(tokens, "teacher")
         teachers = [_gram(tokens) for tokens in teachers]
-    results = [_image_loss(student, gram) for student, gram in zip(student_tokens, teachers, strict=True)]
-    losses, valid = torch.stack([loss for loss, _ in results]), torch.stack([flag for _, flag in results])
-    return losses.sum(), valid.sum(), (~valid).sum()
+    for student, gram in zip(student_tokens, teachers, strict=True):
+        _check_pair(student, gram)
+    by_size: dict[int, list[int]] = {}
+    for image, student in enumerate(student_tokens):
+        by_size.setdefault(student.shape[0], []).append(image)
+    sums = []
+    for images in by_size.values():  # images of one size go together: they are many small operations
+        losses, valid = _losses(
+            torch.stack([student_tokens[i] for i in images]), torch.stack([teachers[i] for i in images])
+        )
+        sums.append((losses.sum(), valid.sum(), (~valid).sum()))
+    loss, images, skipped = (torch.stack(column).sum() for column in zip(*sums, strict=True))
+    return loss, images, skipped
 
 
 def unit_rows(tokens: Tensor) -> Tensor:
-    """Rows divided by their length [n, d]; a row of zeros stays zero and passes no gradient."""
+    """Rows divided by their length [..., n, d]; a row of zeros stays zero and passes no gradient."""
     tokens = at_least_fp32(tokens)
     # the length is that of the row over its largest entry, so that squares neither overflow nor vanish
-    peak = tokens.detach().abs().amax(1, keepdim=True)
+    peak = tokens.detach().abs().amax(-1, keepdim=True)
     shrunk = tokens / peak.where(peak != 0, torch.inf)  # a NaN stays one, to be seen in the loss
-    squares = shrunk.square().sum(1, keepdim=True)
+    squares = shrunk.square().sum(-1, keepdim=True)
     return shrunk * squares.where(peak != 0, 1.0).rsqrt()
 
 
 def _gram(tokens: Tensor) -> Tensor:
-    rows = unit_rows(tokens.detach())
-    return rows @ rows.T
+    return _products(unit_rows(tokens.detach()))
+
+
+def _products(rows: Tensor) -> Tensor:
+    """rows rows^T [..., n, n], in their own precision also where autocast would lower it."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ rows.mT
 
 
 def _check_tokens(tokens: Tensor, who: str) -> None:
@@ -111,8 +127,7 @@ def _check_shape(tokens: Tensor, who: str) -> None:
         )
 
 
-def _image_loss(student_tokens: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of one image and whether it counts, both scalars on the student's device."""
+def _check_pair(student_tokens: Tensor, teacher_gram: Tensor) -> None:
     _check_shape(student_tokens, "student")
     n = student_tokens.shape[0]
     if teacher_gram.shape != (n, n):
@@ -120,8 +135,12 @@ def _image_loss(student_tokens: Tensor, teacher_gram: Tensor) -> tuple[Tensor, T
             f"the student has {n} visual tokens where the teacher's Gram matrix is {list(teacher_gram.shape)}; "
             "process the image alike for both, and rebuild a cache that was made with another processor"
         )
+
+
+def _losses(student_tokens: Tensor, teacher_grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of images of one size and which of them count, both [images]; tokens [images, n, d], Grams [images, n, n]."""
     rows = unit_rows(student_tokens)
-    return _GramAlignment.apply(rows - rows.mean(0), teacher_gram.detach())
+    return _GramAlignment.apply(rows - rows.mean(1, keepdim=True), teacher_grams.detach())
 
 
 class _GramAlignment(torch.autograd.Function):
@@ -129,8 +148,8 @@ class _GramAlignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, centred_rows: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
-        n = centred_rows.shape[0]
-        student = centred_rows @ centred_rows.T  # [n, n], centred already
+        n = centred_rows.shape[1]
+        student = _products(centred_rows)  # [images, n, n], centred already
         if student.is_cuda:
             from grace.kernels.relational_cka import align_
         else:
@@ -138,7 +157,8 @@ class _GramAlignment(torch.autograd.Function):
         # rounding leaves entries of about eps in the centred Gram of identical rows
         floor = 8 * torch.finfo(student.dtype).eps * n
         loss, valid = align_(student, teacher_gram, floor)  # `student` now holds d loss / d Gram
-        ctx.save_for_backward(2 * (student @ centred_rows))  # the Gram's gradient is symmetric
+        with torch.autocast(student.device.type, enabled=False):
+            ctx.save_for_backward(2 * (student @ centred_rows))  # the Gram's gradient is symmetric
         ctx.mark_non_differentiable(valid)
         return loss, valid
 
@@ -146,22 +166,26 @@ class _GramAlignment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None
+        return gradient * grad_loss[:, None, None], None
 
 
 def _align_(student: Tensor, teacher_gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """`1 - CKA` of a centred student Gram [n, n] and an uncentred teacher Gram, and whether neither is degenerate.
+    """`1 - CKA` of centred student Grams and uncentred teacher Grams, and whether neither is degenerate: [images].
 
-    Overwrites `student` with the loss's gradient: -(K_cT / ||K_cT|| - CKA K_cS / ||K_cS||) / ||K_cS||.
+    Overwrites `student` with the losses' gradients: -(K_cT / ||K_cT|| - CKA K_cS / ||K_cS||) / ||K_cS||.
+
+    Args:
+        student, teacher_gram: [images, n, n]
     """
     teacher = teacher_gram.to(student.dtype)
-    means = teacher.mean(1)
-    teacher = teacher - means[:, None] - means[None, :] + means.mean()
-    teacher_norm, student_norm = teacher.norm(), student.norm()
+    means = teacher.mean(2, keepdim=True)
+    teacher = teacher - means - means.mT + means.mean(1, keepdim=True)
+    teacher_norm, student_norm = (matrix.flatten(1).norm(dim=1) for matrix in (teacher, student))  # [images]
     valid = ~((teacher_norm <= floor) | (student_norm <= floor))  # a NaN counts, to be seen in the loss
-    a = teacher / teacher_norm.where(valid, 1.0)
-    b = student / student_norm.where(valid, 1.0)
-    loss = 0.5 * (a - b).square().sum()
-    gradient = ((1 - loss) * b - a) / student_norm.where(valid, 1.0)
-    student.copy_(gradient.where(valid, 0.0))
+    per_image = (slice(None), None, None)
+    a = teacher / teacher_norm.where(valid, 1.0)[per_image]
+    b = student / student_norm.where(valid, 1.0)[per_image]
+    loss = 0.5 * (a - b).flatten(1).square().sum(1)
+    gradient = ((1 - loss)[per_image] * b - a) / student_norm.where(valid, 1.0)[per_image]
+    student.copy_(gradient.where(valid[per_image], 0.0))
     return loss.where(valid, 0.0), valid
