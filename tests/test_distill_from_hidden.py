@@ -140,6 +140,22 @@ def test_second_backward_is_refused():
         got["loss"].backward()
 
 
+def test_second_derivatives_are_refused():
+    tensors = inputs()
+    with pytest.raises(GraceError, match="a first derivative alone"):
+        torch.autograd.grad(distillation_loss_from_hidden(*tensors)["loss"], tensors[0], create_graph=True)
+
+
+def test_a_scaled_loss_scales_its_gradients():
+    tensors = inputs()
+    whole, scaled = (
+        torch.autograd.grad(factor * distillation_loss_from_hidden(*tensors)["loss"], tensors[:2])
+        for factor in (1, -2.5)
+    )
+    for gradient, other in zip(whole, scaled, strict=True):
+        torch.testing.assert_close(-2.5 * gradient, other)
+
+
 def test_chunks_fit_the_workspace():
     for vocabulary in (160, 32_064, 151_936):
         student, teacher = chunk_rows(vocabulary, 2, 448 << 20)
@@ -153,7 +169,7 @@ def test_chunks_fit_the_workspace():
     [
         ({3: torch.zeros(9, TEACHER_WIDTH)}, f"student's vocabulary has {VOCABULARY} entries and the teacher's 9"),
         ({1: torch.zeros(VOCABULARY, 5)}, "the student's hidden states .* do not fit"),
-        ({2: torch.zeros(TOKENS - 1, TEACHER_WIDTH)}, "labels must be 10 integers"),
+        ({2: torch.zeros(TOKENS - 1, TEACHER_WIDTH)}, "labels must be a tensor of 10 integers"),
         ({2: None}, "give the teacher's hidden states"),
         ({4: torch.full((TOKENS,), VOCABULARY)}, f"label {VOCABULARY} of token 0"),
     ],

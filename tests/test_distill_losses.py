@@ -166,7 +166,9 @@ def test_any_cut_gives_the_same_loss_and_gradient(seed, cuts):
         (torch.zeros(5), torch.zeros(5), torch.zeros(1, dtype=torch.long), "tokens, vocab"),
         (torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 5]), "label 5 of token 1"),
         (torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([-100, 0]), "label -100 of token 0"),
-        (torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2), "integers"),
+        (torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2), "tensor of 2 integers"),
+        (torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2, dtype=torch.bool), "tensor of 2 integers"),
+        (torch.zeros(2, 5), torch.zeros(2, 5), [0, 1], "but are list"),
         (torch.full((2, 5), torch.nan), torch.zeros(2, 5), torch.tensor([0, 1]), "student logits hold a NaN"),
         (
             torch.zeros(2, 5),
@@ -185,6 +187,8 @@ def test_bad_inputs(student, teacher, labels, says):
 def test_bad_temperature_and_explicit_check():
     with pytest.raises(GraceError, match="temperature is 0"):
         gated_dkd(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 1]), temperature=0.0)
+    with pytest.raises(GraceError, match="temperature is inf"):
+        gated_dkd(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 1]), temperature=float("inf"))
     with pytest.raises(GraceError, match="temperature is -1"):
         plain_kd_sum(torch.zeros(2, 5), torch.zeros(2, 5), -1.0)
     with pytest.raises(GraceError, match="student logits"):

@@ -128,6 +128,34 @@ def test_extreme_rows():
     assert torch.isfinite(loss) and torch.isfinite(student.grad).all() and not student.grad[3].any()
 
 
+def test_images_of_one_size_and_of_several_give_the_sum_of_each():
+    sizes = (6, 9, 6, 1, 9, 6)
+    students = [tokens(i, n).requires_grad_() for i, n in enumerate(sizes)]
+    teachers = [tokens(i + 9, n, 7) for i, n in enumerate(sizes)]
+    loss, images, skipped = relational_cka_sum(students, teachers)
+    together = torch.autograd.grad(loss, students)
+    apart = sum(relational_cka(s, t) for s, t in zip(students, teachers, strict=True))
+    torch.testing.assert_close(loss, apart)
+    assert (int(images), int(skipped)) == (5, 1)
+    for ours, theirs in zip(together, torch.autograd.grad(apart, students), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_second_derivatives_are_refused():
+    student = tokens(0).requires_grad_()
+    with pytest.raises(GraceError, match="a first derivative alone"):
+        torch.autograd.grad(relational_cka(student, tokens(1)), student, create_graph=True)
+
+
+def test_autocast_changes_nothing():
+    student, teacher = tokens(0, 40, 30, torch.float32).requires_grad_(), tokens(1, 40, 30, torch.float32)
+    loss = relational_cka(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = relational_cka(student, teacher)
+    assert torch.equal(loss, again)
+    assert torch.equal(*(torch.autograd.grad(value, student)[0] for value in (loss, again)))
+
+
 def test_any_cut_gives_the_same_sum():
     students, teachers = [tokens(i, 5 + i) for i in range(6)], [tokens(i + 9, 5 + i, 7) for i in range(6)]
     whole = relational_cka_sum(students, teachers)

@@ -178,6 +178,29 @@ def test_bad_input_is_named():
     with pytest.raises(GraceError, match=r"q_proj.*NaN"):
         LearnedStepSize.from_weight(torch.full((2, 32), torch.nan), bits=4, group_size=32, name="q_proj")
 
+    sizes = LearnedStepSize.from_weight(torch.ones(2, 64), bits=4, group_size=32)
+    for shape in ((2, 32), (1, 64), (3, 64)):
+        with pytest.raises(GraceError, match=r"belong to a weight of \[2, 64\]"):
+            sizes.fake_quantize(torch.ones(shape))
+    with pytest.raises(GraceError, match=r"must be \[out, in\] floats"):
+        LearnedStepSize.from_weight(torch.ones(64))
+
+
+def test_second_derivatives_are_refused():
+    weight = random_weight(2, 32, 0).requires_grad_()
+    value = LearnedStepSize.from_weight(weight.detach(), group_size=32).fake_quantize(weight)
+    with pytest.raises(GraceError, match="a first derivative alone"):
+        torch.autograd.grad(value.float().sum(), weight, create_graph=True)
+
+
+def test_what_is_written_is_the_fake_quantised_weight():
+    weight = random_weight(6, 64, 0)
+    sizes = LearnedStepSize.from_weight(weight, bits=4, group_size=32)
+    for dtype in (torch.bfloat16, torch.float32):
+        out = torch.empty(6, 64, dtype=dtype)
+        sizes.write(weight, out)
+        assert torch.equal(out, sizes.fake_quantize(weight).to(dtype))
+
 
 def test_the_fused_kernel_takes_the_place_of_the_rule(monkeypatch):
     """On a GPU the Triton kernel computes the gradients; here it runs in Triton's interpreter."""

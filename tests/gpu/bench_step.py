@@ -3,8 +3,8 @@
     python tests/gpu/bench_step.py --out bench_step.json          # one card with 80 GB
     python tests/gpu/bench_step.py --out tiny.json --shape tiny   # two small layers, for a CPU
 
-The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `distilled bf16` (gated DKD, relational CKA,
-controller), `GRACE` (the same at INT4) and `plain` again, whose two times show the spread. Weights, pictures and the
+The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `GRACE` (gated DKD, relational CKA, controller,
+INT4), `distilled bf16` (GRACE without quantisation) and `plain` again, whose two times show the spread. Weights, pictures and the
 teacher's states are random; the teacher's record is a real cache on the disk, read as in training. A step is 4
 micro-batches of 2 conversations of 1,024 tokens (576 of them visual, 440 supervised), with gradient checkpointing.
 The vision tower runs in every step.
@@ -16,14 +16,16 @@ stands in for Adam, for every recipe alike: without Adam's traffic the ratio is 
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `grace` does
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -181,11 +183,10 @@ class Stopwatch:
 
 
 def run_recipe(
-    name: str, model, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int, world: World, scratch: Path,
-    look: Callable[[Callable[[], dict]], dict] | None = None,
+    name: str, model, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int, world: World, scratch: Path
 ) -> dict:  # fmt: skip
-    """`steps` timed optimiser steps after 2 of warm-up, then 2 taken apart; `look` may watch the last of them."""
-    warm, apart = 2, 2
+    """`steps` timed optimiser steps after 2 of warm-up, then one taken apart."""
+    warm, apart = 2, 1
     optimisation = Optimisation(
         steps=warm + steps + apart, batch=BATCH, micro_batch=MICRO_BATCH, learning_rate=1e-6,
         gradient_checkpointing=True, checkpoint_every=10**6,
@@ -210,8 +211,6 @@ def run_recipe(
             found["peak_gib"] = trainer.meter.memory_gib()
             found["watches"] = [Stopwatch(trainer.objective, "backward", world.device),
                                 Stopwatch(trainer.optimizer, "step", world.device)]  # fmt: skip
-        if look is not None and number == warm + steps + apart - 1:
-            return look(lambda: plain_step(number, *rest))
         return plain_step(number, *rest)
 
     trainer._step = step
@@ -225,28 +224,14 @@ def run_recipe(
         "recipe": name, "step_ms": 1e3 * median(timed), "steps_ms": [1e3 * t for t in timed],
         "forward_backward_ms": 1e3 * backward.seconds / apart, "optimiser_ms": 1e3 * optimise.seconds / apart,
         "peak_gib": found["peak_gib"], "peak_forward_backward_gib": backward.peak, "peak_optimiser_gib": optimise.peak,
-        "mfu": entries[-1 - apart].get("mfu"), "last": last,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "mfu": entries[-1 - apart].get("mfu"), "last": last,
     }  # fmt: skip
-
-
-def profiled(path: Path) -> Callable[[Callable[[], dict]], dict]:
-    """Runs a step under torch's profiler and writes its kernels, the longest first, to `path`."""
-
-    def look(step: Callable[[], dict]) -> dict:
-        with torch.profiler.profile() as profile:
-            entry = step()
-        table = profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=80)
-        path.write_text(table + "\n")
-        return entry
-
-    return look
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llava15-7b")
-    parser.add_argument("--profile", type=Path, help="text file for a table of the kernels of one GRACE step")
     parser.add_argument("--steps", type=int, default=6, help="timed optimiser steps of each recipe")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
@@ -257,11 +242,10 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         cache = build_cache(Path(scratch) / "cache", shape, examples, device)
-        for name in ("plain", "distilled bf16", "GRACE", "plain"):
-            look = profiled(arguments.profile) if arguments.profile and name == "GRACE" else None
-            rows.append(run_recipe(name, model, shape, examples, cache, arguments.steps, world, Path(scratch), look))
+        for name in ("plain", "GRACE", "distilled bf16", "plain"):
+            rows.append(run_recipe(name, model, shape, examples, cache, arguments.steps, world, Path(scratch)))
             print(json.dumps(rows[-1]), flush=True)
-    first, distilled, grace, again = rows
+    first, grace, distilled, again = rows
     plain = (first["step_ms"] + again["step_ms"]) / 2
     summary = {
         "plain_ms": plain, "plain_spread": abs(first["step_ms"] - again["step_ms"]) / plain,

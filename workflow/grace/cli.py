@@ -344,6 +344,8 @@ def main() -> None:
         200_000
     )  # at Python's 700, importing torch and transformers spends a quarter of its time collecting
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading is quick here; a bar in a log says nothing
+    # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except GraceError as error:

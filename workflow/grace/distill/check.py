@@ -1,8 +1,8 @@
 """What the losses refuse, in one sentence each.
 
-Shapes cost nothing and are always checked. Values (labels inside the vocabulary, finite logits) need a look at the
-data: a CUDA tensor would make the host wait for the device, so the losses look only at tensors on the CPU, and a
-trainer on a GPU sees the same faults as a loss that is not finite. `check_inputs` looks wherever the tensors are.
+The losses of whole logits, which define the method, check shapes and values (labels inside the vocabulary, finite
+logits). The training path checks shapes alone, as looking at values makes the host wait for the device; it sees such
+faults as a loss that is not finite, and the trainer stops there with the records named.
 """
 
 import torch
@@ -41,10 +41,18 @@ def check_vocabularies(student: int, teacher: int) -> None:
 
 def check_labels_shape(labels: Tensor, tokens: int) -> None:
     """Raise GraceError unless labels are integers [tokens]."""
-    if labels.shape != (tokens,) or labels.is_floating_point():
-        raise GraceError(
-            f"labels must be {tokens} integers, one per token, but are {labels.dtype} {list(labels.shape)}"
-        )
+    found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    integers = isinstance(labels, Tensor) and labels.dtype in (
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+    )  # fmt: skip
+    if not integers or labels.shape != (tokens,):
+        raise GraceError(f"labels must be a tensor of {tokens} integers, one per token, but are {found}")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise GraceError unless the temperature is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise GraceError(f"temperature is {temperature}; it must be greater than 0 and finite")
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
@@ -80,11 +88,3 @@ def check_inputs(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor 
         check_labels(labels, student_logits.shape[1])
     check_finite(student_logits, "student logits")
     check_finite(teacher_logits, "teacher logits")
-
-
-def check_cheaply(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> None:
-    """Shapes always; values only where looking at them does not make the host wait for a device."""
-    if student_logits.device.type == "cpu" and teacher_logits.device.type == "cpu":
-        check_inputs(student_logits, teacher_logits, labels)
-    else:
-        check_shapes(student_logits, teacher_logits, labels)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grace.distill.check import check_labels, check_labels_shape, check_vocabularies
+from grace.distill.check import check_labels, check_labels_shape, check_temperature, check_vocabularies
 from grace.distill.rows import Mode, loss_rows_
 from grace.errors import GraceError
+from grace.first_order import first_order
 
 # bytes of logits held at a time; the CPU's reference also holds about ten fp32 tensors of one teacher chunk
 WORKSPACE = {"cuda": 448 << 20, "cpu": 32 << 20}
@@ -70,6 +70,8 @@ def distillation_loss_from_hidden(
         GraceError: shapes or vocabularies differ; on the CPU also labels outside the vocabulary.
     """
     _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, gates, mode)
+    check_temperature(temperature)
+    labels = labels.long()
     options = _Options(mode, temperature, alpha, beta_dkd, workspace or WORKSPACE[student_head.device.type])
     dtype = torch.promote_types(student_head.dtype, torch.float32)
     weights = torch.empty(2, dtype=dtype, device=student_head.device)
@@ -131,7 +133,7 @@ class _FusedLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss, *_):
         gradients = ctx.saved_tensors
         for saved in gradients:

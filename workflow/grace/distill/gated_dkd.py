@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from grace.distill.check import check_cheaply, check_finite
+from grace.distill.check import check_finite, check_inputs, check_temperature
 from grace.distill.log_space import at_least_fp32, binary_kl, kl_elements, label_split
 from grace.errors import GraceError
 
@@ -39,13 +39,12 @@ def confidence_gate(teacher_logits: Tensor) -> Tensor:
         [tokens], fp32 (fp64 for fp64 logits), without gradient.
 
     Raises:
-        GraceError: a vocabulary of one entry, or (tensors on the CPU) NaN or infinite logits.
+        GraceError: a vocabulary of one entry, NaN or infinite logits.
     """
     teacher = teacher_logits.detach()
     if teacher.dim() != 2 or teacher.shape[1] < 2:
         raise GraceError(f"teacher logits must be [tokens, vocab] with at least 2 classes, not {list(teacher.shape)}")
-    if teacher.device.type == "cpu":
-        check_finite(teacher, "teacher logits")
+    check_finite(teacher, "teacher logits")
     return entropy_gate(at_least_fp32(teacher))
 
 
@@ -63,11 +62,11 @@ def gated_dkd_terms(
         three tensors [tokens], fp32 (fp64 for fp64 logits); the gate carries no gradient.
 
     Raises:
-        GraceError: shapes or vocabularies differ; on the CPU also labels outside the vocabulary, NaN or infinities.
+        GraceError: shapes or vocabularies differ, labels outside the vocabulary, NaN or infinite logits.
     """
-    check_cheaply(student_logits, teacher_logits, labels)
-    if not temperature > 0:
-        raise GraceError(f"temperature is {temperature}; it must be greater than 0")
+    check_inputs(student_logits, teacher_logits, labels)
+    check_temperature(temperature)
+    labels = labels.long()
     student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits.detach())
     student_odds, student_rest = label_split(student, labels, temperature)
     teacher_odds, teacher_rest = label_split(teacher, labels, temperature)
@@ -113,10 +112,9 @@ def gated_dkd(
         scalar, fp32 (fp64 for fp64 logits), in nats times T^2; gradient to the student's logits alone.
 
     Raises:
-        GraceError: shapes or vocabularies differ, no tokens; on the CPU also labels outside the vocabulary, NaN or
-            infinite logits (`check_inputs` looks at these on a GPU).
+        GraceError: shapes or vocabularies differ, no tokens, labels outside the vocabulary, NaN or infinite logits.
     """
-    if labels.numel() == 0:
+    if student_logits.shape[0] == 0:
         raise GraceError("gated_dkd has no supervised tokens to average over; use gated_dkd_sum for empty batches")
     loss_sum, gate_sum = gated_dkd_sum(student_logits, teacher_logits, labels, temperature, alpha, beta_dkd)
     return loss_sum / gate_sum

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from grace.distill.check import check_cheaply
+from grace.distill.check import check_inputs, check_temperature
 from grace.distill.log_space import at_least_fp32, kl_elements
-from grace.errors import GraceError
 
 
 def plain_kd_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -20,11 +19,10 @@ def plain_kd_sum(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
         Both add up over micro-batches and ranks.
 
     Raises:
-        GraceError: shapes or vocabularies differ; on the CPU also NaN or infinite logits.
+        GraceError: shapes or vocabularies differ, NaN or infinite logits.
     """
-    check_cheaply(student_logits, teacher_logits)
-    if not temperature > 0:
-        raise GraceError(f"temperature is {temperature}; it must be greater than 0")
+    check_inputs(student_logits, teacher_logits)
+    check_temperature(temperature)
     student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits.detach())
     # shifted before the division, so that large logits keep the digits in which classes differ
     log_q = ((student - student.detach().amax(1, keepdim=True)) / temperature).log_softmax(1)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from grace.distill.check import check_finite
 from grace.distill.log_space import at_least_fp32
 from grace.errors import GraceError
+from grace.first_order import first_order
 
 
 def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
         either Gram is degenerate.
 
     Raises:
-        GraceError: no visual tokens, different numbers of them; on the CPU also NaN or infinite values.
+        GraceError: no visual tokens, different numbers of them, NaN or infinite values.
     """
     _check_tokens(teacher_tokens, "teacher")
     return relational_cka_from_gram(student_tokens, _gram(teacher_tokens))
@@ -94,17 +94,22 @@ def relational_cka_sum(
 
 
 def unit_rows(tokens: Tensor) -> Tensor:
-    """Rows divided by their length [..., n, d]; a row of zeros stays zero and passes no gradient."""
-    tokens = at_least_fp32(tokens)
+    """Rows divided by their length [..., n, d], at least fp32; a row of zeros stays zero."""
+    return _unit_rows(tokens)[0]
+
+
+def _unit_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows [..., n, d] and one over each one's length [..., n, 1], 0 for a row of zeros; without gradient."""
+    tokens = at_least_fp32(tokens.detach())
     # the length is that of the row over its largest entry, so that squares neither overflow nor vanish
-    peak = tokens.detach().abs().amax(-1, keepdim=True)
+    peak = tokens.abs().amax(-1, keepdim=True)
     shrunk = tokens / peak.where(peak != 0, torch.inf)  # a NaN stays one, to be seen in the loss
-    squares = shrunk.square().sum(-1, keepdim=True)
-    return shrunk * squares.where(peak != 0, 1.0).rsqrt()
+    inverse = shrunk.square().sum(-1, keepdim=True).where(peak != 0, 1.0).rsqrt()
+    return shrunk * inverse, (inverse / peak).where(peak != 0, 0.0)
 
 
 def _gram(tokens: Tensor) -> Tensor:
-    return _products(unit_rows(tokens.detach()))
+    return _products(unit_rows(tokens))
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -115,15 +120,15 @@ def _products(rows: Tensor) -> Tensor:
 
 def _check_tokens(tokens: Tensor, who: str) -> None:
     _check_shape(tokens, who)
-    if tokens.device.type == "cpu":
-        check_finite(tokens, f"the {who}'s visual tokens")
+    check_finite(tokens, f"the {who}'s visual tokens")
 
 
 def _check_shape(tokens: Tensor, who: str) -> None:
-    if tokens.dim() != 2 or tokens.shape[0] == 0:
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise GraceError(f"the {who}'s visual tokens of one image must be [n, width], not {list(tokens.shape)}")
+    if tokens.shape[0] == 0:
         raise GraceError(
-            f"the {who}'s visual tokens are {list(tokens.shape)} where [n, width] with n >= 1 is needed: the image "
-            "has no visual tokens; leave the record out or check its image placeholder"
+            f"the {who}'s visual tokens are {list(tokens.shape)}: the image has no visual tokens; leave the record out or check its image placeholder"
         )
 
 
@@ -139,34 +144,36 @@ def _check_pair(student_tokens: Tensor, teacher_gram: Tensor) -> None:
 
 def _losses(student_tokens: Tensor, teacher_grams: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of images of one size and which of them count, both [images]; tokens [images, n, d], Grams [images, n, n]."""
-    rows = unit_rows(student_tokens)
-    return _GramAlignment.apply(rows - rows.mean(1, keepdim=True), teacher_grams.detach())
+    return _GramAlignment.apply(student_tokens, teacher_grams.detach())
 
 
 class _GramAlignment(torch.autograd.Function):
-    """Loss and gradient in one pass over the two Gram matrices; the gradient overwrites the student's."""
+    """Losses and the tokens' gradient in one pass; only the gradient, in the tokens' dtype, is kept for backward."""
 
     @staticmethod
-    def forward(ctx, centred_rows: Tensor, teacher_gram: Tensor) -> tuple[Tensor, Tensor]:
-        n = centred_rows.shape[1]
-        student = _products(centred_rows)  # [images, n, n], centred already
+    def forward(ctx, tokens: Tensor, teacher_grams: Tensor) -> tuple[Tensor, Tensor]:
+        rows, inverse_lengths = _unit_rows(tokens)
+        centred = rows - rows.mean(1, keepdim=True)
+        student = _products(centred)  # [images, n, n], centred already
         if student.is_cuda:
             from grace.kernels.relational_cka import align_
         else:
             align_ = _align_
         # rounding leaves entries of about eps in the centred Gram of identical rows
-        floor = 8 * torch.finfo(student.dtype).eps * n
-        loss, valid = align_(student, teacher_gram, floor)  # `student` now holds d loss / d Gram
+        floor = 8 * torch.finfo(student.dtype).eps * tokens.shape[1]
+        losses, valid = align_(student, teacher_grams, floor)  # `student` now holds d loss / d Gram
         with torch.autocast(student.device.type, enabled=False):
-            ctx.save_for_backward(2 * (student @ centred_rows))  # the Gram's gradient is symmetric
+            gradient = student @ centred  # half that of the rows: the Gram's is symmetric, and centred like the rows
+        gradient.sub_(rows * (gradient * rows).sum(2, keepdim=True)).mul_(2 * inverse_lengths)  # a length has none
+        ctx.save_for_backward(gradient.to(tokens.dtype))
         ctx.mark_non_differentiable(valid)
-        return loss, valid
+        return losses, valid
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    @first_order
+    def backward(ctx, grad_losses: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss[:, None, None], None
+        return (gradient * grad_losses[:, None, None]).to(gradient.dtype), None
 
 
 def _align_(student: Tensor, teacher_gram: Tensor, floor: float) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def _quantize(
 
 @triton.jit
 def _lsq_gradient(
-    weights, scales, gradients, step_gradients, groups, qn, qp,
+    weights, scales, thetas, gradients, theta_gradients, groups, qn, qp, factor,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     ratio, _, index, offsets, mask = _load_groups(weights, scales, groups, GROUP, GROUPS, WIDTH)
@@ -62,7 +62,8 @@ def _lsq_gradient(
     clamped = tl.minimum(tl.maximum(ratio, qn), qp)
     inside = (ratio > qn) & (ratio < qp)
     slope = tl.where(inside, _round_half_even(clamped) - ratio, clamped)
-    tl.store(step_gradients + index, tl.sum(gradient * slope, 1), mask=index < groups)
+    theta = tl.load(thetas + index, mask=index < groups, other=0.0)
+    tl.store(theta_gradients + index, tl.sum(gradient * slope, 1) * tl.exp(theta) * factor, mask=index < groups)
     # a gradient inside stays where it is: only the clipped few are written
     tl.store(gradients + offsets, tl.zeros_like(gradient).to(gradients.dtype.element_ty), mask=mask & ~inside)
 
@@ -126,10 +127,10 @@ def lsq_gradient_(
     groups, tile = _layout(weight, scales)
     if not gradient.is_contiguous() or gradient.shape != weight.shape or theta.shape != scales.shape:
         raise ValueError(f"gradient {list(gradient.shape)} or theta {list(theta.shape)} does not fit the weight")
-    step_gradient = torch.empty(scales.shape, dtype=torch.float32, device=weight.device)
+    theta_gradient = torch.empty(scales.shape, dtype=torch.float32, device=weight.device)
+    factor = (tile["GROUP"] * (2 ** (bits - 1) - 1)) ** -0.5 if gradient_scale else 1.0
     limit = float(2 ** (bits - 1))
     _lsq_gradient[(triton.cdiv(groups, tile["GROUPS"]),)](
-        weight, scales, gradient, step_gradient, groups, -limit, limit - 1, **tile
+        weight, scales, theta, gradient, theta_gradient, groups, -limit, limit - 1, factor, **tile
     )
-    factor = (tile["GROUP"] * (limit - 1)) ** -0.5 if gradient_scale else 1.0
-    return step_gradient.mul_(theta.exp()).mul_(factor)
+    return theta_gradient

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _WARPS = 2048, 8  # classes per step of a program
+_BLOCK, _WARPS = 1024, 8  # classes per step of a program
 LOG2_E = tl.constexpr(math.log2(math.e))
 FARTHEST = tl.constexpr(16.0)  # nats: an exponent of this size costs e^x 1e-6 of its value
 

@@ -15,6 +15,8 @@ micro-batches have accumulated, which is what training does (`lsq_gradients`), o
 import torch
 from torch import nn
 
+from grace.errors import GraceError
+from grace.first_order import first_order
 from grace.quant.grid import best_scales, code_range, dequantize, group_count, on_bf16_grid, quantize
 
 __all__ = ["LearnedStepSize", "dequantize", "lsq_gradients", "quantize"]
@@ -91,7 +93,7 @@ class _FakeQuantize(torch.autograd.Function):
         return _value(weight, on_bf16_grid(theta.exp()), bits)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         weight, theta = ctx.saved_tensors
         grad_weight, grad_theta = lsq_gradients(weight, theta, grad, *ctx.rule)
@@ -126,6 +128,8 @@ class LearnedStepSize(nn.Module):
             GraceError: unknown width, a group that does not divide the input, weights that are not finite; it names
                 the layer by `name`.
         """
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise GraceError(f"{name}: a weight must be [out, in] floats, not {weight.dtype} {list(weight.shape)}")
         with torch.no_grad():
             theta = best_scales(weight, bits, group_size, name).float().log()
         return cls(theta, bits, group_size, gradient_scale)
@@ -137,11 +141,19 @@ class LearnedStepSize(nn.Module):
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
         """int8 [out, in]."""
+        self._check(weight)
         return quantize(weight.detach(), self.scales, self.bits)
 
     def fake_quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """bf16 [out, in], exactly `dequantize(codes, scales)`, with LSQ's gradients to `weight` and `theta`."""
+        self._check(weight)
         return _FakeQuantize.apply(weight, self.theta, self.bits, self.group_size, self.gradient_scale)
+
+    def _check(self, weight: torch.Tensor) -> None:
+        """Another shape would be cut into other groups, or be repeated, without a word."""
+        shape = (self.theta.shape[0], self.theta.shape[1] * self.group_size)
+        if tuple(weight.shape) != shape:
+            raise GraceError(f"these step sizes belong to a weight of {list(shape)}, not of {list(weight.shape)}")
 
     @torch.no_grad()
     def write(self, weight: torch.Tensor, out: torch.Tensor) -> None:
