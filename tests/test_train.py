@@ -1,6 +1,7 @@
 """One loop for every recipe: same loss however the batch is cut, same bits however often the run is killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grace.config.runs import CacheRun, TrainRun
 from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
@@ -291,6 +292,60 @@ def test_bad_input_is_refused_before_the_first_step(home, tmp_path, change, give
             **({"init": home / "baseline"} | given),
         )
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "pin, value, reason",
+    [
+        ("vocabulary", 9, "the teacher's vocabulary has 9 entries, the student's"),
+        ("template", "other", "made with another chat template"),
+        ("tokenizer", "other", "made with another tokenizer"),
+        ("teacher", "other", "made with another teacher"),
+        ("temperature", 3.0, "made with another temperature"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_before_the_first_step(home, tmp_path, pin, value, reason):
+    cache = tmp_path / "cache"
+    shutil.copytree(home / "cache", cache)
+    manifest = read_json(cache / "manifest.json") | {pin: value}
+    if pin == "temperature":
+        manifest["format"] = "sampled"  # the others serve every temperature
+    write_json(cache / "manifest.json", manifest)
+    run = run_file(tmp_path, "bad", **GRACE)
+    with pytest.raises(GraceError, match=reason):
+        train(run, home / "data", tmp_path / "bad", tmp_path / "bad.jsonl", tmp_path / ".bad", home / "baseline", cache,
+              home / "teacher")  # fmt: skip
+    assert not (tmp_path / ".bad").exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(home, tmp_path):
+    init = tmp_path / "init"
+    shutil.copytree(home / "baseline", init)
+    weights = load_file(init / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name][0, 0] = torch.inf
+    save_file(weights, init / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GraceError, match=r"down_proj.weight holds NaN or infinite weights"):
+        train(
+            run_file(tmp_path, "bad"), home / "data", tmp_path / "bad", tmp_path / "bad.jsonl", tmp_path / ".bad", init
+        )
+
+
+@pytest.mark.parametrize("fault, reason", [("label", "a label lies outside"), ("picture", "has no visual tokens")])
+def test_bad_conversations_are_refused_by_name(home, tmp_path, monkeypatch, fault, reason):
+    def load(data, tower):
+        examples = load_prepared(data, tower)
+        example = examples[3]
+        if fault == "label":
+            example.labels[-1] = 10**6
+        else:
+            image = load_model(home / "baseline").config.image_token_id
+            example.input_ids[example.input_ids == image] = 5
+        return examples
+
+    monkeypatch.setattr("grace.train.verbs.load_prepared", load)
+    with pytest.raises(GraceError, match=f"conversation .*{reason}"):
+        student(home, tmp_path, "bad")
 
 
 def test_two_processes_equal_one(home, tmp_path):

@@ -215,6 +215,8 @@ def run_recipe(
 
     trainer._step = step
     trainer.train()
+    if not world.first:
+        return {}
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     log.unlink()
     timed = [entry["seconds"] for entry in entries[warm : warm + steps]]
@@ -224,7 +226,8 @@ def run_recipe(
         "recipe": name, "step_ms": 1e3 * median(timed), "steps_ms": [1e3 * t for t in timed],
         "forward_backward_ms": 1e3 * backward.seconds / apart, "optimiser_ms": 1e3 * optimise.seconds / apart,
         "peak_gib": found["peak_gib"], "peak_forward_backward_gib": backward.peak, "peak_optimiser_gib": optimise.peak,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "mfu": entries[-1 - apart].get("mfu"), "last": last,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "mfu": entries[-1 - apart].get("mfu"), "losses": [entry["loss"] for entry in entries],
+        "last": last,
     }  # fmt: skip
 
 

@@ -90,6 +90,7 @@ def train(
     checkpoints: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
     init: Annotated[Path | None, typer.Option(help="model folder to start from")] = None,
     cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="its model folder, to refuse a cache of another")] = None,
     processes: Annotated[int, typer.Option(help="share the work between so many, one GPU each; 0 and 1: alone")] = 1,
 ) -> None:
     """Train a teacher, a baseline or a student."""
@@ -100,10 +101,10 @@ def train(
     from grace.train.verbs import train as run_training
 
     if os.environ.get("RANK", "0") != "0":  # the first process holds the lock for all
-        run_training(run, data, out, log, checkpoints, init, cache)
+        run_training(run, data, out, log, checkpoints, init, cache, teacher)
         return
     with one_writer(checkpoints):
-        run_training(run, data, out, log, checkpoints, init, cache)
+        run_training(run, data, out, log, checkpoints, init, cache, teacher)
 
 
 @cache_verbs.command("write")

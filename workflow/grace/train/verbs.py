@@ -31,6 +31,13 @@ def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, wor
     return model.to(world.device)
 
 
+def _check_weights(model, init: Path | None) -> None:
+    """Refuse to start from weights that are NaN or infinite; a `GraceError` names the first."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise GraceError(f"{init}: {name} holds NaN or infinite weights; fetch or train this model again")
+
+
 def _save(model, processor, trainer: Trainer, out: Path, log: Path) -> None:
     """Write the model folder and the log from the first process; the others only help to put the weights together."""
     run = trainer.run
@@ -58,6 +65,7 @@ def train(
     checkpoints: Path,
     init: Path | None = None,
     cache: Path | None = None,
+    teacher: Path | None = None,
 ) -> None:
     """Train the model that the frozen parameters `run` describe and write it to `out`.
 
@@ -69,6 +77,10 @@ def train(
         checkpoints: folder for resumable checkpoints; removed when the run ends well.
         init: the model to start from; needed unless `run` gives an architecture.
         cache: the teacher's cache; needed by recipes that distil.
+        teacher: the teacher's model folder, to refuse a cache of another one.
+
+    Raises:
+        GraceError: before the first step: files that do not fit together, weights or data that cannot be trained on.
     """
     parameters = TrainRun.model_validate(read_json(run))
     if (parameters.architecture is None) == (init is None):
@@ -80,9 +92,10 @@ def train(
     torch.manual_seed(parameters.seed)
     processor = load_processor(data / "processor")
     model = _starting_model(parameters, processor, data, init, world)
+    _check_weights(model, init)
     targets = None
     if distils:
-        targets = TeacherCache.open(cache, expect=expected(data, temperature=parameters.method.temperature))
+        targets = TeacherCache.open(cache, expect=expected(data, parameters.method.temperature, teacher))
     identity = run_identity(
         parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
     )
