@@ -14,8 +14,10 @@ import evaluate_models
 from fake_results import results_folder
 from grace.distill import relational_cka
 from grace.report import figures, looking
-from grace.report.drawing import save, style
+from grace.report.drawing import place_labels, save, style, title_of
+from grace.report.entropy import binned, entropy_error, entropy_numbers
 from grace.report.read import TEACHER, Row, read_results
+from grace.report.roofline import work
 
 __all__ = ["results_folder"]  # a fixture
 
@@ -44,6 +46,9 @@ def test_figures_are_the_same_bytes_twice(tmp_path, results):
     for ending in ("svg", "png"):
         first, second = ((tmp_path / turn / f"entropy.{ending}").read_bytes() for turn in ("a", "b"))
         assert first == second, ending
+    assert title_of((tmp_path / "a" / "entropy.svg").read_text()).startswith(
+        "An unsure teacher errs more often: Pearson r"
+    )
     assert "<dc:date>" not in (tmp_path / "a" / "entropy.svg").read_text()
     assert Image.open(tmp_path / "a" / "entropy.png").size[0] > 600
 
@@ -52,19 +57,75 @@ def test_entropy_numbers_are_the_formulas(results):
     data = pd.concat(
         pd.read_parquet(results.folder / f"teacher/predictions/{name}.parquet") for name in results.benchmarks
     )
-    found = figures.entropy_numbers(results)
+    found = entropy_numbers(results)
     assert found["questions"] == len(data) == 240
     assert found["r"] == pytest.approx(data["entropy"].corr(1 - data["score"]))
-    bins = figures.binned(figures.entropy_error(results))
+    bins = binned(entropy_error(results))
     assert bins["count"].tolist() == [24] * 10
+    pictures = data["image_id"].unique()
+    without = [(part := data[data["image_id"] != name])["entropy"].corr(1 - part["score"]) for name in pictures]
+    jackknife = np.sqrt((len(pictures) - 1) * np.var(without))
+    assert found["stderr"] == pytest.approx(jackknife, rel=0.25)
     assert found["r2"] == pytest.approx(bins["entropy"].corr(bins["error"]) ** 2)
 
 
 def test_titles_say_what_the_data_says(results):
     with style() as plt:
         assert "An unsure teacher errs more often" in figures.entropy(results, plt).get_suptitle()
-        assert "1.24 × throughput" in figures.pareto(results, plt).axes[0].get_title(loc="left")
-        assert figures.training(results, plt).get_suptitle().startswith("GRACE int4: distillation loss")
+        assert "1.24 × its throughput" in figures.pareto(results, plt).get_suptitle().replace("\n", " ")
+        assert (
+            figures.roofline(results, plt)
+            .get_suptitle()
+            .startswith("cpu-int4 against the dense product: 1.50 × at M = 1")
+        )
+        assert figures.training(results, plt).get_suptitle().startswith("GRACE int4: CKA rises from")
+
+
+def test_titles_follow_the_data(tmp_path, results_folder):
+    """Shuffled entropies say nothing; a GRACE that answers as the baseline does is within noise."""
+    folder = tmp_path / "other"
+    shutil.copytree(results_folder, folder)
+    for path in (folder / "teacher/predictions").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        frame.assign(entropy=np.random.default_rng(5).permutation(frame["entropy"])).to_parquet(path)
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"students/grace/int4/seed{seed}/predictions")
+        shutil.copytree(
+            folder / f"students/baseline/bf16/seed{seed}/predictions",
+            folder / f"students/grace/int4/seed{seed}/predictions",
+        )
+    other = read_results(folder)
+    with style() as plt:
+        assert "Entropy says nothing sure" in figures.entropy(other, plt).get_suptitle()
+        assert "within noise" in figures.pareto(other, plt).get_suptitle()
+
+
+def test_labels_cover_neither_bubbles_nor_each_other():
+    """Three bubbles in a row, close together."""
+    with style() as plt:
+        _, axis = plt.subplots(figsize=(7, 4))
+        points = [(1.0, 1.0), (1.1, 1.02), (1.2, 1.0), (3.0, 3.0)]
+        axis.scatter(*zip(*points, strict=True))
+        axis.margins(0.3)
+        place_labels(axis, points, ["Baseline bf16\n0.9 MiB"] * 4, [10.0] * 4)
+        boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_roof_is_the_floor_turned_over(results):
+    data = work(results.kernel)
+    row = data.iloc[0]
+    assert row["packed"] == pytest.approx(2 * row["m"] * 64 * 64 / 10.0 / 1e3)
+    assert (data["packed"] / data["roof"]).tolist() == pytest.approx(data["floor_share"].tolist())
+    assert row["intensity"] == pytest.approx(2 * 64 * 64 / (64 * 32 + 2 * 64 * 2 + 2 * 128))
+
+
+def test_a_spotlight_is_bright_where_a_model_looks():
+    picture = Image.fromarray(np.full((40, 60, 3), 200, np.uint8))
+    drawn = looking.spotlight(picture, np.array([0.1, 0.7, 0.1, 0.1]))
+    assert drawn.shape == (40, 60) and drawn.min() >= 0 and drawn.max() <= 1
+    assert drawn[:20, 30:].min() > drawn[20:].max() and drawn[:20, 30:].min() > drawn[:20, :30].max()
 
 
 def test_without_measurements_a_figure_says_so(tmp_path, results_folder):
@@ -74,6 +135,8 @@ def test_without_measurements_a_figure_says_so(tmp_path, results_folder):
     with style() as plt:
         drawn = figures.pareto(read_results(folder), plt)
         assert "decoding was not measured" in drawn.axes[0].texts[0].get_text()
+        for draw in (figures.roofline, figures.attention, figures.similarity):  # the fake models have no weights
+            assert draw(read_results(folder), plt).get_suptitle() == "Not drawn"
 
 
 def test_every_figure_is_written(tmp_path, with_models):

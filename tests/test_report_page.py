@@ -1,7 +1,9 @@
 """The page's structure, read as a browser would read it; browser_report.py opens it in a real one."""
 
 import base64
+import hashlib
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -10,8 +12,8 @@ import pytest
 from fake_results import results_folder
 from grace.errors import GraceError
 from grace.report import verbs
-from grace.report.drawing import save, style
-from grace.report.figures import NAMES, nothing
+from grace.report.drawing import nothing, save, style
+from grace.report.figures import NAMES
 
 __all__ = ["results_folder"]  # a fixture
 
@@ -48,7 +50,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.rows and self.open and self.open[-1] in ("td", "b", "u", "small"):
+        if self.rows and self.open and self.open[-1] in ("td", "th", "b", "u", "small"):
             self.rows[-1].append(data)
 
 
@@ -68,7 +70,8 @@ def built(results_folder, tmp_path_factory):
 def test_page_is_well_formed_and_self_contained(built):
     page = Page(built[1])
     assert len(page.ids) == len(set(page.ids))
-    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    inside = {link.removeprefix("#") for link in page.links if not link.startswith("data:")}
+    assert len(inside) > 8 and inside <= set(page.ids)
     assert page.sources and all(source.startswith("data:") for source in page.sources)
     assert "http://" not in built[1] and "https://" not in built[1]
 
@@ -93,6 +96,38 @@ def test_answers_and_provenance_are_there(built):
     assert json.dumps(json.loads((folder / "config/experiment.json").read_text())["experiment"]) in text.replace(
         "&#34;", '"'
     )
+
+
+def test_the_opening_says_what_was_run_and_what_was_found(built):
+    text = built[1]
+    head = text[text.index("<header>") : text.index("</header>")]
+    assert "demo models, not LLaVA-1.5" in head and "95% interval" in head
+    assert "37 models on 240 questions in 3 benchmarks" in head and "lm-eval 0.4.13" in head
+    assert "Partial results" not in text
+
+
+def test_tables_can_be_taken_from_the_page(built):
+    text = built[1]
+    found = re.search(r'download="table1.csv" href="data:text/csv;base64,([^"]+)"', text)
+    assert base64.b64decode(found[1]).decode().startswith("group,Model,Bits,colour (GQA)")
+
+
+def test_provenance_names_each_file_by_the_hash_that_dvc_keeps_it_under(built):
+    folder, text = built
+    content = (folder / "students/grace/int4/seed1/predictions/colour.parquet").read_bytes()
+    assert f"{hashlib.md5(content).hexdigest()}  colour.parquet" in text
+
+
+def test_partial_results_make_a_page_that_says_so(built, tmp_path):
+    folder = tmp_path / "fake"
+    shutil.copytree(built[0], folder)
+    for below in ("teacher/predictions", "students/baseline/bf16", "students/grace/int4/seed0"):
+        shutil.rmtree(folder / below)
+    (folder / "students/qat/int4/seed0/predictions/pairs.parquet").unlink()
+    verbs.page(folder, tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text()
+    Page(text)
+    assert "Partial results: 5 sets of predictions are not here (teacher, baseline bf16 seed 0" in text
 
 
 def test_the_same_results_make_the_same_page(built, tmp_path):

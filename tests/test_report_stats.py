@@ -86,12 +86,10 @@ def test_one_picture_generalises_to_nothing():
     assert estimate([scores([0, 100, 100], images=[7, 7, 7])]).stderr == float("inf")
 
 
-def test_mcnemar_is_the_binomial_mid_p():
-    for gained, lost in itertools.product(range(8), range(8)):
+def test_mcnemar_is_the_binomial_test():
+    for gained, lost in [*itertools.product(range(8), range(8)), (130, 90), (3000, 2900)]:
         differences = np.array([1] * gained + [-1] * lost + [0] * 5)
-        n, k = gained + lost, min(gained, lost)
-        exact = stats.binomtest(k, n).pvalue if n else 1.0
-        expected = min(1.0, exact - stats.binom.pmf(k, n, 0.5)) if n and gained != lost else 1.0
+        expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
         assert mcnemar(differences) == pytest.approx(expected), (gained, lost)
 
 
@@ -102,7 +100,7 @@ def test_clustered_mcnemar_is_the_enumeration_of_all_swaps():
         abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
         for signs in itertools.product((1, -1), repeat=8)
     ]
-    expected = np.mean([1.0 if s > observed else 0.5 if s == observed else 0.0 for s in sums])
+    expected = np.mean([s >= observed for s in sums])
     assert mcnemar(differences) == pytest.approx(expected)
 
 
@@ -112,12 +110,67 @@ def test_bootstrap_finds_the_error_of_a_mean():
     x = (random.normal(size=200)[images] + random.normal(size=600))[None]
     stderr, p = paired_bootstrap([scores(x, images)])
     assert stderr == pytest.approx(estimate([scores(x, images)]).stderr, rel=0.08)
-    assert p == pytest.approx(2 * stats.norm.sf(abs(x.mean()) / stderr))
+    assert p == pytest.approx(2 * stats.t.sf(abs(x.mean()) / stderr, 199))
     assert paired_bootstrap([scores(x, images)]) == (stderr, p)  # same draws
 
 
 def test_bootstrap_of_identical_models():
     assert paired_bootstrap([scores(np.zeros(50))]) == (0.0, 1.0)
+
+
+def test_a_constant_difference_proves_no_more_than_swapping_sides_could():
+    assert paired_bootstrap([scores(np.full(1, 5.0))])[1] == 1.0
+    assert paired_bootstrap([scores(np.full(6, 5.0))])[1] == 2.0**-5
+    found = compare([scores(np.full((3, 4), 7.5))], [scores(np.full((3, 4), 5.0))])
+    assert (found.difference, found.stderr, found.p) == (2.5, 0.0, 2.0**-3)
+
+
+@pytest.mark.parametrize("pictures, most", [(5, 0.1), (10, 0.08), (60, 0.07)])
+def test_bootstrap_keeps_its_level_with_few_pictures(pictures, most):
+    random = np.random.default_rng(pictures)
+    images = np.repeat(np.arange(pictures), 2)
+    rejected = 0
+    for _ in range(600):
+        x = random.normal(size=pictures)[images] + random.normal(size=2 * pictures)
+        rejected += paired_bootstrap([scores(x, images)], replicates=400)[1] < 0.05
+    assert rejected / 600 < most
+
+
+def test_mcnemar_keeps_its_level_when_questions_share_pictures():
+    """A test of single questions, as if they were independent, does not."""
+    random = np.random.default_rng(11)
+    images = np.repeat(np.arange(60), 4)
+    clustered = single = 0
+    for _ in range(500):
+        a, b = (random.normal(0, 1.5, 60)[images] + random.normal(size=240) > 0 for _ in range(2))
+        clustered += compare([scores(100.0 * a, images)], [scores(100.0 * b, images)]).p < 0.05
+        single += stats.binomtest((a & ~b).sum(), (a ^ b).sum()).pvalue < 0.05
+    assert clustered / 500 < 0.08 < single / 500
+
+
+@pytest.mark.parametrize("seeds, spread, most", [(3, 0.0, 0.06), (3, 3.0, 0.11), (5, 3.0, 0.09)])
+def test_intervals_cover_the_method_over_its_seeds(seeds, spread, most):
+    """Truth 0; seeds shift a whole model, questions of a picture move together. Misses in 5% are what is promised."""
+    random = np.random.default_rng(12)
+    images = np.repeat(np.arange(60), 2)
+    missed = 0
+    for _ in range(600):
+        x = 20 * random.normal(size=60)[images] + spread * random.normal(size=(seeds, 1))
+        found = estimate([scores(x + 10 * random.normal(size=(seeds, 120)), images)])
+        missed += abs(found.value) > stats.t.isf(0.025, found.df) * found.stderr
+    assert missed / 600 < most
+
+
+def test_two_seeds_of_equal_models_leave_the_questions_error():
+    x = 100 * np.random.default_rng(0).integers(0, 2, (1, 40))
+    assert estimate([scores(np.vstack([x, x]))]).stderr == pytest.approx(estimate([scores(x)]).stderr)
+    assert estimate([scores(np.full((3, 40), 100.0))]).stderr == 0
+
+
+@pytest.mark.parametrize("df", [2, 5, 30, 1000])
+def test_detectable_difference_is_that_of_the_noncentral_t(df):
+    power = stats.nct.sf(stats.t.isf(0.025, df), df, minimum_detectable_difference(1.0, df))
+    assert power == pytest.approx(0.8, abs=0.04 if df < 5 else 0.006)
 
 
 def test_tests_keep_their_level_when_seeds_differ():

@@ -1,6 +1,7 @@
 """Example questions with their picture and what each model said."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -34,9 +35,13 @@ def shown_rows(results: Results) -> list[Row]:
     return [*first, *ours, *others][:MODELS]
 
 
+def _path(results: Results, benchmark: str) -> Path:
+    return results.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+
+
 def read_benchmark(results: Results, benchmark: str, columns: list[str]) -> pd.DataFrame:
     """Columns of a benchmark file, indexed by `id`; a `GraceError` where the file is missing."""
-    path = results.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+    path = _path(results, benchmark)
     try:
         return pq.read_table(path, columns=["id", *columns]).to_pandas().set_index("id")
     except FileNotFoundError:
@@ -48,8 +53,11 @@ def examples(results: Results) -> list[Example]:
     rows = shown_rows(results)
     found = []
     for benchmark in results.benchmarks:
+        asked = [row for row in rows if results.has(row, benchmark)]
+        if not asked or not _path(results, benchmark).is_file():  # partial results
+            continue
         frames = {
-            row: results.predictions(row, results.seeds[row][0], benchmark).set_index("sample_id") for row in rows
+            row: results.predictions(row, results.seeds[row][0], benchmark).set_index("sample_id") for row in asked
         }
         scores = pd.DataFrame({row: frame["score"] for row, frame in frames.items()})
         split = scores.index[scores.nunique(axis=1) > 1]
@@ -64,7 +72,7 @@ def examples(results: Results) -> list[Example]:
                 )
                 for row, frame in frames.items()
             ]
-            target = str(frames[rows[0]].at[sample, "target"])
+            target = str(frames[asked[0]].at[sample, "target"])
             picture = about.at[sample, "image"]["bytes"]
             found.append(Example(benchmark, str(sample), about.at[sample, "question"], target, picture, answers))
     return found

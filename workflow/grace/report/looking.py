@@ -13,11 +13,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from grace.errors import GraceError
-from grace.report.drawing import COLOURS
-from grace.report.paper import GRACE, label, row_role
+from grace.report.drawing import WIDE, headline, named, nothing
+from grace.report.paper import GRACE, row_role
 from grace.report.read import BASELINE, TEACHER, Results, Row
 
 PICTURES = 16
+LAYERS = 5  # at most so many of a model's layers are drawn, evenly spread, the last always
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,28 @@ class Look:
 
 
 def shown_models(results: Results) -> list[Row]:
-    """Teacher, baseline and the GRACE student (INT4 where there is one), as far as they exist."""
+    """Teacher, baseline and the GRACE student (INT4 where there is one), as far as their models are here."""
     ours = [row for row in results.rows() if row_role(results.experiment, row) == GRACE]
     ours.sort(key=lambda row: row.precision != "int4")
-    return [row for row in (TEACHER, BASELINE, *ours[:1]) if row in results.seeds]
+    return [
+        row
+        for row in (TEACHER, BASELINE, *ours[:1])
+        if row in results.seeds and (_model(results, row) / "config.json").is_file()
+    ]
+
+
+def _model(results: Results, row: Row):
+    return results.folder / row.folder(results.seeds[row][0]) / "model"
+
+
+def _lacking(results: Results) -> str | None:
+    """Why nothing can be drawn, if so."""
+    rows = shown_models(results)
+    if TEACHER not in rows or len(rows) < 2:
+        return f"{results.folder.name}: the models of the teacher and of a student are not here"
+    if not (results.folder / "data" / "benchmarks" / f"{results.benchmarks[0]}.parquet").is_file():
+        return f"{results.folder.name}: the pictures of {results.benchmarks[0]} are not here"
+    return None
 
 
 def questions(results: Results) -> pd.DataFrame:
@@ -84,8 +103,10 @@ def _looks(folder: str, asked: tuple[tuple[str, bytes], ...]) -> list[Look]:
 def looks(results: Results, row: Row) -> list[Look]:
     """One `Look` per question of `questions`, from the row's first seed."""
     asked = questions(results)
-    folder = results.folder / row.folder(results.seeds[row][0]) / "model"
-    return _looks(str(folder), tuple(zip(asked["question"], (image["bytes"] for image in asked["image"]), strict=True)))
+    return _looks(
+        str(_model(results, row)),
+        tuple(zip(asked["question"], (image["bytes"] for image in asked["image"]), strict=True)),
+    )
 
 
 def cka(a: np.ndarray, b: np.ndarray) -> float:
@@ -114,12 +135,8 @@ def _compared(results: Results, rows: list[Row], measure) -> list[tuple[Row, flo
     ]
 
 
-def _named(results: Results, row: Row) -> str:
-    return f"{label(results.experiment, row)} {row.precision}"
-
-
 def _said(results: Results, compared: list[tuple[Row, float]]) -> str:
-    return ", ".join(f"{_named(results, row)} {value:.2f}" for row, value in compared)
+    return ", ".join(f"{named(results, row)} {value:.2f}" for row, value in compared)
 
 
 def _picture(asked: pd.DataFrame):
@@ -128,41 +145,57 @@ def _picture(asked: pd.DataFrame):
     return Image.open(io.BytesIO(asked["image"].iloc[0]["bytes"])).convert("RGB")
 
 
+def spotlight(picture, values: np.ndarray) -> np.ndarray:
+    """The picture in grey [height, width] 0 to 1, as bright as `values` [visual tokens] say; needs a square of tokens."""
+    side = round(len(values) ** 0.5)
+    grey = np.asarray(picture.convert("L"), dtype=float) / 255
+    rows, columns = (np.arange(size) * side // size for size in grey.shape)
+    light = (values / max(values.max(), 1e-9)).reshape(side, side)[np.ix_(rows, columns)]
+    return (0.15 + 0.85 * light) * (0.25 + 0.75 * grey)
+
+
 def attention(results: Results, plt):
     """Figure 3: attention from the answering position to the picture, per layer and model, for one question."""
+    if said := _lacking(results):
+        return nothing(plt, said)
     rows, asked = shown_models(results), questions(results)
     each = {row: looks(results, row)[0] for row in rows}
     picture = _picture(asked)
-    layers = max(len(look.attention) for look in each.values())
-    figure, axes = plt.subplots(
-        len(rows), layers + 1, figsize=(1.9 * (layers + 1), 2.1 * len(rows) + 0.8), squeeze=False
-    )
+    drawn = {row: np.unique(np.linspace(0, n - 1, min(n, LAYERS)).round().astype(int)) for row, n in
+             ((row, len(look.attention)) for row, look in each.items())}  # fmt: skip
+    wide = 1 + max(map(len, drawn.values()))
+    size = min(1.5, WIDE / wide)
+    shape = (max(size * wide, 5.0), (size + 0.35) * len(rows) + 0.9)
+    figure, axes = plt.subplots(len(rows), wide, figsize=shape, squeeze=False)
     for line, (row, look) in zip(axes, each.items(), strict=True):
         line[0].imshow(picture)
-        line[0].set_title(f"{_named(results, row)}: “{look.answer}”", fontsize=8)
-        side = round(look.attention.shape[1] ** 0.5)
-        for layer, axis in enumerate(line[1:]):
-            if layer < len(look.attention):
-                values = look.attention[layer]
-                shape = (side, side) if side * side == len(values) else (1, len(values))
-                axis.imshow(values.reshape(shape), cmap="gray_r", vmin=0, vmax=max(values.max(), 1e-9))
-                axis.set_title(f"layer {layer + 1}: {100 * values.sum():.0f}% on the picture", fontsize=8)
+        line[0].set_title(f"{named(results, row)}\nanswers “{look.answer}”", fontsize=8)
+        square = round(look.attention.shape[1] ** 0.5) ** 2 == look.attention.shape[1]
+        for layer, axis in zip(drawn[row], line[1:], strict=False):
+            values = look.attention[layer]
+            if square:
+                axis.imshow(spotlight(picture, values), cmap="gray", vmin=0, vmax=1)
+            else:
+                axis.imshow(values[None], cmap="gray", aspect="auto")
+            axis.set_title(f"layer {layer + 1}\n{100 * values.sum():.0f}% on the picture", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
     compared = _compared(results, rows, _likeness)
-    question = f"“{asked['question'].iloc[0]}” (right: {asked['answer'].iloc[0]}); darker is more"
-    finding = f"Likeness to where the teacher looks: {_said(results, compared)}"
-    figure.suptitle(f"{finding}\n(mean r of {len(asked)} pictures)\n{question}", x=0.01, ha="left", fontsize=9)
+    question = f"“{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; brighter is more attention"
+    finding = f"Likeness to where the teacher looks (mean r of {len(asked)} pictures): {_said(results, compared)}"
+    headline(figure, results, finding, question)
     return figure
 
 
 def similarity(results: Results, plt):
     """Figure 5: cosine similarity between the visual tokens of one picture, per model, and the CKA to the teacher's."""
+    if said := _lacking(results):
+        return nothing(plt, said)
     rows, asked = shown_models(results), questions(results)
     each = {row: looks(results, row)[0] for row in rows}
-    figure, axes = plt.subplots(1, len(rows) + 1, figsize=(2.5 * (len(rows) + 1), 3.3), squeeze=False)
+    figure, axes = plt.subplots(1, len(rows) + 1, figsize=(WIDE, 2.6), squeeze=False)
     axes[0, 0].imshow(_picture(asked))
-    axes[0, 0].set_title("picture", fontsize=8)
+    axes[0, 0].set_title("picture\n", fontsize=8)
     axes[0, 0].axis("off")
     maps = {}
     for row, look in each.items():
@@ -170,13 +203,14 @@ def similarity(results: Results, plt):
         maps[row] = unit @ unit.T
     lowest = min(values.min() for values in maps.values())
     for axis, (row, look) in zip(axes[0, 1:], each.items(), strict=True):
-        drawn = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1)
-        own = "" if row == TEACHER else f"\nCKA to the teacher {cka(each[TEACHER].tokens, look.tokens):.2f}"
-        axis.set_title(_named(results, row) + own, fontsize=8, color=COLOURS[0])
+        shown = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1)
+        own = "" if row == TEACHER else f"CKA {cka(each[TEACHER].tokens, look.tokens):.2f}"
+        axis.set_title(f"{named(results, row)}\n{own}", fontsize=8)
         axis.set_xlabel("visual token", fontsize=8)
+        axis.locator_params(integer=True, nbins=5)
         axis.grid(False)
-    figure.colorbar(drawn, ax=list(axes[0, 1:]), shrink=0.7, label="cosine similarity")
+    figure.colorbar(shown, ax=list(axes[0, 1:]), shrink=0.8, label="cosine similarity")
     compared = _compared(results, rows, lambda teacher, student: cka(teacher.tokens, student.tokens))
     finding = f"CKA to the teacher's visual tokens (mean of {len(asked)} pictures): {_said(results, compared)}"
-    figure.suptitle(finding, x=0.01, ha="left", fontsize=9)
+    headline(figure, results, finding, "maps of one picture; darker is more alike")
     return figure

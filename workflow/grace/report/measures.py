@@ -10,7 +10,14 @@ from grace.report.read import Results, Row
 from grace.report.render import Cell, Line, Table
 
 GROUPS = 10
-SHOWN = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
+# of imitations, whose points are the mean score, and of the paper's own, whose points are `points.SAID`
+IMITATED = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
+OWN = {
+    "pope": ("f1",),
+    "mme": ("accuracy",),
+    "circular": ("accuracy",),
+    "hallusion": ("accuracy", "figure", "question_pair"),
+}
 _COLUMNS = ["sample_id", "image_id", "group", "extracted", "target", "score"]
 _PAPER = {("mme", "score"): "MME"}  # what the paper prints of them
 
@@ -24,12 +31,13 @@ def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], f
     (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in `stats`.
     """
     values = np.array([measure(rows) for rows in seeds])
-    without = []
-    for rows in seeds:
-        dealt = rows["image_id"].to_numpy() % GROUPS
-        without.append([measure(rows[dealt != group]) for group in np.unique(dealt)])
-    each = np.array(without)  # [seeds, groups]
-    groups = each.shape[1]
+    dealt = seeds[0]["image_id"].to_numpy() % GROUPS
+    groups = len(np.unique(dealt))
+    if groups == 1:  # one picture, from which nothing can be generalised
+        return float(values.mean()), float("inf")
+    each = np.array(
+        [[measure(rows[dealt != group]) for group in np.unique(dealt)] for rows in seeds]
+    )  # [seeds, groups]
     questions = (groups - 1) * each.mean(axis=0).var()
     if len(seeds) == 1:
         return float(values[0]), float(np.sqrt(questions))
@@ -42,20 +50,25 @@ def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], f
 def measures_table(results: Results) -> Table:
     """Every row on every benchmark that the literature measures otherwise than by the share of right answers."""
     from grace.evaluate.metrics import METRICS
-    from grace.evaluate.registry import benchmark
 
-    metrics = {name: benchmark(name).metric for name in results.benchmarks}
-    wanted = [(name, metric, key) for name, metric in metrics.items() for key in SHOWN.get(metric, ())]
+    wanted = [
+        (name, metric, key)
+        for name, metric in results.metrics.items()
+        for key in (IMITATED if name in results.imitations else OWN).get(metric, ())
+    ]
     columns = [f"{name} {key.replace('_', ' ').replace('f1', 'F1')}" for name, _, key in wanted]
     table = Table("measures", "Measures: the literature's own, beside accuracy", ["Model", "Bits"], columns)
     for row in results.seeds if wanted else ():
-        cells = [_cell(results, row, name, METRICS[metric], metric, key) for name, metric, key in wanted]
+        cells = [
+            _cell(results, row, name, METRICS[metric], metric, key) if results.has(row, name) else Cell()
+            for name, metric, key in wanted
+        ]
         run = what_was_run(results.experiment, results.seeds[row])
         table.lines.append(Line([label(results.experiment, row), row.precision], cells, "", run))
     table.notes = [
         "Mean over seeds ± standard error: a jackknife over pictures and, with several seeds, the variance between them. "
-        "F1, circular, figure and question pair in percent. MME's score adds 100 x (accuracy + share of pictures with all "
-        "answers right) over its sub-tasks: 200 for each.",
+        "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of pictures with all "
+        "answers right) over its sub-tasks: 200 for each. Nothing is tested here.",
         f"“paper” is {ARXIV}'s number for {paper_model(results.experiment, '1')}; its MME has ten sub-tasks.",
     ]
     if not wanted:

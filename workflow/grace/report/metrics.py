@@ -6,9 +6,9 @@ from typing import Any
 from grace.files import write_json
 from grace.report.claims import findings
 from grace.report.deployment import decode_rows
-from grace.report.figures import entropy_numbers
+from grace.report.entropy import entropy_numbers
+from grace.report.paper import AVERAGE
 from grace.report.read import BASELINE, TEACHER, Results, Row
-from grace.report.score_tables import AVERAGE
 
 
 def metrics(results: Results) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def metrics(results: Results) -> dict[str, Any]:
         for key in ("teacher",) if row == TEACHER else (row.recipe, row.precision):
             here = here.setdefault(key, {})
         here.update(_scores(results, row))
-    if {TEACHER, BASELINE} <= set(results.seeds):
+    if all(row in results.seeds and results.has_average(row) for row in (TEACHER, BASELINE)):
         gap = results.estimate(TEACHER).value - results.estimate(BASELINE).value
         found["teacher_minus_baseline"] = round(gap, 2)
     found["claims"] = {
@@ -53,12 +53,12 @@ def metrics(results: Results) -> dict[str, Any]:
 
 
 def _scores(results: Results, row: Row) -> dict[str, Any]:
-    average = results.estimate(row)
-    return {
-        AVERAGE: round(average.value, 2),
-        "average_stderr": round(average.stderr, 2),
-        "benchmarks": {name: round(results.estimate(row, name).value, 2) for name in results.benchmarks},
-    }
+    asked = [name for name in results.benchmarks if results.has(row, name)]
+    found: dict[str, Any] = {"benchmarks": {name: round(results.estimate(row, name).value, 2) for name in asked}}
+    if results.has_average(row):
+        average = results.estimate(row)
+        found |= {AVERAGE: round(average.value, 2), "average_stderr": round(average.stderr, 2)}
+    return found
 
 
 def _significant(value: float, digits: int = 3) -> float:

@@ -1,6 +1,7 @@
 """report/index.html: tables, figures, examples and provenance in one file that needs no network."""
 
 import base64
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -12,21 +13,24 @@ from markupsafe import Markup, escape
 from grace import __version__
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256, whole_file
-from grace.report.claims import claim_texts, findings
+from grace.report.drawing import title_of
 from grace.report.examples import Example, examples
 from grace.report.figures import NAMES as FIGURES
-from grace.report.paper import label, what_was_run
-from grace.report.read import BASELINE, TEACHER, Results, Row
-from grace.report.render import Cell, Table, cell_texts
+from grace.report.opening import opening
+from grace.report.paper import label
+from grace.report.read import TEACHER, Results, Row
+from grace.report.render import Cell, Table, Texts, aligned, comma_separated, latex, markdown
+from grace.report.score_tables import DETECTABLE
 from grace.report.tables import build_tables
 
-CAPTIONS = {
-    "pareto": "Accuracy, throughput and memory (the paper's Figure 1)",
-    "entropy": "The teacher's entropy and its errors (the paper's Figure 2)",
-    "training": "Training curves",
-    "attention": "Where teacher and students look (the paper's Figure 3)",
-    "similarity": "Similarity between visual tokens (the paper's Figure 5)",
-}
+TITLES = {
+    "pareto": ("Accuracy, throughput and memory (the paper's Figure 1)", "Up and right is better; the bubble's area is peak memory."),
+    "entropy": ("The teacher's entropy and its errors (the paper's Figure 2)", "If an unsure teacher errs more often, weighing it by its confidence makes sense."),
+    "training": ("Training curves", "First seed of each recipe, smoothed."),
+    "attention": ("Where teacher and students look (the paper's Figure 3)", "Attention from the position that answers to the picture, per decoder layer, for one question."),
+    "similarity": ("Similarity between visual tokens (the paper's Figure 5)", "What relational CKA aligns: how alike each pair of visual tokens is within one picture."),
+    "roofline": ("The INT4 product against what the hardware allows", "Time of the packed product over that of the dense one, by activation rows."),
+}  # fmt: skip
 
 
 def write_page(results: Results, out: Path) -> None:
@@ -40,16 +44,10 @@ def write_page(results: Results, out: Path) -> None:
 
 def _content(results: Results) -> dict[str, Any]:
     known: dict = {}
-    tables = build_tables(results, known)
-    experiment = results.experiment
     return {
-        "experiment": experiment.experiment,
-        "run": what_was_run(experiment, tuple(experiment.baseline_seeds)),
-        "benchmarks": results.benchmarks,
-        "questions": f"{sum(results.scores(BASELINE, name).values.shape[1] for name in results.benchmarks):,}",
-        "models": sum(map(len, results.seeds.values())),
-        "tables": [_table(table) for table in tables],
-        "claims": _claims(results, known),
+        "experiment": results.experiment.experiment,
+        **opening(results, known),
+        "tables": [_table(table) for table in build_tables(results, known)],
         "figures": [_figure(results, name) for name in FIGURES],
         "examples": [_example(example) for example in examples(results)],
         "provenance": [_provenance(results, row, seed) for row, seeds in results.seeds.items() for seed in seeds],
@@ -59,49 +57,60 @@ def _content(results: Results) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    lines = [
-        {
-            "group": line.group,
-            "heads": line.heads,
-            "cells": [{"value": _plain(cell.value), "html": _cell(cell)} for cell in line.cells],
-            "run": line.run,
-            "last": line.heads[0] == "Detectable difference",
-        }
-        for line in table.lines
-    ]
-    about = {"name": table.name, "title": table.title, "heads": table.heads, "columns": table.columns}
-    return {**about, "lines": lines, "notes": table.notes, "blocks": any(line.group for line in table.lines)}
+    blocks = any(line.group for line in table.lines)
+    lines = []
+    for line, texts in zip(table.lines, aligned(table), strict=True):
+        cells = [
+            {"value": _plain(cell.value), "html": _cell(cell, text)}
+            for cell, text in zip(line.cells, texts, strict=True)
+        ]
+        heads = [line.heads[0], *([line.group] if blocks else []), *line.heads[1:]]
+        lines.append({"heads": heads, "cells": cells, "run": line.run, "last": line.heads[0] == DETECTABLE})
+    files = {
+        "csv": ("text/csv", comma_separated),
+        "md": ("text/markdown", markdown),
+        "tex": ("application/x-tex", latex),
+    }
+    return {
+        "name": table.name,
+        "title": table.title,
+        "heads": [table.heads[0], *(["Block"] if blocks else []), *table.heads[1:]],
+        "columns": table.columns,
+        "lines": lines,
+        "notes": table.notes,
+        "files": [(ending, _inline(write(table).encode(), kind)) for ending, (kind, write) in files.items()],
+    }
 
 
-def _cell(cell: Cell) -> Markup:
-    shown, error, paper = cell_texts(cell)
+def _cell(cell: Cell, text: Texts) -> Markup:
     wrap = {"best": Markup("<b>{}</b>"), "second": Markup("<u>{}</u>")}.get(cell.mark, Markup("{}"))
-    text = wrap.format(shown) + escape(error)
-    return text + (Markup("<small>{}</small>").format(paper) if paper else "")
+    shown = wrap.format(text.number)
+    if text.error:
+        shown += Markup(" ± {}{}").format(_hidden(text.before_error), text.error)
+    shown += escape(text.star) + _hidden(text.after)
+    if text.paper:
+        tail = f" ± {text.before_error}{text.error}{text.star}{text.after}" if text.error else text.after
+        shown += Markup("<small>paper {}{}</small>").format(text.paper, _hidden(tail))
+    return shown
+
+
+def _hidden(text: str) -> Markup:
+    """Text that takes its room and is neither seen nor read aloud."""
+    return Markup('<i class="h" aria-hidden="true">{}</i>').format(text) if text else Markup("")
 
 
 def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _claims(results: Results, known: dict) -> list[dict[str, str]]:
-    return [
-        {
-            **claim_texts(results, item),
-            "paper_value": _plain(item.paper),
-            "value": _plain(item.comparison.difference),
-            "p_value": _plain(item.p),
-            "p_questions_value": _plain(item.p_questions),
-        }
-        for item in findings(results, known)
-    ]
-
-
 def _figure(results: Results, name: str) -> dict[str, str]:
     path = results.folder / "figures" / f"{name}.svg"
     if not path.is_file():
         raise GraceError(f"{path}: no such file; draw the figures first (`grace report figures`)")
-    return {"name": name, "caption": CAPTIONS[name], "source": _inline(path.read_bytes(), "image/svg+xml")}
+    title, caption = TITLES[name]
+    said = title_of(path.read_text())
+    source = _inline(path.read_bytes(), "image/svg+xml")
+    return {"name": name, "title": title, "caption": caption, "alt": f"{title}: {said}", "source": source}
 
 
 def _inline(content: bytes, kind: str) -> str:
@@ -130,8 +139,12 @@ def _provenance(results: Results, row: Row, seed: int) -> dict[str, Any]:
         "manifest": sha256(results.folder / below / "predictions" / MANIFEST),
         "model": predictions.get("model", ""),
         "harness": " ".join(str(harness[key]) for key in ("name", "version") if key in harness),
-        "evaluated": sum(entry.get("seconds", 0.0) for entry in predictions["benchmarks"].values()),
+        "evaluated": sum(entry.get("seconds") or 0.0 for entry in predictions.get("benchmarks", {}).values()),
         "trained": _training_seconds(results.folder / below / "train.jsonl"),
+        "files": [
+            (path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
+            for path in sorted((results.folder / below / "predictions").glob("*.parquet"))
+        ],
         "config": json.dumps(read_json(config), indent=2, sort_keys=True) if config.is_file() else "",
         "config_name": config.name,
     }

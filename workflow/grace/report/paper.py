@@ -9,8 +9,10 @@ from grace.config.schema import Experiment, Recipe
 from grace.report.read import BASELINE, TEACHER, Row
 
 GRACE = "grace"
+AVERAGE = "average"
 PARTS = ("gdkd", "rcka", "ib")
 ARXIV = "arXiv 2601.22709"
+DEMO = "demo models, not LLaVA-1.5"
 _LABELS = {"teacher": "Teacher", "baseline": "Baseline", "rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", GRACE: "GRACE"}
 _CANONICAL = {
     "sqa": "ScienceQA",
@@ -101,6 +103,15 @@ def paper_value(experiment: Experiment, table: str, role: str, precision: str, b
     return _values().get((source, table, role, precision, benchmark)) if role else None
 
 
+def paper_average(experiment: Experiment, table: str) -> list[str]:
+    """The benchmarks that the paper's average is made of; empty where the table has none. MME is not among them."""
+    numbers = paper_numbers()
+    source = "release" if experiment.family == "qwen3_vl" else "paper"
+    part = numbers[(numbers["source"] == source) & (numbers["table"] == table)]
+    names = list(part["benchmark"].unique())
+    return [name for name in names if name not in (AVERAGE, "MME")] if AVERAGE in names else []
+
+
 def paper_model(experiment: Experiment, table: str) -> str:
     """Whose numbers stand beside ours in a table."""
     if experiment.family == "qwen3_vl":
@@ -109,12 +120,13 @@ def paper_model(experiment: Experiment, table: str) -> str:
 
 
 def what_was_run(experiment: Experiment, seeds: tuple[int, ...], trained: bool = True) -> str:
-    """The column that keeps a reader from taking one model for another."""
+    """The column that keeps a reader from taking one model, or its data, for another."""
     if experiment.data.source == "demo":
-        what = "demo models, not LLaVA-1.5"
+        what = f"{DEMO}, on demo pictures"
     else:
         names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
         what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family
+        what += f", on {Path(experiment.data.conversations).stem}"
     if not trained:
         return f"{what}; no training"
     return f"{what}; {seed_range(seeds)}"

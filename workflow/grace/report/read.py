@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from grace.config.schema import Experiment
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
+from grace.report.points import COLUMNS, SAID, UNLIKE_PERCENT, points
 from grace.report.stats import Estimate, Scores, estimate
 
 PREDICTION_COLUMNS = ("sample_id", "image_id", "score")
@@ -50,6 +51,8 @@ class Results:
         seeds: every row with the seeds whose predictions exist, teacher and baseline first, in the config's order.
         benchmarks: names, in the config's order.
         mirrors: the paper's benchmark that each of them stands for.
+        metrics: the registry's metric of each.
+        missing: models of the experiment, or benchmarks of a model, that have no predictions (yet).
     """
 
     folder: Path
@@ -57,10 +60,43 @@ class Results:
     seeds: dict[Row, tuple[int, ...]]
     benchmarks: list[str]
     mirrors: Mapping[str, str]
+    metrics: Mapping[str, str]
+    missing: list[str] = field(default_factory=list)
     _scores: dict = field(default_factory=dict, repr=False)
     _samples: dict = field(default_factory=dict, repr=False)
     _pictures: dict = field(default_factory=dict, repr=False)  # image_id -> number
     _estimates: dict = field(default_factory=dict, repr=False)
+
+    def form(self, benchmark: str) -> str:
+        """How a benchmark's points are counted: its metric where its own paper counts otherwise than by the mean score.
+
+        The demo's benchmarks, which only imitate those, always take the mean score.
+        """
+        metric = self.metrics[benchmark]
+        return metric if metric in SAID and benchmark not in self.imitations else "mean"
+
+    @cached_property
+    def imitations(self) -> frozenset[str]:
+        """Benchmarks that stand for another one."""
+        from grace.evaluate.registry import BENCHMARKS
+
+        return frozenset(name for name in self.benchmarks if name in BENCHMARKS and BENCHMARKS[name].mirrors)
+
+    @cached_property
+    def averaged(self) -> list[str]:
+        """The benchmarks that the average is made of: all whose points count up to 100."""
+        return [name for name in self.benchmarks if self.form(name) not in UNLIKE_PERCENT]
+
+    def has(self, row: Row, benchmark: str) -> bool:
+        """Whether every seed of a row has predictions on a benchmark."""
+        return all(
+            (self.folder / row.folder(seed) / "predictions" / f"{benchmark}.parquet").is_file()
+            for seed in self.seeds[row]
+        )
+
+    def has_average(self, row: Row) -> bool:
+        """Whether a row has every benchmark that the average is made of."""
+        return bool(self.averaged) and all(self.has(row, benchmark) for benchmark in self.averaged)
 
     def predictions(self, row: Row, seed: int, benchmark: str, columns: list[str] | None = None) -> pd.DataFrame:
         """Per-sample predictions, sorted by sample_id; a `GraceError` names a missing or damaged file."""
@@ -76,7 +112,7 @@ class Results:
     def _read_scores(self, row: Row, benchmark: str) -> Scores:
         values, images = [], None
         for seed in self.seeds[row]:
-            frame = self.predictions(row, seed, benchmark, list(PREDICTION_COLUMNS))
+            frame = points(self.predictions(row, seed, benchmark, list(COLUMNS)), self.form(benchmark))
             samples = frame["sample_id"].to_numpy()
             expected = self._samples.setdefault(benchmark, samples)
             if len(samples) != len(expected) or (samples != expected).any():
@@ -84,17 +120,17 @@ class Results:
                     f"{self.folder / row.folder(seed)}/predictions/{benchmark}.parquet: {len(samples)} questions that are not "
                     f"the {len(expected)} of the other models; evaluate this model again on the experiment's benchmark file"
                 )
-            values.append(100 * frame["score"].to_numpy(dtype=float))
+            values.append(frame["points"].to_numpy(dtype=float))
             images = [self._pictures.setdefault(name, len(self._pictures)) for name in frame["image_id"]]
         seeds = ("teacher",) if row == TEACHER else self.seeds[row]  # its seed is nobody else's
         return Scores(np.stack(values), np.array(images), seeds)
 
     def all_scores(self, row: Row) -> list[Scores]:
-        """One `Scores` per benchmark: what the average is made of."""
-        return [self.scores(row, benchmark) for benchmark in self.benchmarks]
+        """One `Scores` per benchmark of the average."""
+        return [self.scores(row, benchmark) for benchmark in self.averaged]
 
     def estimate(self, row: Row, benchmark: str | None = None) -> Estimate:
-        """A row's score on one benchmark, or its average over all of them."""
+        """A row's score on one benchmark, or its average."""
         if (row, benchmark) not in self._estimates:
             parts = self.all_scores(row) if benchmark is None else [self.scores(row, benchmark)]
             self._estimates[row, benchmark] = estimate(parts)
@@ -132,25 +168,12 @@ class Results:
         """bench/decode.csv, or None where the decoding benchmark was not run."""
         return _bench(self.folder / "bench" / "decode.csv", DECODE_COLUMNS)
 
-    def tidy(self) -> pd.DataFrame:
-        """Every prediction's score: recipe, precision, seed, benchmark, sample_id, image_id, score (0 to 1)."""
-        frames = []
-        for row, seeds in self.seeds.items():
-            for seed in seeds:
-                for benchmark in self.benchmarks:
-                    frame = self.predictions(row, seed, benchmark, list(PREDICTION_COLUMNS))
-                    about = {"recipe": row.recipe, "precision": row.precision, "seed": seed, "benchmark": benchmark}
-                    frames.append(frame.assign(**about))
-        return pd.concat(frames, ignore_index=True)
 
-
-def read_results(folder: str | Path, partial: bool = False, mirrors: Mapping[str, str] | None = None) -> Results:
+def read_results(folder: str | Path, partial: bool = False) -> Results:
     """Open `results/{experiment}`.
 
-    `mirrors`: the paper's benchmark that each of ours stands for; by default what the registry says.
-
-    With `partial`, models without predictions are left out (a partial pull, an older version); otherwise the first one
-    missing is a `GraceError` that says how many are.
+    With `partial`, models without predictions are left out (still running, or not pulled) and listed in `missing`;
+    otherwise the first one is a `GraceError` that says how many there are.
     """
     folder = Path(folder)
     path = folder / "config" / "experiment.json"
@@ -161,24 +184,36 @@ def read_results(folder: str | Path, partial: bool = False, mirrors: Mapping[str
         where = ".".join(map(str, first["loc"]))
         raise GraceError(f"{path}: {where}: {first['msg']}; freeze the config again with this version") from error
     seeds: dict[Row, tuple[int, ...]] = {}
-    missing = []
+    missing, absent = [], []
     for row, seed in [(TEACHER, 0)] + [(Row(r, p), s) for r, p, s in experiment.students()]:
         manifest = folder / row.folder(seed) / "predictions" / MANIFEST
         if manifest.is_file():
             seeds[row] = (*seeds.get(row, ()), seed)
         else:
             missing.append(manifest)
+            absent.append(f"{row} seed {seed}" if row != TEACHER else str(row))
     if missing and not (partial and seeds):
         others = f" (and {len(missing) - 1} more models lack predictions)" if len(missing) > 1 else ""
         raise GraceError(f"{missing[0]}: no such file{others}; evaluate the models first, or pull them with `dvc pull`")
     benchmarks = list(experiment.evaluation.benchmarks)
-    return Results(folder, experiment, seeds, benchmarks, _mirrors(benchmarks) if mirrors is None else mirrors)
+    results = Results(folder, experiment, seeds, benchmarks, *_registered(benchmarks), absent)
+    for row in seeds:
+        lacking = [name for name in benchmarks if not results.has(row, name)]
+        if lacking and not partial:
+            raise GraceError(
+                f"{folder / row.folder(seeds[row][0])}: no predictions on {', '.join(lacking)} in every seed of this model; "
+                "evaluate it again, or pull them with `dvc pull`"
+            )
+        results.missing += [f"{row} on {name}" for name in lacking]
+    return results
 
 
-def _mirrors(benchmarks: list[str]) -> dict[str, str]:
+def _registered(benchmarks: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The paper's benchmark that each stands for, and its metric."""
     from grace.evaluate.registry import benchmark
 
-    return {name: benchmark(benchmark(name).mirrors or name).title for name in benchmarks}
+    mirrors = {name: benchmark(benchmark(name).mirrors or name).title for name in benchmarks}
+    return mirrors, {name: benchmark(name).metric for name in benchmarks}
 
 
 def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Cell:
     stderr: float | None = None
     paper: float | None = None
     mark: str = ""
-    text: str | None = None  # shown instead of a number
+    text: str | None = None  # shown instead of the number
     digits: int = 1
     signed: bool = False
 
@@ -56,17 +56,45 @@ def number(value: float | None, digits: int = 1) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
 
 
-def _shown(cell: Cell) -> str:
-    plus = "+" if cell.signed and cell.value is not None and round(cell.value, cell.digits) >= 0 else ""
-    return plus + number(cell.value, cell.digits) + ("*" if cell.mark == "significant" else "")
+@dataclass(frozen=True)
+class Texts:
+    """A cell as texts, any of which may be empty; with the phantoms, the numbers of a column stand under each other."""
+
+    number: str
+    error: str  # without its ±
+    star: str
+    paper: str
+    before_error: str = ""  # phantom digits before the error
+    after: str = ""  # phantom text at the end
 
 
-def cell_texts(cell: Cell) -> tuple[str, str, str]:
-    """Number, ` ± error` and `paper number` as texts; the last two may be empty."""
+def cell_texts(cell: Cell) -> Texts:
+    """The texts of one cell, without phantoms."""
+    paper = "" if cell.paper is None else number(cell.paper, _digits(cell.paper))
     if cell.text is not None:
-        return cell.text, "", ""
-    error = f" ± {number(cell.stderr, cell.digits)}" if cell.stderr is not None and math.isfinite(cell.stderr) else ""
-    return _shown(cell), error, "" if cell.paper is None else f"paper {number(cell.paper, _digits(cell.paper))}"
+        return Texts(cell.text, "", "", paper)
+    plus = "+" if cell.signed and cell.value is not None and round(cell.value, cell.digits) >= 0 else ""
+    error = number(cell.stderr, cell.digits) if cell.stderr is not None and math.isfinite(cell.stderr) else ""
+    return Texts(plus + number(cell.value, cell.digits), error, "*" if cell.mark == "significant" else "", paper)
+
+
+def aligned(table: Table) -> list[list[Texts]]:
+    """The texts of every cell [lines][columns], with phantoms."""
+    columns = []
+    for cells in zip(*(line.cells for line in table.lines), strict=True):
+        texts = [cell_texts(cell) for cell in cells]
+        widest = max((text.error for text in texts), key=len)
+        star = "*" if any(text.star for text in texts) else ""
+        tail = (f" ± {widest}" if widest else "") + star
+        padded = []
+        for cell, text in zip(cells, texts, strict=True):
+            if text.error:
+                before, after = "0" * (len(widest) - len(text.error)), "" if text.star else star
+            else:
+                before, after = "", "" if cell.text is not None else tail
+            padded.append(replace(text, before_error=before, after=after))
+        columns.append(padded)
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
 def p_text(p: float) -> str:
@@ -95,9 +123,10 @@ def _md_line(texts: list[str]) -> str:
 
 
 def _md_cell(cell: Cell) -> str:
-    shown, error, paper = cell_texts(cell)
-    shown = {"best": f"**{shown}**", "second": f"<u>{shown}</u>"}.get(cell.mark, shown)
-    return f"{shown}{error}" + (f"<br>{paper}" if paper else "")
+    text = cell_texts(cell)
+    shown = {"best": f"**{text.number}**", "second": f"<u>{text.number}</u>"}.get(cell.mark, text.number)
+    error = f" ± {text.error}" if text.error else ""
+    return f"{shown}{error}{text.star}" + (f"<br>paper {text.paper}" if text.paper else "")
 
 
 def _digits(paper: float) -> int:
@@ -116,7 +145,7 @@ def comma_separated(table: Table) -> str:
     for line in table.lines:
         fields = [line.group, *line.heads]
         for cell in line.cells:
-            value = cell.text if cell.text is not None else _exact(cell.value)
+            value = cell.text if cell.text is not None and cell.value is None else _exact(cell.value)
             fields += [value, _exact(cell.stderr), _exact(cell.paper), cell.mark]
         writer.writerow([*fields, line.run])
     return out.getvalue()
@@ -127,6 +156,9 @@ def _exact(value: float | None) -> str:
 
 
 _LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
     "&": r"\&",
     "%": r"\%",
     "_": r"\_",
@@ -146,44 +178,82 @@ _LATEX |= {
     "≥": r"$\ge$",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "“": "``",
+    "”": "''",
+    "’": "'",
+    "→": r"$\to$",
+    "✓": r"$\surd$",
 }
 
 
 def latex(table: Table) -> str:
-    """A `table` environment in booktabs style; needs \\usepackage{booktabs}."""
+    """A `table*` environment in booktabs style, no wider than the page; needs \\usepackage{booktabs,graphicx}.
+
+    The paper's numbers stand in a row of their own under ours.
+    """
     header = [*table.heads, *table.columns, "Run"]
-    columns = "l" * len(table.heads) + "r" * len(table.columns) + "l"
+    texts = [_tex_width([line.heads[place] for line in table.lines]) for place in range(len(table.heads))]
+    columns = "".join(texts) + "r" * len(table.columns) + _tex_width([line.run for line in table.lines])
     lines = [
         r"\begin{table*}[t]",
-        r"\centering\scriptsize",
-        rf"\caption{{{_tex(table.title)}}}",
+        r"\centering\small",
+        rf"\caption{{{_tex(table.title.partition(': ')[2] or table.title)}}}",
         rf"\label{{tab:{table.name}}}",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(map(_tex, header)) + r" \\",
-        r"\midrule",
     ]
-    group = ""
-    for line in table.lines:
-        if line.group and line.group != group:
-            rule = [r"\midrule"] if group else []
-            lines += [*rule, rf"\multicolumn{{{len(header)}}}{{l}}{{\emph{{{_tex(line.group)}}}}} \\"]
-        group = line.group
-        lines.append(" & ".join([*map(_tex, line.heads), *map(_tex_cell, line.cells), _tex(line.run)]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [rf"\par\smallskip\raggedright {number}. {_tex(note)}" for number, note in enumerate(table.notes, 1)]
+    if table.lines:
+        lines += [
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(_tex, header)) + r" \\",
+            r"\midrule",
+            *_tex_lines(table, len(header)),
+            r"\bottomrule",
+            r"\end{tabular}}",
+        ]
+    lines += [rf"\par\smallskip\raggedright\footnotesize {place}. {_tex(n)}" for place, n in enumerate(table.notes, 1)]
     return "\n".join([*lines, r"\end{table*}"]) + "\n"
+
+
+def _tex_width(texts: list[str]) -> str:
+    """A column of texts: as wide as they are, or a paragraph where they are long."""
+    longest = max(map(len, texts), default=0)
+    return "l" if longest <= 24 else rf"p{{{min(longest, 60) // 12 + 1}cm}}"
+
+
+def _tex_lines(table: Table, width: int) -> list[str]:
+    lines, group = [], ""
+    for line, texts in zip(table.lines, aligned(table), strict=True):
+        if line.group != group:
+            lines += [r"\midrule"] if lines else []
+            lines += [rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_tex(line.group)}}}}} \\"] if line.group else []
+        group = line.group
+        cells = [_tex_cell(cell, text) for cell, text in zip(line.cells, texts, strict=True)]
+        lines.append(" & ".join([*map(_tex, line.heads), *cells, _tex(line.run)]) + r" \\")
+        if any(text.paper for text in texts):
+            papers = [_tex_paper(text) for text in texts]
+            lines.append(" & ".join([r"\quad paper", *[""] * (len(line.heads) - 1), *papers, ""]) + r" \\")
+    return lines
 
 
 def _tex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _tex_cell(cell: Cell) -> str:
-    if cell.text is not None:
-        return _tex(cell.text)
-    shown = _tex(_shown(cell))
+def _tex_cell(cell: Cell, text: Texts) -> str:
+    shown = _tex(text.number)
     shown = {"best": rf"\textbf{{{shown}}}", "second": rf"\underline{{{shown}}}"}.get(cell.mark, shown)
-    if cell.stderr is not None and math.isfinite(cell.stderr):
-        shown += rf"\,{{\tiny$\pm${number(cell.stderr, cell.digits)}}}"
-    return shown if cell.paper is None else rf"{shown} [{number(cell.paper, _digits(cell.paper))}]"
+    if text.error:
+        shown += rf" $\pm$ {_phantom(text.before_error)}{_tex(text.error)}"
+    return shown + text.star + _phantom(text.after)
+
+
+def _tex_paper(text: Texts) -> str:
+    if not text.paper:
+        return ""
+    tail = f" ± {text.before_error}{text.error}{text.star}{text.after}" if text.error else text.after
+    return rf"\emph{{{_tex(text.paper)}}}{_phantom(tail)}"
+
+
+def _phantom(text: str) -> str:
+    return rf"\phantom{{{_tex(text)}}}" if text else ""

@@ -6,32 +6,23 @@ from itertools import pairwise
 
 import numpy as np
 
+from grace.report.notes import notes
 from grace.report.paper import (
-    ARXIV,
+    AVERAGE,
     GRACE,
     PARTS,
     canonical,
     label,
-    paper_model,
     paper_numbers,
     paper_value,
     row_role,
     what_was_run,
 )
 from grace.report.read import BASELINE, TEACHER, Results, Row
-from grace.report.render import Cell, Line, Table, number
-from grace.report.stats import (
-    ALPHA,
-    POWER,
-    Comparison,
-    Estimate,
-    Scores,
-    compare,
-    holm,
-    minimum_detectable_difference,
-)
+from grace.report.render import Cell, Line, Table
+from grace.report.stats import ALPHA, Comparison, Estimate, Scores, compare, holm, minimum_detectable_difference
 
-AVERAGE = "average"
+DETECTABLE = "Detectable difference"
 PRECISIONS = ("int8", "int4", "int3", "int2")
 ABLATION = ("none", *PARTS, "gdkd+rcka", "gdkd+ib", "rcka+ib", GRACE)
 
@@ -81,61 +72,84 @@ def _estimate(results: Results, row: Row, column: str) -> Estimate:
     return results.estimate(row, None if column == AVERAGE else column)
 
 
+def columns_of(results: Results) -> list[str]:
+    """Benchmarks in the order of the paper's tables, then those that it does not have, then the average."""
+    order = {name: place for place, name in enumerate(paper_numbers()["benchmark"].unique())}
+    named = {name: canonical(results.mirrors[name]) for name in results.benchmarks}
+    return [*sorted(results.benchmarks, key=lambda name: order.get(named[name], len(order))), AVERAGE]
+
+
+def has(results: Results, row: Row, column: str) -> bool:
+    """Whether a row has a number in a column: partial results leave gaps."""
+    return results.has_average(row) if column == AVERAGE else results.has(row, column)
+
+
 def score_table(results: Results, name: str, title: str, number_: str, groups: list[Group], known: dict) -> Table:
     """Score every row of `groups` on every benchmark and their average, test, mark, and write the footnotes."""
     tests = Family(results, known)
-    columns = [*results.benchmarks, AVERAGE]
+    columns = columns_of(results)
     for group in groups:
-        ranked = [row for row in group.rows if row not in group.unranked]
         for column in columns:
-            order = _order(results, ranked, column)
-            for a, b in list(pairwise(order))[:2]:
+            for a, b in list(pairwise(_order(results, group, column)))[:2]:
                 tests.show(a, b, column)
-        for row in group.rows:
-            if group.reference and row != group.reference:
-                tests.show(row, group.reference, AVERAGE)
+        for row in _held(results, group, AVERAGE):
+            tests.show(row, group.reference, AVERAGE)
     adjusted = tests.adjusted()
-    table = Table(name, title, ["Model", "Bits"], [*map(_heading(results), columns), "Δ average"])
+    table = Table(name, title, ["Model", "Bits"], [*(heading(results, column) for column in columns), "Δ average"])
     for group in groups:
-        marks = _marks(results, group, columns, adjusted)
+        marks = _marks(results, group, columns, tests, adjusted)
         table.lines += [_line(results, group, row, number_, columns, marks, tests, adjusted) for row in group.rows]
     if groups:
         table.lines.append(_detectable(results, groups, columns, tests))
-    table.notes = _notes(results, number_, groups, tests)
+    table.notes = notes(results, number_, groups, tests)
     return table
 
 
-def _order(results: Results, rows: Iterable[Row], column: str) -> list[Row]:
-    """Best first; equal scores keep the table's order."""
+def _order(results: Results, group: Group, column: str) -> list[Row]:
+    """Ranked rows that have a number in the column, best first; equal scores keep the table's order."""
+    rows = [row for row in group.rows if row not in group.unranked and has(results, row, column)]
     return sorted(rows, key=lambda row: -_estimate(results, row, column).value)
 
 
-def _marks(results: Results, group: Group, columns: list[str], adjusted: dict) -> dict[tuple[Row, str], str]:
-    """The paper's rule (bold best, underlined second), each only where it beats the next row significantly."""
+def _held(results: Results, group: Group, column: str) -> list[Row]:
+    """The rows that are held against the group's reference in a column."""
+    if group.reference is None or not has(results, group.reference, column):
+        return []
+    return [row for row in group.rows if row != group.reference and has(results, row, column)]
+
+
+def _marks(results: Results, group: Group, columns: list[str], tests: Family, adjusted: dict) -> dict:
+    """The paper's rule (bold best, underlined second), each only where it beats the next row significantly.
+
+    Rows may share only some of their seeds, and then the ranking of their means may not be that of the seeds they share.
+    """
     marks = {}
-    ranked = [row for row in group.rows if row not in group.unranked]
     for column in columns:
-        order = _order(results, ranked, column)
+        order = _order(results, group, column)
         for mark, a, b in zip(("best", "second"), order, order[1:], strict=False):
-            if adjusted[a, b, column] < ALPHA:
+            if adjusted[a, b, column] < ALPHA and tests.compare(a, b, column).difference > 0:
                 marks[a, column] = mark
     return marks
 
 
 def _line(results, group, row, number_, columns, marks, tests, adjusted) -> Line:
-    experiment = results.experiment
-    cells = []
+    experiment, cells = results.experiment, []
     for column in columns:
-        found = _estimate(results, row, column)
         wanted = AVERAGE if column == AVERAGE else canonical(results.mirrors.get(column, column))
-        paper = paper_value(experiment, number_, row_role(experiment, row), row.precision, wanted)
-        cells.append(Cell(found.value, found.stderr, paper, marks.get((row, column), "")))
-    if group.reference and row != group.reference:
+        tables = (number_, "1") if row in (TEACHER, BASELINE) else (number_,)
+        role = row_role(experiment, row)
+        found = (paper_value(experiment, table, role, row.precision, wanted) for table in tables)
+        cell = Cell(paper=next((value for value in found if value is not None), None))
+        if has(results, row, column):
+            mean = _estimate(results, row, column)
+            cell.value, cell.stderr, cell.mark = mean.value, mean.stderr, marks.get((row, column), "")
+        cells.append(cell)
+    if row in _held(results, group, AVERAGE):
         found = tests.compare(row, group.reference, AVERAGE)
         mark = "significant" if adjusted[row, group.reference, AVERAGE] < ALPHA else ""
         cells.append(Cell(found.difference, found.stderr, mark=mark, signed=True))
     else:
-        cells.append(Cell(text="reference" if group.reference else "–"))
+        cells.append(Cell(text="reference" if row == group.reference else "–"))
     rounded = row not in (TEACHER, BASELINE) and experiment.recipes[row.recipe].post_training is not None
     run = what_was_run(experiment, results.seeds[row]) + ("; rounded, not trained" if rounded else "")
     return Line([label(experiment, row), row.precision.removesuffix("-outliers")], cells, group.title, run)
@@ -145,83 +159,20 @@ def _detectable(results: Results, groups: list[Group], columns: list[str], tests
     """The last row: how large a difference must be for this table to find it."""
     cells = []
     for column in columns:
-        errors = [
-            tests.compare(row, group.reference, column).stderr
-            for group in groups
-            if group.reference
-            for row in group.rows
-            if row != group.reference
+        found = [
+            tests.compare(row, group.reference, column) for group in groups for row in _held(results, group, column)
         ]
-        cells.append(Cell(minimum_detectable_difference(float(np.median(errors))) if errors else None))
-    return Line(["Detectable difference", ""], [*cells, Cell(text="–")], "", "see notes")
+        # models that answer alike everywhere say nothing about how much others vary
+        least = [minimum_detectable_difference(each.stderr, each.df) for each in found if each.stderr > 0]
+        cells.append(Cell(float(np.median(least)) if least else None))
+    return Line([DETECTABLE, ""], [*cells, Cell(text="–")], "", "see notes")
 
 
-def _heading(results: Results):
+def heading(results: Results, column: str) -> str:
     """`colour (GQA)` for a benchmark that imitates one of the paper's, `GQA` for the paper's own."""
-
-    def heading(column: str) -> str:
-        mirrored = results.mirrors.get(column, column)
-        own = canonical(column) == canonical(mirrored)
-        return mirrored if own else f"{column} ({mirrored})"
-
-    return heading
-
-
-def _notes(results: Results, number_: str, groups: list[Group], tests: Family) -> list[str]:
-    experiment, model = results.experiment, paper_model(results.experiment, number_)
-    if not groups:
-        return [f"The experiment `{experiment.experiment}` ran nothing that belongs here."]
-    notes = [
-        f"Points, mean over seeds ± standard error. The error is clustered by picture and holds the variance between seeds "
-        f"where there are several; a single seed's error covers the questions alone. Questions: {_sizes(results)}.",
-    ]
-    if experiment.data.source == "demo":
-        notes.append(
-            f"“paper” is {ARXIV}'s number for {model}, on the benchmark in brackets. The demo's models, pictures and "
-            "questions are other and far smaller ones: compare directions, not values."
-        )
-    else:
-        notes.append(f"“paper” is {ARXIV}'s number for {model}.")
-    if any(canonical(mirrored) == "MME" for mirrored in results.mirrors.values()):
-        notes.append(
-            "MME: the paper's number is MME's score (up to 2,000), ours the share of right answers, in percent."
-        )
-    if len(tests.shown):
-        notes.append(
-            f"Bold: best of its block, underlined: second best, each only where it beats the next at {ALPHA:.0%} after "
-            f"Holm's correction over this table's {len(tests.shown)} test{'s' * (len(tests.shown) > 1)} (Δ average included; * marks its "
-            "significant ones). One benchmark: McNemar's exact mid-p test, clustered by picture. Average: paired bootstrap "
-            "over pictures. With several seeds also a t test with the variance between seeds, and the larger p counts."
-        )
-    references = [f"{label(experiment, g.reference)} {g.reference.precision}" for g in groups if g.reference]
-    if references:
-        notes.append(
-            f"Δ average: difference of the averages from {', '.join(dict.fromkeys(references))}, paired by question and by the seeds "
-            f"that both have, ± its standard error. Detectable difference: what a comparison with that row finds with {POWER:.0%} power at "
-            f"{ALPHA:.0%}, uncorrected (median over the rows)."
-        )
-    if any(TEACHER in group.rows for group in groups):
-        notes.append("The teacher is not ranked. The average is the plain mean of the benchmarks.")
-    else:
-        notes.append("The average is the plain mean of the benchmarks.")
-    return notes + _elsewhere(experiment, number_)
-
-
-def _sizes(results: Results) -> str:
-    counts = {b: results.scores(next(iter(results.seeds)), b).values.shape[1] for b in results.benchmarks}
-    if len(set(counts.values())) == 1:
-        return f"{next(iter(counts.values())):,} in each benchmark"
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def _elsewhere(experiment, number_: str) -> list[str]:
-    """Rows of the paper's table that are other people's methods, which this pipeline does not run."""
-    if experiment.family == "qwen3_vl":
-        return []
-    numbers = paper_numbers()
-    others = numbers[(numbers["table"] == number_) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
-    listed = ", ".join(f"{row} {number(value)}" for row, value in zip(others["row"], others["value"], strict=True))
-    return [f"The paper's table also lists (average): {listed}; these methods are not run here."] if listed else []
+    mirrored = results.mirrors.get(column, column)
+    own = canonical(column) == canonical(mirrored)
+    return mirrored if own else f"{column} ({mirrored})"
 
 
 def groups_of(results: Results) -> dict[str, list[Group]]:
@@ -246,6 +197,8 @@ def groups_of(results: Results) -> dict[str, list[Group]]:
     tables["2"] = _blocks(
         experiment, {p: pick(("rtn", "awq", "gptq", "none", GRACE, "variant"), p) for p in PRECISIONS}, base
     )
+    if tables["2"] and base:
+        tables["2"].insert(0, Group("bf16, where they start", [base], base, (base,)))
     tables["4"] = _blocks(experiment, {p: pick(("none", "kd", GRACE), p) for p in PRECISIONS}, None)
     outliers = sorted({row.precision for row in results.rows() if row.precision.endswith("-outliers")}, reverse=True)
     everything = ("rtn", "awq", "gptq", "none", "kd", *ABLATION[1:], "variant")

@@ -15,7 +15,8 @@ picture g, of which there are G:
 This is the unbiased estimate of the two-way random-effects model (equal to the two-way clustering of Cameron, Gelbach
 and Miller 2011), kept from falling below C. Its degrees of freedom are Satterthwaite's, with S - 1 for B: three seeds
 that disagree make a test with little power, as they should. With one seed B is unknown and the error covers the
-questions alone.
+questions alone. Simulated, a test at 5% rejects equal methods in 1% to 6% with five seeds, up to 8% with three and up
+to 12% with two, the most where seeds matter far more than questions: two seeds are too few to claim a method by.
 
 A mean over benchmarks is handled alike: u then sums (x - m) / (K Q_k) over all K benchmarks, and m[s] is a seed's mean
 over benchmarks, because a good seed is good on all of them.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import signal, stats
 
 from grace.errors import GraceError
 
@@ -147,12 +148,12 @@ def estimate(parts: Sequence[Scores]) -> Estimate:
 
 
 def mcnemar(differences: np.ndarray) -> float:
-    """Two-sided mid-p of McNemar's exact test, generalised to pictures with several questions or seeds.
+    """Two-sided p of McNemar's exact test, generalised to pictures with several questions or seeds.
 
     `differences` [pictures] int: answers right in A and wrong in B, less the reverse. Under the null hypothesis A and B
     may swap names picture by picture, so the sum is a sum of +-|d|, whose distribution is computed exactly. With one
-    question per picture that is the binomial of McNemar's test; with more it is Durkalski's (2003) clustered form
-    without its normal approximation. Mid-p counts half of the observed value's own probability (Fagerland 2013).
+    question per picture that is the binomial test of McNemar; with more it is Durkalski's (2003) clustered form without
+    its normal approximation.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]).astype(int), return_counts=True)
     if not len(sizes):
@@ -161,11 +162,10 @@ def mcnemar(differences: np.ndarray) -> float:
     for size, count in zip(sizes, counts, strict=True):
         flips = np.zeros(2 * size * count + 1)
         flips[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        chances = np.convolve(chances, flips)
+        chances = signal.convolve(chances, flips).clip(0)  # by FFT where that is faster: right to about 1e-15
     largest = (len(chances) - 1) // 2
     observed = abs(int(differences.sum()))
-    above = chances[largest + observed + 1 :].sum()
-    return float(min(1.0, 2 * above + chances[largest + observed]))
+    return float(min(1.0, 2 * chances[largest + observed :].sum()))
 
 
 @lru_cache(maxsize=2)
@@ -179,9 +179,11 @@ def _resamples(pictures: int, replicates: int, seed: int) -> np.ndarray:
 def paired_bootstrap(parts: Sequence[Scores], replicates: int = REPLICATES, seed: int = 0) -> tuple[float, float]:
     """Standard error and two-sided p of a mean difference, pictures resampled with replacement.
 
-    `parts`: differences A - B, one per benchmark; all seeds of a picture move together. The p value takes the normal
-    tail at the bootstrap's standard error: counting replicates cannot go below 1 / replicates, which Holm's correction
-    of a large table would turn into "not significant" whatever the data.
+    `parts`: differences A - B, one per benchmark; all seeds of a picture move together. The p value takes Student's
+    tail at the bootstrap's standard error, with as many degrees of freedom as there are pictures less one: counting
+    replicates cannot go below 1 / replicates, which Holm's correction of a large table would turn into "not
+    significant" whatever the data. It never falls below 2^(1 - pictures), the least that a test by swapping A and B
+    could give, so that a constant difference over a handful of pictures proves nothing.
     """
     labels, codes = np.unique(np.concatenate([part.images for part in parts]), return_inverse=True)
     sums, counts, start = [], [], 0
@@ -196,7 +198,8 @@ def paired_bootstrap(parts: Sequence[Scores], replicates: int = REPLICATES, seed
     drawn = np.nanmean(np.divide(weights @ sums, asked, out=np.full_like(asked, np.nan), where=asked > 0), axis=1)
     stderr = float(np.std(drawn, ddof=1))
     observed = float(np.mean([part.values.mean() for part in parts]))
-    return stderr, _p(observed, stderr, np.inf)
+    pictures = len(labels)
+    return stderr, max(_p(observed, stderr, max(pictures - 1, 1)), 2.0 ** (1 - pictures))
 
 
 def _p(difference: float, stderr: float, df: float) -> float:
@@ -290,6 +293,6 @@ def minimum_detectable_difference(
     """The true difference, in points, that a two-sided test at `alpha` finds with probability `power`.
 
     `stderr`, `df`: standard error of a paired difference and its degrees of freedom. The sum of two t quantiles is the
-    usual approximation to the noncentral t.
+    usual approximation to the noncentral t; with two degrees of freedom its power is 77% instead of 80%.
     """
     return float((stats.t.isf(alpha / 2, df) + stats.t.isf(1 - power, df)) * stderr)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from grace.files import whole_folder
-from grace.report.claims import claims_page
+from grace.report.claims import claims_table
 from grace.report.deployment import deployment_table
 from grace.report.measures import measures_table
 from grace.report.read import Results
@@ -17,25 +17,22 @@ TITLES = {
     "table4": ("4", "Table 4: what distillation adds to quantisation-aware training"),
     "outliers": ("outliers", "Outliers: INT4 under the outlier transform, which is no table of the paper"),
 }
-NAMES = (*TITLES, "measures", "deployment")
+NAMES = ("claims", *TITLES, "measures", "deployment")
 
 
 def build_tables(results: Results, known: dict | None = None) -> list[Table]:
-    """Every table, in the paper's order; `known` keeps comparisons for other readers of the same results."""
+    """The claims, then every table in the paper's order; `known` keeps comparisons for other readers of these results."""
     known = {} if known is None else known
     groups = groups_of(results)
     tables = [score_table(results, name, title, key, groups[key], known) for name, (key, title) in TITLES.items()]
-    return [*tables, measures_table(results), deployment_table(results)]
+    return [claims_table(results, known), *tables, measures_table(results), deployment_table(results)]
 
 
 def write_tables(results: Results, out: Path) -> None:
-    """Write NAMES.{md,csv,tex} and claims.md into the folder `out`, as a whole."""
-    known: dict = {}
-    built = build_tables(results, known)
-    page = claims_page(results, known)
+    """Write NAMES.{md,csv,tex} into the folder `out`, as a whole."""
+    built = build_tables(results)
     with whole_folder(out, kind="tables") as part:
         for table in built:
             (part / f"{table.name}.md").write_text(markdown(table))
             (part / f"{table.name}.csv").write_text(comma_separated(table))
             (part / f"{table.name}.tex").write_text(latex(table))
-        (part / "claims.md").write_text(page)

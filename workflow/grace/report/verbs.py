@@ -1,14 +1,17 @@
-"""What `grace report ...` calls. Paths are folders, `out` of metrics a file and of page an HTML file."""
+"""What `grace report ...` calls. Paths are folders, `out` of metrics a file and of page an HTML file.
+
+Models whose predictions are not there (yet) are left out, and the tables and the page say which.
+"""
 
 from pathlib import Path
 
 
 def tables(results: Path, out: Path) -> None:
-    """Write the tables as Markdown, CSV and LaTeX, and claims.md, into the folder `out`."""
+    """Write the tables as Markdown, CSV and LaTeX into the folder `out`."""
     from grace.report.read import read_results
     from grace.report.tables import write_tables
 
-    write_tables(read_results(results), out)
+    write_tables(read_results(results, partial=True), out)
 
 
 def figures(results: Path, out: Path) -> None:
@@ -16,7 +19,7 @@ def figures(results: Path, out: Path) -> None:
     from grace.report.figures import write_figures
     from grace.report.read import read_results
 
-    write_figures(read_results(results), out)
+    write_figures(read_results(results, partial=True), out)
 
 
 def metrics(results: Path, out: Path) -> None:
@@ -24,7 +27,7 @@ def metrics(results: Path, out: Path) -> None:
     from grace.report.metrics import write_metrics
     from grace.report.read import read_results
 
-    write_metrics(read_results(results), out)
+    write_metrics(read_results(results, partial=True), out)
 
 
 def page(results: Path, out: Path) -> None:
@@ -32,4 +35,4 @@ def page(results: Path, out: Path) -> None:
     from grace.report.page import write_page
     from grace.report.read import read_results
 
-    write_page(read_results(results), out)
+    write_page(read_results(results, partial=True), out)
