@@ -176,6 +176,7 @@ def test_claims_state_what_the_simulation_holds(results):
     assert found["Rounding hurts at INT2"].comparison.difference < -15
     assert found["GRACE is above QAT at INT4"].paper == pytest.approx(67.2 - 65.9)
     assert all(item.p >= item.comparison.p - 1e-12 and item.p_questions <= 1 for item in found.values())
+    assert all(item.p >= item.p_questions for item in found.values() if item.comparison.seeds > 1)
     page = markdown(claims_table(results))
     assert page.count("\n| ") == len(found) + 2 and "Whatever they show stands here" in page
     assert found["GRACE is above QAT + KD at INT4"].paper == pytest.approx(
@@ -303,7 +304,10 @@ def test_partial_results_make_tables_with_gaps(tmp_path, results_folder):
 
 def test_one_seed_and_no_students_make_tables_too(tmp_path):
     folder = make_results(tmp_path / "one", seeds=(0,), questions=20)
-    build_tables(read_results(folder))
+    tables = {table.name: table for table in build_tables(read_results(folder))}
+    assert {line.cells[3].text for line in tables["claims"].lines} == {"–"}
+    assert any("one seed cannot say it of the method" in line.heads[2] for line in tables["claims"].lines)
+    assert not any(line.heads[2].startswith("Holds (") for line in tables["claims"].lines)
     shutil.rmtree(folder / "students" / "grace")
     for name in ("qat", "kd", "gdkd", "rcka", "ib", "rtn", "awq"):
         shutil.rmtree(folder / "students" / name)

@@ -27,7 +27,7 @@ class Finding:
 
     claim: Claim
     comparison: Comparison
-    p: float  # over questions and seeds; after Holm's correction over the page, like the next
+    p: float | None  # over questions and seeds, None with one seed; after Holm's correction, like the next
     p_questions: float  # of these very models, over questions alone
     paper: float | None
     verdict: str
@@ -70,14 +70,18 @@ def findings(results: Results, known: dict | None = None) -> list[Finding]:
     tests = Family(results, {} if known is None else known)
     claims = claims_of(results)
     measured = [tests.show(claim.a, claim.b, AVERAGE) for claim in claims]
-    both, questions = (holm([getattr(each, key) for each in measured]) for key in ("p", "p_questions"))
-    return [
-        Finding(claim, each, float(p), float(q), _paper_difference(results, claim), _verdict(claim, each, p, q))
-        for claim, each, p, q in zip(claims, measured, both, questions, strict=True)
-    ]
+    questions = holm([each.p_questions for each in measured])
+    several = [place for place, each in enumerate(measured) if each.seeds > 1]
+    both = dict(zip(several, holm([measured[place].p for place in several]), strict=True))
+    found = []
+    for place, (claim, each, q) in enumerate(zip(claims, measured, questions, strict=True)):
+        p = float(both[place]) if place in both else None
+        paper = _paper_difference(results, claim)
+        found.append(Finding(claim, each, p, float(q), paper, _verdict(claim, each, p, float(q))))
+    return found
 
 
-def _verdict(claim: Claim, found: Comparison, p: float, p_questions: float) -> str:
+def _verdict(claim: Claim, found: Comparison, p: float | None, p_questions: float) -> str:
     """Plain words; the two p values are corrected for the other claims."""
     low, high = found.interval()
     span = f"95% interval {number(low)} to {number(high)}"
@@ -86,7 +90,7 @@ def _verdict(claim: Claim, found: Comparison, p: float, p_questions: float) -> s
         holds = "A difference is left"
     else:
         holds = "Holds" if found.difference * claim.sign > 0 else "The reverse holds"
-    if p < ALPHA:
+    if p is not None and p < ALPHA:
         return f"{holds} ({span}, {seeds})."
     if p_questions < ALPHA:
         return f"{holds} for these very models, but {seeds} cannot say it of the method ({span})."
@@ -132,7 +136,7 @@ def claims_table(results: Results, known: dict | None = None) -> Table:
         "claims",
         "Claims: what the paper says and what was measured here",
         ["Claim", "Compared", "Verdict"],
-        ["paper", "here", "p, questions", "p, questions and seeds"],
+        ["paper", "here", "p, questions", "p, seeds too"],
     )
     for item in found:
         seeds = sorted({*results.seeds[item.claim.a], *results.seeds[item.claim.b]} - {""})
@@ -141,16 +145,19 @@ def claims_table(results: Results, known: dict | None = None) -> Table:
         cells = [
             Cell(item.paper, signed=True),
             Cell(item.comparison.difference, item.comparison.stderr, signed=True),
-            *(Cell(p, text=p_text(p).removeprefix("p = ").removeprefix("p ")) for p in (item.p_questions, item.p)),
+            *(
+                Cell(p, text="–" if p is None else p_text(p).removeprefix("p = ").removeprefix("p "))
+                for p in (item.p_questions, item.p)
+            ),
         ]
         heads = [item.claim.text, " − ".join(names(results, item.claim)), item.verdict]
         table.lines.append(Line(heads, cells, "", what_was_run(results.experiment, tuple(seeds))))
     table.notes = [
         f"Differences are of the plain mean over {len(results.averaged)} benchmarks, in points, paired by question and by the "
         "seeds that both sides have, ± standard error. Whatever they show stands here.",
-        "p over questions: paired bootstrap over pictures, about these very models. p over questions and seeds: also a t "
-        "test that holds the variance between seeds, about the method; the larger counts. Both after Holm's correction over "
-        f"the {len(found)} claims of this table; “holds” means below {ALPHA:.0%}. With one seed the two are the same. The intervals are not corrected. With two or "
+        "p, questions: paired bootstrap over pictures, about these very models. p, seeds too: the larger of that and a t test "
+        "that holds the variance between seeds, about the method; a dash with one seed, which cannot tell. Both after Holm's correction over "
+        f"the {len(found)} claims of this table; “holds” means below {ALPHA:.0%}. The intervals are not corrected. With two or "
         "three seeds that differ much, the second errs a little more often than it says (in up to 12% or 8% instead of 5%).",
         f"Paper: {ARXIV}, difference of its averages (Tables 1 and 2, LLaVA-1.5), or, where a row has none, over the "
         "benchmarks that both rows have (Tables 3 and 4, Qwen2-VL). A dash: the paper has no such pair; it has no rows at "
@@ -175,7 +182,7 @@ def main_finding(results: Results, known: dict | None = None) -> str:
     rows = [results.estimate(row).value for row in (item.claim.a, item.claim.b)]
     low, high = item.comparison.interval()
     gap = item.comparison.difference
-    if item.p < ALPHA:
+    if item.p is not None and item.p < ALPHA:
         said = "more than noise"
     elif item.p_questions < ALPHA:
         said = "true of these very models, not shown of the method"
@@ -184,5 +191,5 @@ def main_finding(results: Results, known: dict | None = None) -> str:
     side = "above" if gap > 0 else "below"
     return (
         f"{a} scores {number(rows[0])} points on average and {b} {number(rows[1])}: paired, {a} is {number(abs(gap))} {side} "
-        f"(95% interval {number(low)} to {number(high)}, {p_text(item.p)} after correction), {said}."
+        f"(95% interval {number(low)} to {number(high)}, {p_text(item.p_questions if item.p is None else item.p)} after correction), {said}."
     )

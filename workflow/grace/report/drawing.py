@@ -54,11 +54,12 @@ def style() -> Iterator:
 
 
 def headline(figure, results: Results, finding: str, detail: str = "") -> None:
-    """The figure's title: what it shows, computed from the data, then how and of what models."""
+    """Title: what the figure shows, computed from the data. Below: how it was drawn and of what models."""
+    inches = figure.get_size_inches()[0]
+    figure.suptitle(textwrap.fill(finding, int(inches * 12)), x=0.01, ha="left", weight="bold")
     demo = DEMO if results.experiment.data.source == "demo" else ""
-    lines = [finding, "; ".join(part for part in (detail, demo) if part)]
-    width = int(figure.get_size_inches()[0] * 13)
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in lines if line), x=0.01, ha="left")
+    said = "; ".join(part for part in (detail, demo) if part)
+    figure.supxlabel(textwrap.fill(said, int(inches * 16)), x=0.01, ha="left", fontsize=7.5, color="#555555")
 
 
 def named(results: Results, row: Row) -> str:

@@ -29,7 +29,7 @@ def metrics(results: Results) -> dict[str, Any]:
         item.claim.text: {
             "difference": round(item.comparison.difference, 2),
             "stderr": round(item.comparison.stderr, 2),
-            "p_holm": _significant(item.p),
+            **({} if item.p is None else {"p_holm": _significant(item.p)}),
             "p_holm_questions": _significant(item.p_questions),
         }
         for item in findings(results)

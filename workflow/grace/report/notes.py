@@ -88,10 +88,11 @@ def _tests(tests) -> list[str]:
     if not count:
         return []
     return [
-        f"Bold: best of its block, underlined: second best, each only where it beats the next at {ALPHA:.0%} after Holm's "
-        f"correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * marks its significant ones). "
+        f"Bold: best of its block, underlined: second best after a bold one, each only where it beats the next at {ALPHA:.0%} "
+        f"after Holm's correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * marks its significant ones). "
         "One benchmark of right or wrong answers: McNemar's exact test, clustered by picture. All else: paired bootstrap over "
-        "pictures. With several seeds also a t test with the variance between seeds, and the larger p counts."
+        "pictures. With several seeds also a t test with the variance between seeds, and the larger p counts; with one seed a "
+        "mark is about these very models, not the method."
     ]
 
 

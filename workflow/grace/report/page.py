@@ -57,7 +57,7 @@ def _content(results: Results) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    blocks = any(line.group for line in table.lines)
+    blocks = any(not line.group.lower().startswith(line.heads[-1].lower()) for line in table.lines if line.group)
     lines = []
     for line, texts in zip(table.lines, aligned(table), strict=True):
         cells = [

@@ -37,10 +37,11 @@ def roofline(results: Results, plt):
         right.errorbar(by.index, by["median"], yerr=error, capsize=2.5, lw=1.2, ms=4, label=backend, **style)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
-    left.set_yscale("log")
+        axis.set_yscale("log")
     left.set_xlabel("FLOP per byte of the packed product")
     left.set_ylabel("GFLOP/s")
     left.legend()
+    right.yaxis.set_major_formatter("{x:g}")
     right.axhline(1, color="black", lw=0.8)
     right.set_xlabel("M, activation rows")
     right.set_ylabel("times as fast as the dense product")

@@ -121,14 +121,16 @@ def _held(results: Results, group: Group, column: str) -> list[Row]:
 def _marks(results: Results, group: Group, columns: list[str], tests: Family, adjusted: dict) -> dict:
     """The paper's rule (bold best, underlined second), each only where it beats the next row significantly.
 
-    Rows may share only some of their seeds, and then the ranking of their means may not be that of the seeds they share.
+    Without a sure best there is no second either. Rows may share only some of their seeds, and then the ranking of their
+    means may not be that of the seeds they share.
     """
     marks = {}
     for column in columns:
         order = _order(results, group, column)
         for mark, a, b in zip(("best", "second"), order, order[1:], strict=False):
-            if adjusted[a, b, column] < ALPHA and tests.compare(a, b, column).difference > 0:
-                marks[a, column] = mark
+            if adjusted[a, b, column] >= ALPHA or tests.compare(a, b, column).difference <= 0:
+                break
+            marks[a, column] = mark
     return marks
 
 
