@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from grace.errors import GraceError
 from grace.kernels import cpu
-from grace.kernels.w4a16_layout import CHUNK, dequantise, pack_int4, shuffle, unpack_int4, unshuffle
-from grace.kernels.w4a16_table import DENSE, Tile, choose, read_table, rows_key, with_entry
+from grace.kernels.w4a16_layout import CHUNK, dequantise, pack_int4, pair_steps, shuffle, unpack_int4, unshuffle
+from grace.kernels.w4a16_table import DENSE, Card, Tile, choose, read_table, rows_key, rule, with_entry
 
 
 def problem(out: int, inputs: int, group: int, rows: int, seed: int, dtype: torch.dtype):
@@ -78,15 +78,54 @@ def test_cpu_product_is_offered_only_where_it_runs():
         assert not cpu.serves(out, inputs, group, dtype)
 
 
-def test_table_rule_and_measured_entries(monkeypatch):
-    few = choose(1, 4096, 4096, 128, "bfloat16", "a card", 132)
-    assert few.block_m == 16 and few.split > 1 and not few.dense
-    assert choose(4096, 4096, 4096, 128, "bfloat16", "a card", 132) == DENSE
-    assert choose(1, 22016, 4096, 128, "bfloat16", "a card", 132).split < few.split
-    assert choose(1, 64, 128, 128, "bfloat16", "a card", 132).split == 1
-    table = {"default": read_table()["default"], "cards": {}}
-    with_entry(table, "a card", "bfloat16", 128, (4096, 4096), 3, Tile(16, 32, 2, 4, 5))
+CARD = Card("a card", 132, 227 << 10)
+
+
+def test_rule_follows_the_shape():
+    few = choose(1, 4096, 4096, 128, "bfloat16", CARD)
+    assert few.kind == "ways" and few.block_m == 8 and 4096 // few.block_n * few.split >= 128
+    assert choose(1, 22016, 4096, 128, "bfloat16", CARD).split == 1
+    assert choose(1, 64, 128, 128, "bfloat16", CARD).split == 1
+    assert choose(64, 4096, 4096, 128, "bfloat16", CARD).split > 1
+    assert choose(512, 4096, 4096, 128, "bfloat16", CARD).kind == "round"
+    assert choose(512, 4096, 4096, 64, "bfloat16", CARD).kind == "tile"
+    assert choose(4096, 4096, 4096, 128, "bfloat16", CARD) == DENSE
+
+
+@given(
+    rows=st.integers(1, 5000), out=st.integers(1, 40000), chunks=st.integers(1, 100), group=st.sampled_from([32, 128])
+)
+def test_rule_fits_the_card(rows, out, chunks, group):
+    small = Card("a small card", 80, 99 << 10)
+    tile = rule(rows, out, chunks * 128, group, small)
+    if tile != DENSE:
+        assert tile.shared() <= small.shared and 1 <= tile.split <= max(1, chunks)
+        assert tile.kind != "ways" or rows <= tile.block_m
+
+
+def test_measured_entries_come_first(monkeypatch):
+    table, tile = {"cards": {}}, Tile("tile", 16, 32, 2, 4, 5)
+    with_entry(table, "a card", "bfloat16", 128, (4096, 4096), 3, tile)
     monkeypatch.setattr("grace.kernels.w4a16_table.read_table", lambda: table)
     assert rows_key(3) == rows_key(4) == 4
-    assert choose.__wrapped__(4, 4096, 4096, 128, "bfloat16", "a card", 132) == Tile(16, 32, 2, 4, 5)
-    assert choose.__wrapped__(5, 4096, 4096, 128, "bfloat16", "a card", 132) != Tile(16, 32, 2, 4, 5)
+    assert choose.__wrapped__(4, 4096, 4096, 128, "bfloat16", CARD) == tile
+    for case in ((5, 4096, 4096, 128, "bfloat16"), (4, 4096, 4096, 64, "bfloat16"), (4, 4096, 4096, 128, "float16")):
+        assert choose.__wrapped__(*case, CARD) != tile
+
+
+def test_shipped_entries_are_tiles():
+    for dtypes in read_table()["cards"].values():
+        for shapes in dtypes.values():
+            for entries in shapes.values():
+                assert all(Tile(**entry).kind in ("ways", "tile", "round", "dense") for entry in entries.values())
+
+
+def test_step_sizes_in_pairs():
+    scales = torch.arange(2 * 130).view(130, 2).half()
+    pairs = pair_steps(scales)
+    assert pairs.shape == (2, 256) and not pairs[:, 144:].any()
+    for group in range(2):
+        for block, j in ((0, 0), (3, 5), (8, 1)):
+            low, high = pairs[group, 16 * block + 2 * j], pairs[group, 16 * block + 2 * j + 1]
+            assert low == (scales[16 * block + j, group] if 16 * block + j < 130 else 0)
+            assert high == (scales[16 * block + j + 8, group] if 16 * block + j + 8 < 130 else 0)

@@ -1,44 +1,71 @@
 """Compiles the W4A16 kernels for CUDA cards without one; run by test_kernels_w4a16.py in a process of its own."""
 
+import re
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grace.kernels.w4a16_table import read_table
-from grace.kernels.w4a16_triton import dequantise_kernel, w4a16_kernel
+from grace.kernels.w4a16_table import Tile
+from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a program may have
-POINTERS = {"words": "*i16", "scales": "*bf16", "partial": "*fp32", "locks": "*i32"}
+POINTERS = {"words": "*i16", "pairs": "*i32", "partial": "*fp32", "locks": "*i32"}
 ALIGNED = [["tt.divisibility", 16]]
+TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 
 
 def build(kernel, card: int, dtype: str, warps: int, stages: int, **constants):
-    """The compiled kernel, every pointer aligned to 16 bytes as torch's allocator does."""
+    """The compiled kernel, every pointer and size aligned to 16 as torch's allocator and the field's layers do."""
     names = kernel.arg_names
     kinds = {name: POINTERS.get(name, "i32" if name.isupper() else f"*{dtype}") for name in names}
     kinds |= dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): ALIGNED for i, name in enumerate(names) if kinds[name].startswith("*") or name in ("N", "K")}
+    aligned = {(i,): ALIGNED for i, n in enumerate(names) if kinds[n].startswith("*") or n in ("N", "K", "PADDED")}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     return triton.compile(
         source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps, "num_stages": stages}
     )
 
 
+def product(card: int, dtype: str, group: int, tile: Tile, **changes):
+    """The kernel of `tile` as `grace.kernels.w4a16.launch` would compile it for a whole number of tiles."""
+    common = {
+        "GROUP": group, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
+        "HAS_BIAS": False, "PTX": True, "PDL": card >= 90, "LATE": tile.late, "STEP_TYPE": TYPES[dtype],
+        "OPERANDS": TYPES[dtype],
+    }  # fmt: skip
+    if tile.kind == "ways":
+        kernel, more = ways_kernel, {"WAYS": tile.warps, "EVEN": True}
+    else:
+        kernel, more = tile_kernel, {"ROUND": tile.kind == "round", "EVEN_M": True, "EVEN_N": True}
+    return build(kernel, card, dtype, tile.warps, tile.stages, **(common | more | changes))
+
+
+def conversions_in_loops(ttgir: str) -> int:
+    """Conversions of layouts in the bodies of loops, of data: those of a few addresses cost little."""
+    bodies = re.findall(r"scf\.for.*?scf\.yield", ttgir, re.S)
+    return sum("tt.ptr" not in line for body in bodies for line in body.splitlines() if "ttg.convert_layout" in line)
+
+
 def main() -> None:
-    shipped = read_table()["default"]["tiles"]
-    cases = [(90, "bf16", 128, shipped[0], 4, True), (80, "fp16", 64, shipped[0], 1, True)]
-    cases += [(80, "bf16", 32, shipped[1], 2, True), (90, "fp16", 128, shipped[0], 1, False)]
-    for card, dtype, group, tile, split, ptx in cases:
-        kind = {"bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
-        done = build(
-            w4a16_kernel, card, dtype, tile["warps"], tile["stages"], GROUP=group, BLOCK_M=tile["block_m"],
-            BLOCK_N=tile["block_n"], SPLIT=split, EVEN_K=split > 1, HAS_BIAS=split == 1, PTX=ptx, OPERANDS=kind,
-        )  # fmt: skip
-        assert done.metadata.shared <= SHARED[card], f"{tile} needs {done.metadata.shared} bytes of shared memory"
-        assert ("0x000f000f" in done.asm["ptx"]) == ptx
-        assert "mma" in done.asm["ptx"]
-    build(dequantise_kernel, 90, "bf16", 4, 3, GROUP=128, BLOCK_N=64, PTX=True)
+    for tile in (
+        Tile("ways", 8, 32, stages=6),
+        Tile("tile", 8, 64),
+        Tile("tile", 16, 64, split=4, stages=6),
+        Tile("tile", 64, 64, stages=3),
+        Tile("round", 128, 128, split=2, stages=3, resident=2),
+    ):
+        done = product(90, "bf16", 128, tile)
+        assert done.metadata.shared <= SHARED[90], f"{tile} needs {done.metadata.shared} bytes of shared memory"
+        assert 0.95 < tile.shared() / done.metadata.shared < 1.3, (tile, done.metadata.shared)
+        assert "0x000f000f" in done.asm["ptx"] and "mma" in done.asm["ptx"] and "griddepcontrol" in done.asm["ptx"]
+        assert conversions_in_loops(done.asm["ttgir"]) == 0, tile
+    product(90, "fp16", 32, Tile("ways", 16, 32, split=2), HAS_BIAS=True, EVEN=False)
+    product(90, "bf16", 64, Tile("tile", 16, 64), EVEN_M=False, EVEN_N=False)
+    product(80, "fp16", 128, Tile("round", 64, 128, stages=3), HAS_BIAS=True)
+    assert "0x000f000f" not in product(80, "bf16", 32, Tile("tile", 16, 64), PTX=False).asm["ptx"]
+    build(dequantise_kernel, 90, "bf16", 4, 3, GROUP=128, BLOCK_N=64, PTX=True, STEP_TYPE=tl.float16)
 
 
 if __name__ == "__main__":

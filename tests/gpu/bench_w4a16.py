@@ -8,17 +8,21 @@ differ from a float64 reference, or if the inline PTX and the plain arithmetic d
 """
 
 import argparse
+import os
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from grace.bench.kernel import bench_kernel
 from grace.bench.machine import describe
+from grace.bench.tune import compile_ahead
 from grace.errors import GraceError
 from grace.files import write_json
 from grace.kernels import w4a16_table
 from grace.kernels.w4a16 import launch, pack
-from grace.kernels.w4a16_table import Tile
+from grace.kernels.w4a16_layout import dequantise
+from grace.kernels.w4a16_table import DENSE, Tile
 
 SHAPES = {
     "llava q|k|v|o": (4096, 4096),
@@ -35,20 +39,54 @@ ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 QUICK = ["llava q|k|v|o", "llava gate+up fused", "qwen2 gate|up"]
 
 
-def same_bits(device: torch.device) -> None:
-    """The PTX path, which no CPU can run, against the arithmetic path, which the interpreter tests."""
+TILES = [
+    Tile("ways", 8, 32, stages=6),
+    Tile("ways", 8, 16, split=3),
+    Tile("tile", 8, 64, late=True),
+    Tile("tile", 16, 64, split=4, stages=6),
+    Tile("tile", 64, 64, split=2, stages=3),
+    Tile("round", 128, 128, stages=3, late=True),
+    Tile("round", 64, 128, split=3, stages=3, resident=2),
+    DENSE,
+]
+
+
+CASES = [  # out x in and rows: whole tiles, and such that fill neither tiles nor chunks nor warps
+    ((384, 2048), 5),
+    ((328, 768), 5),
+    ((640, 1024), 150),
+]
+
+
+def same_bits(device: torch.device, workers: int) -> int:
+    """The PTX path, which no CPU can run, against the arithmetic path, which the interpreter tests, and float64.
+
+    Returns the number of cases.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    for dtype in (torch.bfloat16, torch.float16):
-        for group in (32, 64, 128, 256):
-            for tile in (Tile(16, 64, 1, 4, 3), Tile(16, 64, 4, 4, 3), Tile(64, 128, 2, 8, 3)):
-                codes = torch.randint(-8, 8, (328, 1024), dtype=torch.int8, device=device, generator=generator)
-                scales = (torch.rand(328, 1024 // group, device=device, generator=generator) + 0.1).bfloat16()
-                x = torch.randn(37, 1024, device=device, generator=generator).to(dtype)
-                packed = pack(codes, scales)
-                fast, plain = (launch(x, *packed, None, group, tile, ptx=ptx) for ptx in (True, False))
-                again = launch(x, *packed, None, group, tile, ptx=True)
-                if not torch.equal(fast, plain) or not torch.equal(fast, again):
-                    raise GraceError(f"{dtype}, group {group}, {tile}: PTX and arithmetic, or two runs, differ")
+    jobs = [
+        (shape, rows, group, dtype, tile, True)
+        for (shape, rows), group, dtype in product(CASES, (32, 64, 128, 256), (torch.bfloat16, torch.float16))
+        for tile in TILES
+        if rows <= 16 or tile.kind != "ways"
+    ]
+    compile_ahead([(*job, ptx) for job in jobs for ptx in (True, False)], workers)
+    for (out, inputs), rows, group, dtype, tile, _ in jobs:
+        codes = torch.randint(-8, 8, (out, inputs), dtype=torch.int8, device=device, generator=generator)
+        scales = (torch.rand(out, inputs // group, device=device, generator=generator) + 0.1).to(dtype)
+        x = torch.randn(rows, inputs, device=device, generator=generator).to(dtype)
+        bias = torch.randn(out, device=device, generator=generator).to(dtype)
+        expected = x.double() @ dequantise(codes, scales, torch.float64).T + bias.double()
+        packed = pack(codes, scales)
+        fast, plain = (launch(x, *packed, bias, group, tile, ptx=ptx) for ptx in (True, False))
+        again = [launch(x, *packed, bias, group, tile) for _ in range(20)]
+        error = (fast.double() - expected).norm() / expected.norm()
+        case = f"{dtype}, {out} x {inputs}, {rows} rows, group {group}, {tile}"
+        if not error < 6e-3:
+            raise GraceError(f"{case}: relative error {error:.1e}")
+        if not all(torch.equal(fast, one) for one in [plain, *again]):
+            raise GraceError(f"{case}: PTX and arithmetic, or two runs, differ")
+    return len(jobs)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -73,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("kernel.json"))
     parser.add_argument("--quick", action="store_true", help="three shapes, six row counts")
+    parser.add_argument("--check", action="store_true", help="check the products, measure nothing")
     parser.add_argument("--rows", default="", help="M, comma-separated")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
@@ -91,7 +130,9 @@ def main() -> None:
     rows = [1, 4, 16, 64, 256, 4096] if chosen.quick else ROWS
     rows = [int(m) for m in chosen.rows.split(",")] if chosen.rows else rows
     try:
-        same_bits(device)
+        print(f"{same_bits(device, os.cpu_count() or 1)} products right, and alike to the bit in both ways to unpack")
+        if chosen.check:
+            return
         table, limits = bench_kernel(shapes, rows, chosen.group, 20, device, getattr(torch, chosen.dtype))
     except GraceError as error:
         raise SystemExit(f"wrong: {error}") from error

@@ -1,13 +1,16 @@
 """y = x W^T + b with 4-bit weights and 16-bit activations (W4A16), on CUDA through Triton.
 
-Symmetric codes in [-8, 7], one step size per group of 32, 64, 128 or 256 consecutive inputs, any number of rows and
-outputs, inputs a multiple of the group (the last chunk of 128 is padded when weights are packed).
+Symmetric codes in [-8, 7], one step size in bf16 or fp16 per group of 32, 64, 128 or 256 consecutive inputs, any number
+of rows and outputs, inputs a multiple of the group (the last chunk of 128 is padded when weights are packed).
 
-Few rows: one kernel that unpacks in registers and multiplies on the tensor cores, its inputs split over programs when
-there are fewer tiles than multiprocessors. Many rows: the weight is dequantised once and the dense product does the
-rest, which costs the less the more rows there are. `w4a16_table` draws the line.
+Up to about a hundred rows the product is bound by reading the weights, so the kernels unpack them in registers, keep
+many loads in flight and split the inputs over programs where outputs are few. With more rows it is bound by the tensor
+cores; weights are then rounded to 16 bits as they are unpacked, or dequantised once for cuBLAS, which costs the less
+the more rows there are. `w4a16_table` draws the lines.
 
-Launches on one device share the locks of the split sums, so they must follow each other on one stream.
+Launches on one device share the locks of the split sums, so they must follow each other on one stream. From Hopper on
+they use programmatic dependent launch: weights may be fetched while the kernel before still runs, so a weight must not
+be written by a kernel that starts its successor early.
 """
 
 from functools import cache
@@ -17,29 +20,37 @@ import triton
 import triton.language as tl
 
 from grace.errors import GraceError
-from grace.kernels.w4a16_layout import CHUNK, shuffle
-from grace.kernels.w4a16_table import Tile, choose
-from grace.kernels.w4a16_triton import dequantise_kernel, w4a16_kernel
+from grace.kernels.w4a16_layout import CHUNK, TILE, pair_steps, shuffle
+from grace.kernels.w4a16_table import Card, Tile, choose
+from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
 GROUPS = (32, 64, 128, 256)
-_OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOCKS = 1 << 16  # tiles of one launch that may be split
+SLICE_BYTES = 64 << 20  # of a dequantised weight that exist at a time
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def serves(in_features: int, group_size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes such a layer."""
-    return dtype in (torch.bfloat16, torch.float16) and group_size in GROUPS and in_features % group_size == 0
+    return dtype in _TYPES and group_size in GROUPS and in_features % group_size == 0
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [out, in] and step sizes [out, in/group] -> (int16 [chunks, out, 32], step sizes [in/group, out])."""
+    """int8 codes [out, in], step sizes [out, in/group] bf16 or fp16 -> (int16 [chunks, out, 32], [groups, padded out]).
+
+    Raises:
+        GraceError: a group size, a code or a type that the kernel does not take.
+    """
     group = codes.shape[1] // scales.shape[1]
     if group not in GROUPS or group * scales.shape[1] != codes.shape[1]:
         raise GraceError(
             f"the W4A16 kernel takes groups of {', '.join(map(str, GROUPS))} that divide the inputs; "
             f"{codes.shape[1]} inputs with {scales.shape[1]} step sizes per output are not: quantise with one of these"
         )
-    return shuffle(codes), scales.t().contiguous()
+    if scales.dtype not in _TYPES:
+        raise GraceError(f"the W4A16 kernel takes step sizes in bf16 or fp16, got {scales.dtype}: export them in one")
+    missing = -codes.shape[1] % CHUNK // group  # groups that the padding of the last chunk would have
+    return shuffle(codes), pair_steps(torch.nn.functional.pad(scales, (0, missing)))
 
 
 def w4a16(
@@ -55,7 +66,7 @@ def w4a16(
     Sums are fp32, multiplied once per group by its step size; the result is rounded once (twice for many rows, where
     the dequantised weight is rounded to x's dtype first).
     """
-    if x.shape[-1] != in_features or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.shape[-1] != in_features or x.dtype not in _TYPES:
         raise GraceError(
             f"W4A16: activations {list(x.shape)} {x.dtype} do not fit {in_features} inputs in bf16 or fp16"
         )
@@ -70,8 +81,7 @@ def _w4a16(
     rows, inputs = x.shape
     if rows == 0:
         return x.new_empty(0, words.shape[1])
-    card, multiprocessors = _card(x.device)
-    tile = choose(rows, words.shape[1], inputs, group_size, str(x.dtype)[6:], card, multiprocessors)
+    tile = choose(rows, words.shape[1], inputs, group_size, str(x.dtype)[6:], card(x.device)[0])
     return launch(x, words, scales, bias, group_size, tile)
 
 
@@ -93,50 +103,94 @@ def launch(
 
     The inline PTX and the plain arithmetic give the same bits; Triton's interpreter runs the latter alone.
     """
-    x = x.contiguous()
     ptx = x.is_cuda if ptx is None else ptx
-    if tile.dense:
-        return torch.nn.functional.linear(x, dequantised(words, scales, x.shape[1], group_size, x.dtype, ptx), bias)
-    rows, inputs = x.shape
     chunks, outs, _ = words.shape
+    x = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.shape[1])) if x.shape[1] % CHUNK else x.contiguous()
+    rounds = tile.kind == "round" and group_size % CHUNK == 0 and scales.dtype == x.dtype
+    if tile.kind == "dense" or (tile.kind == "round" and not rounds):
+        return _dense(x, words, scales, bias, group_size, ptx)
+    rows = len(x)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(rows, tile.block_m), triton.cdiv(outs, tile.block_n), tile.split)
-    tiles = grid[0] * grid[1]
-    if tile.split > 1 and tiles > LOCKS:
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
+    here, early = card(x.device)
+    wave = here.multiprocessors * tile.resident
+    whole = tiles // wave * wave if wave and tile.split > 1 else 0
+    if tile.split > 1 and tiles - whole > LOCKS:
         raise GraceError(f"W4A16: {tiles} tiles cannot be split; use split = 1 for {rows} rows and {outs} outputs")
-    parts = tiles * tile.split * tile.block_m * tile.block_n if tile.split > 1 else 1
+    parts = (tiles - whole) * tile.split * tile.block_m * tile.block_n if tile.split > 1 else 1
     partial = torch.empty(parts, dtype=torch.float32, device=x.device)
-    w4a16_kernel[grid](
-        x, words, scales, scales if bias is None else bias, y, partial, _locks(x.device),
-        rows, outs, inputs, chunks,
-        GROUP=group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=tile.split,
-        EVEN_K=inputs % CHUNK == 0, HAS_BIAS=bias is not None, PTX=ptx,
-        OPERANDS=_OPERANDS[x.dtype] if x.is_cuda else tl.float32,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    operands = (x, words, scales.view(torch.int32), scales if bias is None else bias, y, partial, _locks(x.device))
+    sizes = (rows, outs, outs + -outs % TILE, chunks)
+    options = {
+        "GROUP": group_size, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": tile.split,
+        "STAGES": tile.stages, "HAS_BIAS": bias is not None, "PTX": ptx, "PDL": early, "LATE": tile.late,
+        "STEP_TYPE": _TYPES[scales.dtype], "OPERANDS": _TYPES[x.dtype] if x.is_cuda else tl.float32,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    } | ({"launch_pdl": True} if early else {})  # fmt: skip
+    even = outs % tile.block_n == 0
+    if tile.kind == "ways":
+        if rows > tile.block_m:
+            raise GraceError(f"W4A16: {rows} rows do not fit one tile of {tile.block_m}; use a tile of another kind")
+        grid = (tiles, tile.split)
+        ways_kernel[grid](*operands, *sizes, WAYS=tile.warps, EVEN=even and chunks % tile.warps == 0, **options)
+    else:
+        grid = (whole + (tiles - whole) * tile.split,)
+        tile_kernel[grid](
+            *operands, *sizes, whole, ROUND=rounds, EVEN_M=rows % tile.block_m == 0, EVEN_N=even, **options
+        )
+    return y
+
+
+def _dense(
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, group_size: int, ptx: bool
+) -> torch.Tensor:
+    """x times the dequantised weight, slice of outputs by slice where the whole weight would be large."""
+    outs = words.shape[1]
+    size = max(TILE, SLICE_BYTES // (x.shape[1] * x.element_size()) // TILE * TILE)
+    if size >= outs:
+        return torch.nn.functional.linear(x, dequantised(words, scales, group_size, x.dtype, ptx), bias)
+    y = torch.empty(len(x), outs, dtype=x.dtype, device=x.device)
+    for start in range(0, outs, size):
+        stop = min(start + size, outs)
+        weight = dequantised(words, scales, group_size, x.dtype, ptx, start, stop)
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, weight.t(), out=y[:, start:stop])
     return y
 
 
 def dequantised(
-    words: torch.Tensor, scales: torch.Tensor, inputs: int, group_size: int, dtype: torch.dtype, ptx: bool
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    dtype: torch.dtype,
+    ptx: bool,
+    start: int = 0,
+    stop: int | None = None,
 ) -> torch.Tensor:
-    """The weight [out, in] that `pack` made, dequantised in `dtype`."""
+    """The weight that `pack` made, dequantised in `dtype`: outputs start (a multiple of 128) to stop, all chunks."""
     chunks, outs, _ = words.shape
-    weight = torch.empty(outs, inputs, dtype=dtype, device=words.device)
+    stop = outs if stop is None else stop
+    weight = torch.empty(stop - start, chunks * CHUNK, dtype=dtype, device=words.device)
     block = 64
-    dequantise_kernel[(chunks, triton.cdiv(outs, block))](
-        words, scales, weight, outs, inputs, GROUP=group_size, BLOCK_N=block, PTX=ptx, num_warps=4
-    )
+    dequantise_kernel[(chunks, triton.cdiv(stop - start, block))](
+        words, scales.view(torch.int32), weight, stop, outs, outs + -outs % TILE, chunks * CHUNK, start,
+        GROUP=group_size, BLOCK_N=block, PTX=ptx, STEP_TYPE=_TYPES[scales.dtype], num_warps=4,
+    )  # fmt: skip
     return weight
 
 
 @cache
-def _card(device: torch.device) -> tuple[str, int]:
-    """Name and number of multiprocessors; stands in for a card where Triton interprets on a CPU."""
+def card(device: torch.device) -> tuple[Card, bool]:
+    """The card, and whether it can launch a kernel before its predecessor ends (compute capability 9.0 on).
+
+    Stands in for a card where Triton interprets on a CPU.
+    """
     if device.type != "cuda":
-        return "interpreter", 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+        return Card("interpreter", 4, 1 << 20), False
+    about = torch.cuda.get_device_properties(device)
+    return Card(about.name, about.multi_processor_count, about.shared_memory_per_block_optin), about.major >= 9
 
 
 @cache

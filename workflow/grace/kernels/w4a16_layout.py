@@ -12,6 +12,9 @@ nibble of input 128 * chunk + 32 * i + j. So
   activations are read in their natural order;
 - two neighbouring int16 words fill a register, and one LOP3 turns them into two bf16 (or fp16) weights at once;
 - every slice of 32 inputs lies within one group of 32, 64, 128 or 256: one layout serves them all.
+
+Step sizes lie group by group, the outputs of 16 in the order 0, 8, 1, 9, ..., 7, 15: a thread of a tensor-core product
+holds outputs j and j + 8, so it reads both step sizes as one 32-bit word, the least that an asynchronous copy moves.
 """
 
 import torch
@@ -20,6 +23,7 @@ from grace.errors import GraceError
 
 CHUNK = 128  # inputs per chunk
 SLICE = 32  # consecutive inputs that one nibble position covers
+TILE = 128  # outputs that the widest tile has
 ZERO = 8  # nibble of the code 0
 
 
@@ -60,6 +64,12 @@ def unshuffle(words: torch.Tensor, in_features: int) -> torch.Tensor:
     slices = [(words.to(torch.int32) >> 4 * i & 15) - ZERO for i in range(CHUNK // SLICE)]
     codes = torch.stack(slices, dim=2).to(torch.int8).permute(1, 0, 2, 3)  # [out, chunks, 4, 32]
     return codes.reshape(rows, chunks * CHUNK)[:, :in_features].contiguous()
+
+
+def pair_steps(scales: torch.Tensor) -> torch.Tensor:
+    """Step sizes [out, groups] in 16 bits -> [groups, out rounded up to 128], padded with 0, each 16 outputs in pairs."""
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, -scales.shape[0] % TILE)).t()
+    return padded.reshape(scales.shape[1], -1, 2, 8).transpose(2, 3).reshape(scales.shape[1], -1).contiguous()
 
 
 def dequantise(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

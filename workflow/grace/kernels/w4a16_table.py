@@ -7,25 +7,51 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).with_name("w4a16_configs.json")
 MOST_PARTS = 16  # splits of the inputs of one tile
-LEAST_CHUNKS = 4  # chunks of 128 inputs that a part works through at least
+DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of the kernel; `block_m` 0 stands for dequantise, then the dense product."""
+    """One configuration of the product.
 
-    block_m: int
-    block_n: int
-    split: int
-    warps: int
-    stages: int
+    Attributes:
+        kind: "ways" or "tile" (see `w4a16_triton`), "round" for the tile kernel with rounded weights, or "dense" for
+            dequantise, then the dense product; the other fields are then without meaning.
+        block_m: rows of a tile.
+        block_n: outputs of a tile.
+        split: parts of its inputs, each a program.
+        warps: warps of a program.
+        stages: depth of the pipeline of asynchronous copies.
+        late: whether the next kernel may start only after the loop (programmatic dependent launch).
+        resident: programs that a multiprocessor holds; if not 0, only the last, incomplete wave of tiles is split.
+    """
 
-    @property
-    def dense(self) -> bool:
-        return self.block_m == 0
+    kind: str
+    block_m: int = 16
+    block_n: int = 64
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+    late: bool = False
+    resident: int = 0
+
+    def shared(self) -> int:
+        """Bytes of shared memory that the pipeline takes, about: activations, words and step sizes."""
+        chunks = self.warps if self.kind == "ways" else 1
+        buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
+        return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
 
 
-DENSE = Tile(0, 0, 1, 4, 1)
+DENSE = Tile("dense")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the choice depends on: name, multiprocessors, bytes of shared memory that a program may have."""
+
+    name: str
+    multiprocessors: int
+    shared: int
 
 
 def rows_key(rows: int) -> int:
@@ -34,25 +60,48 @@ def rows_key(rows: int) -> int:
 
 
 @cache
-def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: str, multiprocessors: int) -> Tile:
-    """The tile for x [rows, inputs] times a weight [out, inputs] on `card`.
+def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: Card) -> Tile:
+    """The tile for x [rows, inputs] in `dtype` times a weight [out, inputs] on `card`.
 
-    Measured entries hold for their own shape and the power of two that `rows` rounds up to; elsewhere the rule picks
-    by rows alone and splits the inputs until every multiprocessor has `waves` tiles.
+    Measured entries hold for their own shape and the power of two that `rows` rounds up to; elsewhere `rule` decides.
     """
-    table = read_table()
-    measured = table["cards"].get(card, {}).get(f"{dtype}/{group}", {}).get(f"{out}x{inputs}", {})
+    measured = read_table()["cards"].get(card.name, {}).get(f"{dtype}/{group}", {}).get(f"{out}x{inputs}", {})
     if str(rows_key(rows)) in measured:
         return Tile(**measured[str(rows_key(rows))])
-    rule = table["default"]
-    if rows >= rule["dense_from"]:
-        return DENSE
-    entry = next(t for t in rule["tiles"] if t["rows_up_to"] is None or rows <= t["rows_up_to"])
-    tiles = -(-rows // entry["block_m"]) * -(-out // entry["block_n"])
+    return rule(rows, out, inputs, group, card)
+
+
+def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
+    """Programs for every multiprocessor, inputs split no further than that takes; drawn from what an H100 measured."""
     chunks = -(-inputs // 128)
-    split = -(-entry["waves"] * multiprocessors // tiles)
-    split = max(1, min(split, chunks // LEAST_CHUNKS, MOST_PARTS))
-    return Tile(entry["block_m"], entry["block_n"], split, entry["warps"], entry["stages"])
+    if rows <= 8 and out < 2 * 64 * card.multiprocessors:
+        block_n = 32 if out >= 16 * card.multiprocessors else 16
+        tile = Tile("ways", 8, block_n, stages=6)
+        tile = _with_split(tile, -(-out // block_n), chunks // 16, card.multiprocessors)
+    elif rows <= 128 or group < 128:
+        block_m = min(max(8, rows_key(rows)), 64)
+        tile = Tile("tile", block_m, 64, stages={8: 4, 16: 6, 32: 5}.get(block_m, 3))
+        tile = _with_split(tile, -(-rows // block_m) * -(-out // 64), chunks // 4, 2 * card.multiprocessors)
+    elif rows < DENSE_FROM:
+        tile = Tile("round", 128, 128 if rows * out >= 128 * 128 * card.multiprocessors else 64, stages=3, late=True)
+        tile = _with_split(tile, -(-rows // 128) * -(-out // tile.block_n), chunks // 8, 2 * card.multiprocessors)
+    else:
+        return DENSE
+    return _that_fits(tile, card)
+
+
+def _with_split(tile: Tile, tiles: int, most: int, programs: int) -> Tile:
+    """`tile` with its inputs split so that there are about `programs` programs."""
+    split = max(1, min(round(programs / tiles), most, MOST_PARTS))
+    return Tile(**asdict(tile) | {"split": split})
+
+
+def _that_fits(tile: Tile, card: Card) -> Tile:
+    """`tile`, with fewer stages or else fewer rows where the card's shared memory asks for it."""
+    while tile.shared() > card.shared and (tile.stages > 2 or tile.block_m > 16):
+        less = {"stages": tile.stages - 1} if tile.stages > 2 else {"block_m": tile.block_m // 2}
+        tile = Tile(**asdict(tile) | less)
+    return tile
 
 
 @cache
