@@ -124,7 +124,7 @@ def test_refusals_name_what_is_wrong():
     with pytest.raises(GraceError, match="groups of 32, 64, 128, 256"):
         pack(codes, scales)
     codes, scales, x, _, _ = problem(16, 128, 128, 1, torch.bfloat16)
-    with pytest.raises(GraceError, match="step sizes in bf16 or fp16, got torch.float32"):
+    with pytest.raises(GraceError, match=r"step sizes in bf16 or fp16, got torch\.float32"):
         pack(codes, scales.float())
     with pytest.raises(GraceError, match="17 rows do not fit one tile of 8"):
         launch(x.expand(17, 128), *pack(codes, scales), None, 128, Tile("ways", 8, 16))

@@ -26,7 +26,7 @@ from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kern
 
 GROUPS = (32, 64, 128, 256)
 LOCKS = 1 << 16  # tiles of one launch that may be split
-SLICE_BYTES = 64 << 20  # of a dequantised weight that exist at a time
+SLICE_BYTES = 96 << 20  # of a dequantised weight that exist at a time
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

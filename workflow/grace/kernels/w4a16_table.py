@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 SHIPPED = Path(__file__).with_name("w4a16_configs.json")
-MOST_PARTS = 16  # splits of the inputs of one tile
+MOST_PARTS = 8  # splits of the inputs of one tile
 DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
 
 
