@@ -11,6 +11,7 @@ for asking in plan.asking:
             asking.rule
         input:
             run=f"{plan.folder}/config/evaluation.json",
+            language=plan.language,
             data=f"{plan.folder}/data/manifest.json",
             models=asking.models,
             code=plan.code("grace.evaluate.verbs"),
@@ -32,4 +33,4 @@ for asking in plan.asking:
         message:
             f"evaluate {asking.title}"
         shell:
-            "grace evaluate --run {input.run:q} --data {params.data:q} {params.pairs:q} > {log:q} 2>&1"
+            "grace evaluate --processes {resources.gpu} --run {input.run:q} --data {params.data:q} {params.pairs:q} > {log:q} 2>&1"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -59,19 +60,26 @@ def test_predictions_and_manifest_are_whole(folder):
 def test_nothing_is_done_twice(folder, monkeypatch):
     first = run(folder)
     stamps = {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()}
-    monkeypatch.setattr(verbs, "_predictor", lambda *_: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(verbs, "_asking", lambda *_: pytest.fail("the model was loaded again"))
     assert run(folder) == first
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").iterdir()} == stamps
 
 
+def _watch(monkeypatch, seen) -> None:
+    """Call `seen(name)` before each benchmark is asked."""
+    real = verbs._asking
+
+    @contextmanager
+    def watched(*arguments):
+        with real(*arguments) as (runner, predict):
+            yield runner, lambda entry, path: (seen(entry.name), predict(entry, path))[1]
+
+    monkeypatch.setattr(verbs, "_asking", watched)
+
+
 def _count_predictions(monkeypatch) -> list[str]:
-    asked, real = [], verbs._predictor
-
-    def spy(*arguments):
-        predict = real(*arguments)
-        return lambda entry, path: asked.append(entry.name) or predict(entry, path)
-
-    monkeypatch.setattr(verbs, "_predictor", spy)
+    asked: list[str] = []
+    _watch(monkeypatch, asked.append)
     return asked
 
 
@@ -94,23 +102,15 @@ def test_only_what_changed_is_asked_again(folder, monkeypatch):
 
 
 def test_a_stopped_suite_goes_on_where_it_was(folder, monkeypatch):
-    real = verbs._predictor
+    def stop(name):
+        if name == "pairs":
+            raise KeyboardInterrupt
 
-    def stops(*arguments):
-        predict = real(*arguments)
-
-        def once(entry, path):
-            if entry.name == "pairs":
-                raise KeyboardInterrupt
-            return predict(entry, path)
-
-        return once
-
-    monkeypatch.setattr(verbs, "_predictor", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder)
+    with monkeypatch.context() as patched:
+        _watch(patched, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder)
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["colour.parquet", "presence.parquet"]
-    monkeypatch.setattr(verbs, "_predictor", real)
     asked = _count_predictions(monkeypatch)
     run(folder)
     assert asked == ["pairs"]
@@ -179,13 +179,15 @@ def test_a_failed_benchmark_is_named_and_the_others_are_kept(folder, damage, sai
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["pairs.parquet", "presence.parquet"]
 
 
-def test_a_model_that_answers_nothing_is_an_error(folder, monkeypatch):
+def test_a_model_that_answers_nothing_is_an_error_however_often_it_is_asked(folder, monkeypatch):
     import grace.evaluate.harness_lm_eval as harness
 
     real = harness.predict
     monkeypatch.setattr(harness, "predict", lambda *a: real(*a).assign(prediction=" "))
-    with pytest.raises(GraceError, match="answered nothing to any question"):
-        run(folder, "colour")
+    for _ in range(2):
+        with pytest.raises(GraceError, match="answered nothing to any question"):
+            run(folder, "colour")
+    assert not (folder / "out/manifest.json").exists()
 
 
 def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,19 @@ bench_verbs = _group("bench", "Speed of the INT4 product and of decoding, side b
 report_verbs = _group("report", "Tables, figures, metrics and the page.")
 config_verbs = _group("config", "The experiment's configuration.")
 
+
+def _start(processes: int) -> None:
+    """Become so many processes, one GPU each; nothing where it is one, or one of them already."""
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        os.execv(sys.executable, [*launcher, "-m", "--", "grace.cli", *sys.argv[1:]])
+
+
 Run = Annotated[Path, typer.Option(help="frozen parameters of this job (JSON)")]
 Data = Annotated[Path, typer.Option(help="the experiment's data folder")]
 Out = Annotated[Path, typer.Option(help="what to make")]
 Results = Annotated[Path, typer.Option(help="the experiment's results folder")]
+Processes = Annotated[int, typer.Option(help="share the work between so many, one GPU each; 0 and 1: alone")]
 
 
 @app.command()
@@ -91,12 +101,10 @@ def train(
     init: Annotated[Path | None, typer.Option(help="model folder to start from")] = None,
     cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
     teacher: Annotated[Path | None, typer.Option(help="its model folder, to refuse a cache of another")] = None,
-    processes: Annotated[int, typer.Option(help="share the work between so many, one GPU each; 0 and 1: alone")] = 1,
+    processes: Processes = 1,
 ) -> None:
     """Train a teacher, a baseline or a student."""
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [*launcher, "-m", "--", "grace.cli", *sys.argv[1:]])
+    _start(processes)
     from grace.cluster.lock import one_writer
     from grace.train.verbs import train as run_training
 
@@ -181,19 +189,22 @@ def evaluate(
     data: Data,
     model: Annotated[list[Path], typer.Option(help="model folder, plain or packed; repeat for several")],
     out: Annotated[list[Path], typer.Option(help="where its predictions go; once for each --model, in order")],
+    processes: Processes = 1,
 ) -> None:
     """Ask models every question of every benchmark and keep each prediction."""
-    from grace.cluster.lock import one_writer
-    from grace.evaluate.verbs import evaluate as ask
-
     if len(model) != len(out):
         raise GraceError(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
+    _start(processes)
+    from grace.cluster.lock import one_writer
+    from grace.evaluate.verbs import evaluate as ask
+
+    first = os.environ.get("RANK", "0") == "0"  # it holds the lock for all
     failed = []
     for one, predictions in zip(model, out, strict=True):
         try:
-            with one_writer(predictions):
+            with one_writer(predictions) if first else nullcontext():
                 ask(run, one, data, predictions)
         except GraceError as error:
             failed.append(str(error))

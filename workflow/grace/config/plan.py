@@ -174,6 +174,11 @@ class Plan:
         return jobs
 
     @property
+    def language(self) -> list[str]:
+        """Files of the user's own that say what language tasks ask."""
+        return [task for task in self.experiment.evaluation.language if task.endswith((".yaml", ".yml"))]
+
+    @property
     def predictions(self) -> list[str]:
         """Predictions of the teacher and of every student."""
         return [path for job in self.asking for path in job.predictions]

@@ -179,9 +179,19 @@ class Evaluation(Section):
     harness: Literal["lm-eval", "lmms-eval", "vlmeval"] = Field(
         "lm-eval", description="who asks the questions and scores the answers"
     )
+    language: list[str] = Field(
+        [], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
+    )
     vlmeval_checkout: str | None = Field(
         None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
     )
+
+    @model_validator(mode="after")
+    def _own_files(self) -> "Evaluation":
+        stems = [task.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml") for task in self.language]
+        if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            raise ValueError(f"language names `{repeated[0]}` twice, and their scores share a file; rename one")
+        return self
 
 
 class Bench(Section):

@@ -1,12 +1,28 @@
-"""What of a raw answer counts: extraction and normalisation, the same for every harness that leaves it to us."""
+"""An answer, and what of it counts: extraction and normalisation, the same for every harness that leaves it to us."""
 
 import re
 import string
 from collections.abc import Callable
+from dataclasses import dataclass
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LETTER = re.compile(r"^\(?([A-Z])(?:[).:,\s]|$)")
 _YES_NO = re.compile(r"\b(yes|no)\b")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: the answer without special tokens, stripped.
+        logprob: natural logarithm of the probability of the answer's tokens and of the end token behind them.
+        entropy: of the distribution that the first token was taken from, in nats.
+    """
+
+    text: str
+    logprob: float
+    entropy: float
 
 
 def normalise(text: str) -> str:

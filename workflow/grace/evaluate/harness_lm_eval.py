@@ -21,10 +21,10 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from grace.errors import GraceError
-from grace.evaluate.answer import normalise
+from grace.evaluate.answer import Answer, normalise
 from grace.evaluate.predictions import SCHEMA, read_questions
 from grace.evaluate.registry import LM_EVAL, Benchmark
-from grace.evaluate.runner import Answer, Question, Runner
+from grace.evaluate.runner import Question, Runner
 
 PICTURE = "<image>"  # lm-eval's own placeholder
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)

@@ -24,10 +24,10 @@ from lmms_eval.utils import load_yaml_config
 from PIL import Image
 
 from grace.errors import GraceError
-from grace.evaluate.answer import EXTRACTIONS, normalise
+from grace.evaluate.answer import EXTRACTIONS, Answer, normalise
 from grace.evaluate.predictions import SCHEMA, read_questions
 from grace.evaluate.registry import LMMS_EVAL, Benchmark
-from grace.evaluate.runner import Answer, Question, Runner
+from grace.evaluate.runner import Question, Runner
 
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 

@@ -21,10 +21,10 @@ from typing import Any
 import pandas as pd
 
 from grace.errors import GraceError
-from grace.evaluate.answer import EXTRACTIONS, normalise
+from grace.evaluate.answer import EXTRACTIONS, Answer, normalise
 from grace.evaluate.predictions import SCHEMA, read_questions
 from grace.evaluate.registry import VLMEVAL, Benchmark
-from grace.evaluate.runner import Answer, Question, Runner
+from grace.evaluate.runner import Question, Runner
 
 MODEL = "grace"  # VLMEvalKit reuses predictions by model name, so every benchmark works in a new folder
 

@@ -10,13 +10,17 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from grace.data.pictures import Picture
 from grace.errors import GraceError
+from grace.evaluate.answer import Answer
+from grace.evaluate.parts import Parts
 from grace.evaluate.pixels import Pixels
+from grace.evaluate.share import Share
 from grace.models import decoder, image_token_id, output_head
 
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same pictures
@@ -37,21 +41,6 @@ class Question:
     image: bytes
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the model said.
-
-    Attributes:
-        text: the answer without special tokens, stripped.
-        logprob: natural logarithm of the probability of the answer's tokens and of the end token behind them.
-        entropy: of the distribution that the first token was taken from, in nats.
-    """
-
-    text: str
-    logprob: float
-    entropy: float
-
-
 class Runner:
     """Greedy answers of one LLaVA model; also the likelihood of plain text under its decoder.
 
@@ -61,6 +50,10 @@ class Runner:
         batch: sequences per forward pass.
         max_new_tokens: longest answer in tokens.
         kept: what the model's tower makes of pictures, bf16 [n, d] by SHA-256, where that was kept.
+
+    Attributes:
+        parts: where answers are kept as they come, if anywhere; set before each benchmark.
+        share: the processes that ask together.
     """
 
     def __init__(
@@ -86,6 +79,8 @@ class Runner:
         self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
         self.kept = kept or {}
+        self.parts: Parts | None = None
+        self.share = Share()
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._held = 0
 
@@ -113,14 +108,42 @@ class Runner:
                 )
         pictures = [hashlib.sha256(question.image).digest() for question in questions]
         order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), pictures[i], i))
-        answers: list[Answer | None] = [None] * len(questions)
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            features = self._look([(pictures[i], questions[i]) for i in rows])
-            for i, found in zip(rows, self._generate([prompts[i] for i in rows], features), strict=True):
-                answers[i] = found
-            advance(len(rows))
-        return answers
+        name = self._name(questions, pictures) if self.parts else ""
+        answers = self.share.agreed(self.parts.read(name) if self.parts else {})
+        advance(len(answers))
+
+        def ask(rows: list[int]) -> list[Answer]:
+            found = self._generate([prompts[i] for i in rows], self._look([(pictures[i], questions[i]) for i in rows]))
+            if self.parts:
+                self.parts.add(name, rows, found)
+            advance(len(rows) * self.share.size)
+            return found
+
+        answers |= self._together(order, ask, answers)
+        return [answers[i] for i in range(len(questions))]
+
+    def _together(self, order: list[int], work: Callable[[list[int]], list], done: Mapping[int, Any]) -> dict[int, Any]:
+        """What `work` makes of batches of `order`, by number; batches that are done are left out, others shared."""
+        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+        mine, failed = {}, None
+        try:
+            for rows in self.share.dealt([rows for rows in batches if any(i not in done for i in rows)]):
+                mine |= dict(zip(rows, work(rows), strict=True))
+        except GraceError as error:  # raised in every process, or the others would wait for this one
+            failed = error
+        found = {}
+        for theirs, error in self.share.gathered((mine, failed)):
+            if error is not None:
+                raise error
+            found |= theirs
+        return found
+
+    def _name(self, questions: Sequence[Question], pictures: Sequence[bytes]) -> str:
+        """A hash of all that is asked, and of how it is cut into batches."""
+        digest = hashlib.sha256(f"{self.batch} {self.max_new_tokens}".encode())
+        for question, picture in zip(questions, pictures, strict=True):
+            digest.update(question.prompt.encode() + b"\0" + picture)
+        return digest.hexdigest()[:16]
 
     def _look(self, wanted: list[tuple[bytes, Question]]) -> torch.Tensor:
         """Visual features [rows, visual tokens, d], each picture computed once while it is remembered."""
@@ -192,21 +215,21 @@ class Runner:
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """For (context, continuation) token ids: log-probability (nats) of the continuation, and whether it is greedy."""
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
-        scores: list[tuple[float, bool] | None] = [None] * len(pairs)
-        for start in range(0, len(order), self.batch):
-            rows = order[start : start + self.batch]
-            whole = [(pairs[i][0] + pairs[i][1])[:-1] for i in rows]
-            ids = torch.full((len(rows), max(map(len, whole))), self.pad)
-            for row, sequence in enumerate(whole):
-                ids[row, : len(sequence)] = torch.tensor(sequence)
-            hidden = self.decoder(input_ids=ids.to(self.model.device)).last_hidden_state  # right padding is never seen
-            for row, i in enumerate(rows):
-                context, continuation = pairs[i]
-                steps = hidden[row, len(context) - 1 : len(context) - 1 + len(continuation)]
-                logp = self.head(steps).float().log_softmax(-1)
-                labels = torch.tensor(continuation, device=logp.device)
-                scores[i] = (
-                    logp.gather(1, labels[:, None]).sum().item(),
-                    bool((logp.argmax(-1) == labels).all()),
-                )
+        scores = self._together(order, lambda rows: self._score([pairs[i] for i in rows]), {})
+        return [scores[i] for i in range(len(pairs))]
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """One batch of `score`, right-padded: the padding is never seen."""
+        whole = [(context + continuation)[:-1] for context, continuation in pairs]
+        ids = torch.full((len(pairs), max(map(len, whole))), self.pad)
+        for row, sequence in enumerate(whole):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+        hidden = self.decoder(input_ids=ids.to(self.model.device)).last_hidden_state
+        scores = []
+        for row, (context, continuation) in enumerate(pairs):
+            steps = hidden[row, len(context) - 1 : len(context) - 1 + len(continuation)]
+            logp = self.head(steps).float().log_softmax(-1)
+            labels = torch.tensor(continuation, device=logp.device)
+            greedy = bool((logp.argmax(-1) == labels).all())
+            scores.append((logp.gather(1, labels[:, None]).sum().item(), greedy))
         return scores

@@ -3,15 +3,19 @@
 import importlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from grace.config.runs import EvaluateRun
 from grace.errors import GraceError
+from grace.evaluate.parts import Parts
 from grace.evaluate.predictions import (
     finished,
     model_hash,
@@ -21,8 +25,13 @@ from grace.evaluate.predictions import (
     write_predictions,
 )
 from grace.evaluate.registry import LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.evaluate.share import Share
+from grace.evaluate.text import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.files import MANIFEST, read_json, sha256, write_json
 from grace.progress import progress
+
+if TYPE_CHECKING:
+    from grace.evaluate.runner import Runner
 
 _MODULES = {
     LM_EVAL: "grace.evaluate.harness_lm_eval",
@@ -36,6 +45,7 @@ _INSTALL = {
     VLMEVAL: "pip install -r envs/vlmeval.txt",
 }
 
+PARTS = ".parts"  # answers of a benchmark that is being asked
 FEATURES = "features.safetensors"  # what the frozen tower makes of the benchmarks' pictures, where it was kept
 Predict = Callable[[Benchmark, Path], pd.DataFrame]
 
@@ -44,8 +54,11 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
     """Ask a model every question of every benchmark; write `out/{benchmark}.parquet` and, last, `out/manifest.json`.
 
     A benchmark whose predictions are there and were made by the same model, questions, settings and harness is not
-    asked again; with none left, neither the model nor the harness is loaded. A benchmark that fails does not stop the
-    others: their predictions are kept, and a `GraceError` at the end names what failed.
+    asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark are kept as they
+    come, so that a killed job goes on in the middle of one. A benchmark that fails does not stop the others: their
+    predictions are kept, and a `GraceError` at the end names what failed.
+
+    Started by torchrun, all processes call it: they share the questions, and the first one writes.
 
     Args:
         run: frozen parameters (`EvaluateRun`).
@@ -59,71 +72,74 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
     for entry in entries:
         task_id(entry.name, settings.harness)
     harness = _harness(settings)
-    made_by = model_hash(model)
-    asked = settings.model_dump(exclude={"benchmarks", "vlmeval_checkout"})
+    made_by, share = model_hash(model), Share()
+    asked = settings.model_dump(exclude={"benchmarks", "language", "vlmeval_checkout"})
     out.mkdir(parents=True, exist_ok=True)
-    failed, keys, pending = [], {}, []
+    failed, keys, files = [], {}, {}
     for entry in entries:
         try:
-            questions = _questions_file(data, entry.name)
-            keys[entry.name] = prediction_key(made_by, sha256(questions), asked, harness, entry)
+            files[entry.name] = _questions_file(data, entry.name)
+            keys[entry.name] = prediction_key(made_by, sha256(files[entry.name]), asked, harness, entry)
         except GraceError as error:
             failed.append(str(error))
-            continue
-        if finished(out / f"{entry.name}.parquet", keys[entry.name]) is None:
-            pending.append((entry, questions))
-    if pending or failed:
+    texts = {}
+    for task in settings.language:
+        try:
+            texts[task] = text_key(made_by, task, settings.limit)
+        except GraceError as error:
+            failed.append(str(error))
+    pending = [e for e in entries if e.name in keys and finished(out / f"{e.name}.parquet", keys[e.name]) is None]
+    untold = [task for task, key in texts.items() if finished(text_file(out, task), key) is None]
+    pending, untold = share.agreed((pending, untold))
+    if share.first and (pending or untold or failed):
         (out / MANIFEST).unlink(missing_ok=True)
-    if pending:
-        failed += _run_all(pending, parameters, model, out, keys)
+    if pending or untold:
+        with _asking(parameters, model, data, pending) as (runner, predict):
+            for entry in pending:
+                runner.parts = Parts(out / PARTS / keys[entry.name], share.rank)
+                try:
+                    start = time.monotonic()
+                    rows = predict(entry, files[entry.name])
+                    if share.first:
+                        path = out / f"{entry.name}.parquet"
+                        write_predictions(path, rows, keys[entry.name], time.monotonic() - start)
+                        runner.parts.drop()
+                except GraceError as error:
+                    failed.append(str(error))
+            for task in untold:
+                try:
+                    found = score_text(runner, task, settings.limit)
+                    if share.first:
+                        write_text_scores(text_file(out, task), found, texts[task])
+                except GraceError as error:
+                    failed.append(str(error))
     if failed:
-        raise GraceError(
-            f"{len(failed)} of {len(entries)} benchmarks failed, the others are kept: " + "; ".join(failed)
-        )
-    _write_manifest(out, entries, keys, made_by, harness)
+        every = len(entries) + len(settings.language)
+        raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
+    if share.first:
+        _write_manifest(model, out, entries, keys, settings.language, {"model": made_by, "harness": harness})
 
 
-def _run_all(
-    pending: list[tuple[Benchmark, Path]], parameters: EvaluateRun, model: Path, out: Path, keys: dict[str, str]
-) -> list[str]:
-    """Predict and write the benchmarks of `pending`; return what failed."""
+@contextmanager
+def _asking(
+    parameters: EvaluateRun, model: Path, data: Path, pending: list[Benchmark]
+) -> Iterator[tuple["Runner", Predict]]:
+    """The model, loaded, and the harness around it, with a bar that counts the questions of `pending`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harnesses' own bars
     os.environ.setdefault("LMEVAL_HASHMM", "0")  # lm-eval's search for pictures to hash in rows, which hold none
-    limit, failed = parameters.evaluation.limit, []
-    total = sum(entry.size if limit is None else min(entry.size, limit) for entry, _ in pending)
-    with progress(f"evaluating {model}", total) as advance:
-        predict = _predictor(parameters, model, pending[0][1].parent / FEATURES, advance)
-        said = 0
-        for entry, questions in pending:
-            start = time.monotonic()
-            try:
-                rows = predict(entry, questions)
-                said += int(rows["prediction"].str.strip().ne("").sum())
-                write_predictions(out / f"{entry.name}.parquet", rows, keys[entry.name], time.monotonic() - start)
-            except GraceError as error:
-                failed.append(str(error))
-    if not said and not failed:
-        raise GraceError(
-            f"{model}: answered nothing to any question of any benchmark; check its training log, and that its chat "
-            "template is the one it was trained with"
-        )
-    return failed
-
-
-def _predictor(parameters: EvaluateRun, model: Path, features: Path, advance: Callable[[int], None]) -> Predict:
-    """The harness around the model, both loaded."""
     import torch
 
     from grace.data import load_features
     from grace.evaluate.runner import Runner
     from grace.models import load_model, load_processor, vision_tower
 
-    settings = parameters.evaluation
-    harness = importlib.import_module(_MODULES[settings.harness])
-    loaded = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
-    kept = load_features(features, vision_tower(loaded))
-    runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
-    return harness.predictor(runner, settings, advance)
+    settings, share = parameters.evaluation, Share()
+    total = sum(entry.size if settings.limit is None else min(entry.size, settings.limit) for entry in pending)
+    with progress(f"evaluating {model}", total) if share.first else nullcontext(lambda steps: None) as advance:
+        loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
+        kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
+        runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
+        yield runner, importlib.import_module(_MODULES[settings.harness]).predictor(runner, settings, advance)
 
 
 def _harness(settings) -> dict[str, str]:
@@ -154,18 +170,29 @@ def _questions_file(data: Path, name: str) -> Path:
     )
 
 
-def _write_manifest(out: Path, entries: list[Benchmark], keys: dict[str, str], model: str, harness: dict) -> None:
+def _write_manifest(
+    model: Path, out: Path, entries: list[Benchmark], keys: dict[str, str], texts: list[str], about: dict
+) -> None:
     """Sum up the predictions; files of benchmarks that are no longer asked for go."""
-    benchmarks = {}
+    benchmarks, language, answered = {}, {}, False
     for entry in entries:
         path = out / f"{entry.name}.parquet"
-        seconds = finished(path, keys[entry.name])["seconds"]
-        benchmarks[entry.name] = {
-            "file": path.name, "sha256": sha256(path), "seconds": seconds, **summary(entry, read_rows(path)),
-        }  # fmt: skip
-    for path in out.glob("*.parquet"):
-        if path.stem not in benchmarks:
+        rows, seconds = read_rows(path), finished(path, keys[entry.name])["seconds"]
+        answered |= bool(rows["prediction"].str.strip().ne("").any())
+        benchmarks[entry.name] = {"file": path.name, "sha256": sha256(path), "seconds": seconds, **summary(entry, rows)}
+    if not answered:
+        raise GraceError(
+            f"{model}: answered nothing to any question of any benchmark; check its training log, and that "
+            "its chat template is the one it was trained with"
+        )
+    for task in texts:
+        path = text_file(out, task)
+        language[task] = {"file": path.relative_to(out).as_posix(), "sha256": sha256(path), **text_summary(path)}
+    wanted = {out / entry["file"] for entry in (*benchmarks.values(), *language.values())}
+    for path in out.rglob("*.parquet"):
+        if path not in wanted:
             path.unlink()
-    manifest = {"model": model, "harness": harness, "benchmarks": benchmarks}
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    manifest = {**about, "benchmarks": benchmarks} | ({"language": language} if language else {})
     if not (out / MANIFEST).is_file() or read_json(out / MANIFEST) != manifest:
         write_json(out / MANIFEST, manifest)
