@@ -27,7 +27,7 @@ def gaps(results: Results) -> list[str]:
         return []
     rest = f" and {len(lacking) - MISSING_SHOWN} more" if len(lacking) > MISSING_SHOWN else ""
     return [
-        f"Partial results: {len(lacking)} set{'s' * (len(lacking) > 1)} of predictions are not here "
+        f"Partial results: {len(lacking)} set{'s' * (len(lacking) > 1)} of predictions {'are' if len(lacking) > 1 else 'is'} not here "
         f"({', '.join(lacking[:MISSING_SHOWN])}{rest}), and everything is computed without them."
     ]
 
@@ -61,7 +61,7 @@ def _paper(results: Results, number_: str) -> str:
 
 
 def _averages(results: Results, number_: str) -> list[str]:
-    left_out = [name for name in results.benchmarks if name not in results.averaged]
+    left_out = [results.mirrors[name] for name in results.benchmarks if name not in results.averaged]
     what = f"the {len(results.averaged)} benchmarks other than {', '.join(left_out)}" if left_out else "all benchmarks"
     said = f"The average is the plain mean of {what}"
     theirs = paper_average(results.experiment, number_)

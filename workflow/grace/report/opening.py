@@ -48,13 +48,14 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     trained = f"{data.pictures:,} pictures made here" if data.source == "demo" else str(data.conversations)
     first = next(iter(results.seeds))
     asked = sum(results.scores(first, name).values.shape[1] for name in results.benchmarks if results.has(first, name))
+    named = [name if name in results.imitations else results.mirrors[name] for name in results.benchmarks]
     harness = results.manifest(first, results.seeds[first][0]).get("harness", {})
     averaged = "all" if len(results.averaged) == len(results.benchmarks) else f"{len(results.averaged)}"
     return [
         ("Models", f"{experiment.family} family; {'; '.join(models)}"),
         ("Trained on", f"{trained}; every student {experiment.finetune.steps:,} steps of {experiment.finetune.batch} from its seed's baseline"),
         ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in {len(results.benchmarks)} benchmarks "
-         f"({', '.join(results.benchmarks)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
+         f"({', '.join(named)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
         ("Numbers", f"points, ± standard error (clustered by picture, with the variance between seeds); the average is of {averaged} benchmarks"),
     ]  # fmt: skip
 

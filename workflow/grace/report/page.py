@@ -19,7 +19,7 @@ from grace.report.figures import NAMES as FIGURES
 from grace.report.opening import opening
 from grace.report.paper import label
 from grace.report.read import TEACHER, Results, Row
-from grace.report.render import Cell, Table, Texts, aligned, comma_separated, latex, markdown
+from grace.report.render import WIDE, Cell, Table, Texts, aligned, comma_separated, latex, markdown
 from grace.report.score_tables import DETECTABLE
 from grace.report.tables import build_tables
 
@@ -76,6 +76,7 @@ def _table(table: Table) -> dict[str, Any]:
         "title": table.title,
         "heads": [table.heads[0], *(["Block"] if blocks else []), *table.heads[1:]],
         "columns": table.columns,
+        "wide": len(table.columns) > WIDE,
         "lines": lines,
         "notes": table.notes,
         "files": [(ending, _inline(write(table).encode(), kind)) for ending, (kind, write) in files.items()],
@@ -86,7 +87,7 @@ def _cell(cell: Cell, text: Texts) -> Markup:
     wrap = {"best": Markup("<b>{}</b>"), "second": Markup("<u>{}</u>")}.get(cell.mark, Markup("{}"))
     shown = wrap.format(text.number)
     if text.error:
-        shown += Markup(" ± {}{}").format(_hidden(text.before_error), text.error)
+        shown += Markup('<span class="e"> ± {}{}</span>').format(_hidden(text.before_error), text.error)
     shown += escape(text.star) + _hidden(text.after)
     if text.paper:
         tail = f" ± {text.before_error}{text.error}{text.star}{text.after}" if text.error else text.after

@@ -5,6 +5,8 @@ import io
 import math
 from dataclasses import dataclass, field, replace
 
+WIDE = 8  # with more columns than that, errors stand under the numbers
+
 
 @dataclass
 class Cell:
@@ -223,16 +225,23 @@ def _tex_width(texts: list[str]) -> str:
 
 def _tex_lines(table: Table, width: int) -> list[str]:
     lines, group = [], ""
+    wide = len(table.columns) > WIDE
     for line, texts in zip(table.lines, aligned(table), strict=True):
         if line.group != group:
             lines += [r"\midrule"] if lines else []
             lines += [rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_tex(line.group)}}}}} \\"] if line.group else []
         group = line.group
+        if wide:
+            texts = [replace(text, error="", before_error="", after="") for text in texts]
         cells = [_tex_cell(cell, text) for cell, text in zip(line.cells, texts, strict=True)]
         lines.append(" & ".join([*map(_tex, line.heads), *cells, _tex(line.run)]) + r" \\")
-        if any(text.paper for text in texts):
-            papers = [_tex_paper(text) for text in texts]
-            lines.append(" & ".join([r"\quad paper", *[""] * (len(line.heads) - 1), *papers, ""]) + r" \\")
+        below = []
+        if wide:
+            below.append((r"\quad $\pm$", [_tex(cell_texts(cell).error) for cell in line.cells]))
+        below.append((r"\quad paper", [_tex_paper(text) for text in texts]))
+        for name, found in below:
+            if any(found):
+                lines.append(" & ".join([name, *[""] * (len(line.heads) - 1), *found, ""]) + r" \\")
     return lines
 
 

@@ -173,8 +173,7 @@ def _detectable(results: Results, groups: list[Group], columns: list[str], tests
 def heading(results: Results, column: str) -> str:
     """`colour (GQA)` for a benchmark that imitates one of the paper's, `GQA` for the paper's own."""
     mirrored = results.mirrors.get(column, column)
-    own = canonical(column) == canonical(mirrored)
-    return mirrored if own else f"{column} ({mirrored})"
+    return f"{column} ({mirrored})" if column in results.imitations else mirrored
 
 
 def groups_of(results: Results) -> dict[str, list[Group]]:
