@@ -102,17 +102,22 @@ def qwen(version: int) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_positions_of_time_height_and_width(version):
-    model = qwen(version)
+def qwen_inputs() -> dict[str, torch.Tensor]:
+    """Two prompts of 11 tokens, the first one padded, each with a picture of 2 x 2 visual tokens."""
     ids = torch.tensor([[0, 0, 1, 4, 3, 3, 3, 3, 5, 20, 21], [1, 22, 25, 4, 3, 3, 3, 3, 5, 30, 31]])
-    inputs = {
+    return {
         "input_ids": ids,
         "attention_mask": (ids != 0).long(),
         "pixel_values": torch.randn(32, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
         "mm_token_type_ids": (ids == 3).int(),
     }
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_positions_of_time_height_and_width(version):
+    model = qwen(version)
+    inputs = qwen_inputs()
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 11:]
     assert torch.equal(generate(model, inputs, 8), expected)
     fuse_dense(model.model.language_model)

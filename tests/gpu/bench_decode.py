@@ -66,7 +66,7 @@ def round_in_place(model: nn.Module, device: torch.device) -> None:
 
 
 def measure(
-    model: nn.Module, name: str, batches: list[int], new_tokens: int, repeats: int, device: torch.device
+    model: nn.Module, name: str, batches: list[int], new_tokens: int, repeats: int, device: torch.device, kernels: bool
 ) -> list:
     """Rows like decode.csv's for a model without a processor: random tokens and a random picture."""
     generator = torch.Generator(device).manual_seed(0)
@@ -106,10 +106,30 @@ def measure(
                 "weight_mib": weights / MIB, "peak_mib": peak / MIB,
             }
         )  # fmt: skip
+        if kernels:
+            prefill()
+            print_kernels(held[0], f"{name}, batch {batch}, {step:.3f} ms")
         held.clear()
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def print_kernels(session: Session, what: str) -> None:
+    """The kernels of one step by time. Dependent launches overlap, so that the sum can exceed the step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(5):
+            session.step()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda event: -event.device_time_total)
+    print(f"{what}: kernels of one step")
+    for event in events[:14]:
+        calls = event.count / 5
+        print(
+            f"  {event.device_time_total / 5:8.1f} us  {calls:5.0f} x {event.device_time_total / event.count:6.2f}  {event.key[:90]}"
+        )
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -126,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kernels", action="store_true", help="with --random: also print the kernels of one step")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
@@ -139,11 +160,11 @@ def main() -> None:
     else:
         model = random_llava(device)
         fuse_dense(decoder(model))
-        rows = measure(model, "bf16", batches, chosen.new_tokens, chosen.repeats, device)
+        rows = measure(model, "bf16", batches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
         round_in_place(model, device)
         gc.collect()
         torch.cuda.empty_cache()
-        rows += measure(model, "int4", batches, chosen.new_tokens, chosen.repeats, device)
+        rows += measure(model, "int4", batches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
     write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": rows})
     for row in rows:
         floor = limits["read_bytes_per_second"] / row["weight_mib"] / MIB

@@ -1,7 +1,8 @@
 """Greedy decoding in batches over a static cache, the same for bf16 and packed models, on a CPU or a card.
 
 Everything that a step reads and writes has a fixed place (cache, token, position), so that on a CUDA device the step
-is captured once in a graph and replayed; on a CPU the very same function runs as it is.
+is captured once in a graph and replayed; on a CPU the very same function runs as it is. On CUDA, decoders that
+`llama_step` knows take its fused step; the others run transformers' own layers, compiled.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import StaticCache
 
 from grace.errors import GraceError
+from grace.infer import llama_step
 from grace.models import decoder, output_head
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a card
@@ -23,11 +25,13 @@ class Session:
         model: from `load_for_inference`.
         batch: sequences decoded together.
         length: slots of the static cache per sequence.
-        compile: on CUDA, whether to compile the step before capturing it, which fuses norms, rotary embeddings and
-            residuals.
+        fused: whether to take the hand-fused step; None takes it on CUDA where the decoder is known to it.
+        compile: on CUDA and without the fused step, whether to compile the step before capturing it.
     """
 
-    def __init__(self, model: nn.Module, batch: int, length: int, compile: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, batch: int, length: int, fused: bool | None = None, compile: bool = True
+    ) -> None:
         self.model, self.batch, self.length = model, batch, length
         self.decoder, self.head = decoder(model), output_head(model)
         embedding = model.get_input_embeddings().weight
@@ -45,16 +49,23 @@ class Session:
                 f"no memory left on {self.device} for the cache of {batch} sequences of {length} tokens; "
                 f"decode fewer at once, or use a packed model"
             ) from error
-        axes = 3 if _has_grid_positions(model) else None
         place = {"device": self.device, "dtype": torch.int64}
         self.slots = torch.arange(length, **place)
         self.token = torch.zeros(batch, 1, **place)
-        self.position = torch.zeros((axes, batch, 1) if axes else (batch, 1), **place)
+        self.position = torch.zeros(batch, **place)
         self.slot = torch.zeros((), **place)  # where the next key and value go
         self.valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)  # false on a prompt's padding
-        self.graph = None
+        self.graph, step = None, self._step
+        if fused is None:
+            fused = self.device.type == "cuda" and llama_step.knows(self.decoder)
+        if fused:
+            self._step = step = llama_step.LlamaStep(
+                self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.valid
+            )
+        elif compile and self.device.type == "cuda":
+            step = torch.compile(self._step, dynamic=False)
         if self.device.type == "cuda":
-            self.graph = self._capture(torch.compile(self._step, dynamic=False) if compile else self._step)
+            self.graph = self._capture(step)
 
     def prefill(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Read the prompts; return the first token of every answer, int64 [batch].
@@ -87,8 +98,7 @@ class Session:
             logits_to_keep=1,
         )
         self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
-        last = positions.amax(dim=(0, 2) if positions.dim() == 3 else 1)  # [batch]
-        self.position.copy_((last + 1).view(-1, 1).expand_as(self.position))
+        self.position.copy_(positions.amax(dim=(0, 2) if positions.dim() == 3 else 1) + 1)
         self.slot.fill_(tokens)
         return self.token[:, 0].clone()
 
@@ -102,10 +112,13 @@ class Session:
 
     def _step(self) -> None:
         seen = self.valid & (self.slots <= self.slot)  # [batch, length]
+        position = self.position.unsqueeze(1)
+        if _has_grid_positions(self.model):
+            position = position.expand(3, -1, -1)  # time, height and width agree on every token after the prompt
         hidden = self.decoder(
             inputs_embeds=self.embed(self.token),
             attention_mask=seen[:, None, None, :],
-            position_ids=self.position,
+            position_ids=position,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state

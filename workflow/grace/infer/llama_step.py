@@ -1,0 +1,116 @@
+"""One decoding step of a Llama-type decoder by hand: products, and the fused kernels of `grace.kernels.decode_step`.
+
+It computes what transformers' own layers compute, from the same modules and over the same static cache, and is tested
+against them. Prefill, and every decoder that `knows` refuses, run transformers' code.
+"""
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from grace.infer.fuse import Fused
+from grace.infer.int4_linear import Int4Linear
+from grace.kernels import decode_step, w4a16_few
+
+# Decoders whose layers are norm, attention with rotary embeddings, norm, gated MLP. The Qwen ones give every position
+# three axes, which agree for every token after a prompt.
+FAMILIES = {"llama", "mistral", "qwen2_vl_text", "qwen3_vl_text"}
+STATIC_ROPE = {"default", "linear", "llama3", "yarn", "mrope"}  # rotary frequencies that do not depend on the length
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+def knows(decoder: nn.Module) -> bool:
+    """Whether `LlamaStep` computes what this decoder, its linears joined by `grace.infer.fuse`, does."""
+    config = decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = decoder.layers[0]
+    return (
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in STATIC_ROPE
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None
+        and first.self_attn.head_dim in HEAD_DIMS
+        and all(isinstance(m, Fused) for layer in decoder.layers for m in (layer.self_attn.q_proj, layer.mlp.gate_proj))
+    )
+
+
+class LlamaStep:
+    """Decodes one more token of every sequence, in place; every tensor it reads or writes keeps its address.
+
+    Args:
+        decoder, embedding, head: the parts of a model that `knows` accepts.
+        cache: initialised, with room for `length` tokens.
+        token: int64 [batch, 1], the last token, replaced by the next.
+        position: int64 [batch], its position in the sequence.
+        slot: int64 [], its place in the cache.
+        valid: bool [batch, length], false on padding.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        embedding: nn.Module,
+        head: nn.Module,
+        cache: StaticCache,
+        token: torch.Tensor,
+        position: torch.Tensor,
+        slot: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> None:
+        self.layers, self.norm, self.head = list(decoder.layers), decoder.norm, head
+        self.table, self.cache = embedding.weight, cache
+        self.token, self.position, self.slot, self.valid = token.view(-1), position, slot, valid
+        self.stream = self.table.new_empty(len(position), self.table.shape[1])
+        self.cos, self.sin = rotary_table(decoder.rotary_emb, valid.shape[1], self.table.dtype)
+
+    def __call__(self) -> None:
+        x, first = self.stream, self.layers[0].input_layernorm
+        hidden = decode_step.add_norm(
+            x, first.weight, first.variance_epsilon, token=self.token, table=self.table
+        )  # [batch, d]
+        following = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        for layer, cached, next_norm in zip(self.layers, self.cache.layers, following, strict=True):
+            attention, mlp, middle = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+            qkv = product(attention.q_proj.linear, hidden)  # [batch, (H + 2 KV) D]
+            gains = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+            mixed = decode_step.attend(
+                qkv, cached.keys, cached.values, self.valid, self.cos, self.sin, self.position, self.slot,
+                attention.scaling,
+                gains=gains and tuple(norm.weight for norm in gains), eps=gains[0].variance_epsilon if gains else 0.0,
+            )  # fmt: skip
+            out = product(attention.o_proj, mixed)
+            hidden = decode_step.add_norm(x, middle.weight, middle.variance_epsilon, delta=out)
+            inner = gated_product(mlp.gate_proj.linear, hidden)
+            out = product(mlp.down_proj, inner)
+            hidden = decode_step.add_norm(x, next_norm.weight, next_norm.variance_epsilon, delta=out)
+        decode_step.argmax(self.head(hidden), self.token, self.position, self.slot)
+
+
+def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """x [batch, in] through a dense or a packed linear: [batch, out]."""
+    if _takes_few_rows(linear, x):
+        return w4a16_few.few_rows(x, linear.weight, linear.scales, linear.bias, linear.group_size)
+    return linear(x)
+
+
+def gated_product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of a joined gate and up projection: x [batch, in] -> [batch, out / 2]."""
+    if _takes_few_rows(linear, x):
+        return w4a16_few.few_rows(x, linear.weight, linear.scales, linear.bias, linear.group_size, gate=True)
+    return decode_step.silu_mul(linear(x))
+
+
+def _takes_few_rows(linear: nn.Module, x: torch.Tensor) -> bool:
+    return (
+        isinstance(linear, Int4Linear)
+        and linear.backend == "triton"
+        and w4a16_few.serves(len(x), linear.in_features, linear.group_size, x.dtype, x.device)
+    )
+
+
+def rotary_table(rotary: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of positions 0, 1, ...: each [positions, D] in `dtype`, both halves alike."""
+    place = torch.arange(positions, device=rotary.inv_freq.device, dtype=torch.float32)
+    angle = torch.outer(place, rotary.inv_freq.float()).repeat(1, 2)
+    return tuple((f(angle) * rotary.attention_scaling).to(dtype) for f in (torch.cos, torch.sin))
