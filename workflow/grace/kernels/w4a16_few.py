@@ -124,7 +124,7 @@ def few_rows_kernel(
     second = first + (N // 2 if GATE else 8)
     held = ()
     for piece in tl.static_range(min(AHEAD, pieces)):
-        held = held + (_read_piece(words, scales, first, second, deep, part, piece, N, CHUNKS, GROUP, WARPS),)
+        held += (_read_piece(words, scales, first, second, deep, part, piece, N, CHUNKS, GROUP, WARPS),)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -152,9 +152,7 @@ def few_rows_kernel(
         acc_a += sums_a * step_a.to(tl.float32)[:, None]
         acc_b += sums_b * step_b.to(tl.float32)[:, None]
         if piece + AHEAD < pieces:
-            held = held + (
-                _read_piece(words, scales, first, second, deep, part, piece + AHEAD, N, CHUNKS, GROUP, WARPS),
-            )
+            held += (_read_piece(words, scales, first, second, deep, part, piece + AHEAD, N, CHUNKS, GROUP, WARPS),)
     total_a = tl.sum(tl.reshape(acc_a, (WARPS, 8, 8)), 0)
     total_b = tl.sum(tl.reshape(acc_b, (WARPS, 8, 8)), 0)
     outs = tl.program_id(0) * per_program + tl.arange(0, 8)

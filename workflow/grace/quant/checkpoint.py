@@ -119,10 +119,13 @@ def write_checkpoint(
 ) -> None:
     """Write a model's weights as transformers names them: one file, or shards of at most `shard_bytes` and an index."""
     shards: list[list[TensorSpec]] = [[]]
+    filled = 0
     for spec in specs:
-        if shards[-1] and sum(s.bytes for s in shards[-1]) + spec.bytes > shard_bytes:
+        if shards[-1] and filled + spec.bytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(spec)
+        filled += spec.bytes
     if len(shards) == 1:
         return write_tensors(folder / "model.safetensors", specs, produce)
     weight_map = {}
