@@ -12,7 +12,7 @@ WIDE = {"token", "position", "slot"}
 NUMBERS = {"EPS": "fp32", "SCALE": "fp32"}
 
 
-def build(kernel, card: int, dtype: str, registers: int | None = None, warps: int = 4, **constants):
+def build(kernel, card: int, dtype: str, **constants):
     """The compiled kernel, every pointer aligned to 16 bytes as torch's allocator does."""
     kinds = {}
     for name in kernel.arg_names:
@@ -21,7 +21,7 @@ def build(kernel, card: int, dtype: str, registers: int | None = None, warps: in
     kinds |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if kinds[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 3, "launch_pdl": constants["PDL"], "maxnreg": registers}
+    options = {"num_warps": 4, "num_stages": 3, "launch_pdl": constants["PDL"]}
     return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
 
 
@@ -29,10 +29,10 @@ def main() -> None:
     for card, pdl in ((80, False), (90, True)):
         for group, width, split in ((1, 128, 8), (7, 128, 1), (6, 64, 16)):
             done = build(
-                decode_step.attend_kernel, card, "bf16", KV=4, G=group, ROWS=1 if group == 1 else 16, D=width, BLOCK=64,
+                decode_step.attend_kernel, card, "bf16", KV=4, G=group, ROWS=16, D=width, BLOCK=32 if split > 1 else 64,
                 SPLIT=split, NORM=group == 6, PDL=pdl, OPERANDS=tl.bfloat16,
             )  # fmt: skip
-            assert ("mma" in done.asm["ptx"]) == (group > 1) and ("griddepcontrol.wait" in done.asm["ptx"]) == pdl
+            assert "mma" in done.asm["ptx"] and ("griddepcontrol.wait" in done.asm["ptx"]) == pdl
         build(decode_step.add_norm_kernel, card, "bf16", BLOCK=4096, EMBED=True, HAS_DELTA=False, PDL=pdl)
         build(decode_step.add_norm_kernel, card, "bf16", BLOCK=4096, EMBED=False, HAS_DELTA=True, PDL=pdl)
         build(decode_step.silu_mul_kernel, card, "bf16", BLOCK=512, PDL=pdl)

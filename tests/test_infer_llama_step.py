@@ -1,5 +1,10 @@
 """The hand-fused decoding step, in Triton's interpreter, against transformers' generate and torch's own operators."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +18,8 @@ from grace.kernels import decode_step
 from grace.models import load_processor
 from infer_models import save_llava, save_packed
 from test_infer_decode import QUESTIONS, picture, qwen, qwen_inputs, theirs
+
+COMPILE = Path(__file__).with_name("decode_step_compile.py")
 
 
 def answers(model, inputs, new_tokens):
@@ -148,3 +155,9 @@ def test_argmax_takes_the_first_of_equals_and_moves_on():
         decode_step.argmax(logits, token, position, slot)
         assert token.tolist() == [77, 2499, int(logits[2].argmax())]
         assert position.tolist() == [4 + turn, 5 + turn, 6 + turn] and slot == 9 + turn
+
+
+def test_compiles_for_ampere_and_hopper():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

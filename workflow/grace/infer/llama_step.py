@@ -9,8 +9,7 @@ from torch import nn
 from transformers import StaticCache
 
 from grace.infer.fuse import Fused
-from grace.infer.int4_linear import Int4Linear
-from grace.kernels import decode_step, w4a16_few
+from grace.kernels import decode_step
 
 # Decoders whose layers are norm, attention with rotary embeddings, norm, gated MLP. The Qwen ones give every position
 # three axes, which agree for every token after a prompt.
@@ -72,41 +71,18 @@ class LlamaStep:
         following = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
         for layer, cached, next_norm in zip(self.layers, self.cache.layers, following, strict=True):
             attention, mlp, middle = layer.self_attn, layer.mlp, layer.post_attention_layernorm
-            qkv = product(attention.q_proj.linear, hidden)  # [batch, (H + 2 KV) D]
+            qkv = attention.q_proj.linear(hidden)  # [batch, (H + 2 KV) D]
             gains = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
             mixed = decode_step.attend(
                 qkv, cached.keys, cached.values, self.valid, self.cos, self.sin, self.position, self.slot,
                 attention.scaling,
                 gains=gains and tuple(norm.weight for norm in gains), eps=gains[0].variance_epsilon if gains else 0.0,
             )  # fmt: skip
-            out = product(attention.o_proj, mixed)
+            out = attention.o_proj(mixed)
             hidden = decode_step.add_norm(x, middle.weight, middle.variance_epsilon, delta=out)
-            inner = gated_product(mlp.gate_proj.linear, hidden)
-            out = product(mlp.down_proj, inner)
+            out = mlp.down_proj(decode_step.silu_mul(mlp.gate_proj.linear(hidden)))
             hidden = decode_step.add_norm(x, next_norm.weight, next_norm.variance_epsilon, delta=out)
         decode_step.argmax(self.head(hidden), self.token, self.position, self.slot)
-
-
-def product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """x [batch, in] through a dense or a packed linear: [batch, out]."""
-    if _takes_few_rows(linear, x):
-        return w4a16_few.few_rows(x, linear.weight, linear.scales, linear.bias, linear.group_size)
-    return linear(x)
-
-
-def gated_product(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of a joined gate and up projection: x [batch, in] -> [batch, out / 2]."""
-    if _takes_few_rows(linear, x):
-        return w4a16_few.few_rows(x, linear.weight, linear.scales, linear.bias, linear.group_size, gate=True)
-    return decode_step.silu_mul(linear(x))
-
-
-def _takes_few_rows(linear: nn.Module, x: torch.Tensor) -> bool:
-    return (
-        isinstance(linear, Int4Linear)
-        and linear.backend == "triton"
-        and w4a16_few.serves(len(x), linear.in_features, linear.group_size, x.dtype, x.device)
-    )
 
 
 def rotary_table(rotary: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,8 @@ what transformers does in some forty kernels per layer is done here in four: `ad
 per step, `argmax`. All values are computed in fp32 and rounded where transformers' modules round.
 
 On compute capability 9.0 and later the launches are programmatic and dependent: a kernel starts while its predecessor
-ends, reads what no kernel of the step has written (weights, and the cache, slots and positions of the steps before), and
-waits at `gdc_wait` before it touches anything else. Every kernel waits, so that the end of one implies the end of all
-before it. Steps themselves must not overlap: each is one launch of a CUDA graph.
+ends, reads what no kernel writes (weights), and waits at `gdc_wait` before it touches anything else. Every kernel waits,
+so that the end of one implies the end of all before it.
 """
 
 from functools import cache
@@ -17,7 +16,6 @@ import triton
 import triton.language as tl
 
 LOCKS = 1 << 12
-BLOCK = 64  # slots of the cache that a program looks at together
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -98,39 +96,6 @@ def _rotated(values, gain, at, other, cos, sin, EPS, D: tl.constexpr, NORM: tl.c
 
 
 @triton.jit
-def _read_block(keys, values, valid, cached, row, begin, stop, d, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys and values [BLOCK, D] of slots begin.. < stop of one head, and which of them are seen."""
-    at = begin + tl.arange(0, BLOCK)
-    inside = at < stop
-    k = tl.load(keys + (cached + at)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(values + (cached + at)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
-    return k, v, tl.load(valid + row + at, mask=inside, other=0) != 0
-
-
-@triton.jit
-def _attended(q, k, v, seen, top, weight, acc, SCALE, ROWS: tl.constexpr, OPERANDS: tl.constexpr):
-    """One block more in the running softmax: largest logit, sum of weights, weighted sum of values, of ROWS queries.
-
-    A single query has nothing for tensor cores to do, and without them no keys or values change hands between threads.
-    """
-    if ROWS == 1:
-        logits = tl.where(seen, tl.sum(k.to(tl.float32) * q, 1) * SCALE, -1e30)
-        peak = tl.maximum(top, tl.max(logits, 0))
-        p = tl.exp2(logits - peak)
-        fade = tl.exp2(top - peak)
-        acc = acc * fade[:, None] + tl.sum(p[:, None] * v.to(tl.float32), 0)[None, :]
-        return peak, weight * fade + tl.sum(p, 0), acc
-    else:
-        logits = tl.dot(q.to(OPERANDS), tl.trans(k.to(OPERANDS)), input_precision="ieee") * SCALE
-        logits = tl.where(seen[None, :], logits, -1e30)
-        peak = tl.maximum(top, tl.max(logits, 1))
-        p = tl.exp2(logits - peak[:, None])
-        fade = tl.exp2(top - peak)
-        acc = tl.dot(p.to(OPERANDS), v.to(OPERANDS), acc * fade[:, None], input_precision="ieee")
-        return peak, weight * fade + tl.sum(p, 1), acc
-
-
-@triton.jit
 def attend_kernel(
     qkv,  # [B, (KV G + 2 KV) D]: queries, keys, values of the new token
     keys,  # [B, KV, LENGTH, D] cache
@@ -152,7 +117,7 @@ def attend_kernel(
     EPS,
     KV: tl.constexpr,
     G: tl.constexpr,
-    ROWS: tl.constexpr,  # 1, or G padded to what a matrix product takes
+    ROWS: tl.constexpr,  # G padded to what a matrix product takes
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -170,16 +135,11 @@ def attend_kernel(
     d = tl.arange(0, D)
     half = (d + D // 2) % D
     g = tl.arange(0, ROWS)
+    _wait(PDL)
     now = tl.load(slot).to(tl.int32)
     place = tl.load(position + b)
-    each = tl.cdiv(now, SPLIT)
-    begin = part * each
-    stop = tl.minimum(begin + each, now)
-    cached = (b.to(tl.int64) * KV + h) * LENGTH
-    k, v, seen = _read_block(keys, values, valid, cached, b * LENGTH, begin, stop, d, D, BLOCK)
     turn = tl.load(cos + place * D + d).to(tl.float32)
     lean = tl.load(sin + place * D + d).to(tl.float32) * tl.where(d < D // 2, -1.0, 1.0)
-    _wait(PDL)
     mine = qkv + b.to(tl.int64) * (KV * G + 2 * KV) * D
     head = (tl.minimum(g, G - 1) + h * G)[:, None] * D  # rows past G repeat the last query
     q = _rotated(
@@ -188,6 +148,7 @@ def attend_kernel(
     top = tl.full((ROWS,), -1e30, tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, D), tl.float32)
+    cached = (b.to(tl.int64) * KV + h) * LENGTH
     if part == SPLIT - 1:
         from_k = mine + (KV * G + h) * D
         k_new = _rotated(from_k, k_gain, d, half, turn, lean, EPS, D, NORM, dtype)
@@ -197,9 +158,23 @@ def attend_kernel(
         top = tl.sum(q * k_new[None, :], 1) * SCALE
         weight += 1.0
         acc += v_new.to(tl.float32)[None, :]
-    for later in range(begin + BLOCK, stop + BLOCK, BLOCK):  # the next block is on its way while one is looked at
-        top, weight, acc = _attended(q, k, v, seen, top, weight, acc, SCALE, ROWS, OPERANDS)
-        k, v, seen = _read_block(keys, values, valid, cached, b * LENGTH, later, stop, d, D, BLOCK)
+    q = q.to(OPERANDS)
+    each = tl.cdiv(now, SPLIT)
+    stop = tl.minimum(part * each + each, now)
+    for begin in range(part * each, stop, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < stop
+        seen = tl.load(valid + b * LENGTH + at, mask=inside, other=0) != 0
+        k = tl.load(keys + (cached + at)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(values + (cached + at)[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        logits = tl.dot(q, tl.trans(k.to(OPERANDS)), input_precision="ieee") * SCALE
+        logits = tl.where(seen[None, :], logits, -1e30)  # finite, so that differences stay numbers
+        peak = tl.maximum(top, tl.max(logits, 1))
+        p = tl.exp2(logits - peak[:, None])
+        fade = tl.exp2(top - peak)
+        weight = weight * fade + tl.sum(p, 1)
+        acc = tl.dot(p.to(OPERANDS), v.to(OPERANDS), acc * fade[:, None], input_precision="ieee")
+        top = peak
     to = out + b.to(tl.int64) * KV * G * D + (h * G + g)[:, None] * D + d[None, :]
     real = (g < G)[:, None]
     if SPLIT == 1:
@@ -331,8 +306,8 @@ def attend(
     """
     batch, heads, length, width = keys.shape
     group = qkv.shape[1] // width // heads - 2
-    rows = 1 if group == 1 else max(16, triton.next_power_of_2(group))
-    split = parts(batch * heads, length, _multiprocessors(keys.device))
+    rows = max(16, triton.next_power_of_2(group))
+    split = parts(batch * heads, _multiprocessors(keys.device))
     out = qkv.new_empty(batch, heads * group * width)
     places = batch * heads * split * rows
     sums = torch.empty(places * width if split > 1 else 1, dtype=torch.float32, device=qkv.device)
@@ -341,9 +316,9 @@ def attend(
     attend_kernel[(split, heads, batch)](
         qkv, keys, values, valid, cos, sin, q_gain, k_gain, position, slot, out, sums, tops, weights,
         _locks(qkv.device, batch * heads), length, scale * 1.4426950408889634, eps,
-        KV=heads, G=group, ROWS=rows, D=width, BLOCK=BLOCK, SPLIT=split, NORM=gains is not None,
+        KV=heads, G=group, ROWS=rows, D=width, BLOCK=32 if split > 1 else 64, SPLIT=split, NORM=gains is not None,
         OPERANDS=_OPERANDS[qkv.dtype] if qkv.is_cuda else tl.float32,
-        num_warps=8 if rows == 1 else 4, **launch_options(qkv.device),
+        num_warps=4, num_stages=3, **launch_options(qkv.device),
     )  # fmt: skip
     return out
 
@@ -361,9 +336,9 @@ def argmax(logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor, sl
     )  # fmt: skip
 
 
-def parts(groups: int, length: int, multiprocessors: int) -> int:
-    """Into how many stretches to cut the slots: no more programs than can run at once, a block each at least, 16."""
-    return max(1, min(16, triton.cdiv(length, BLOCK), 2 * multiprocessors // groups))
+def parts(groups: int, multiprocessors: int) -> int:
+    """Into how many stretches to cut the slots so that every multiprocessor has two programs; at most 16."""
+    return max(1, min(16, 2 * multiprocessors // groups))
 
 
 @cache
