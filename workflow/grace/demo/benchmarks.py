@@ -1,7 +1,7 @@
 """The demo's benchmarks: which task of the paper's each one mirrors, and how its questions are chosen and balanced."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from grace.demo import questions
 from grace.demo.pictures import Scene, draw_scene, generator, render
 from grace.demo.questions import Question
 from grace.demo.sources import Sources, load_sources
-from grace.demo.vocabulary import CATEGORIES, COLOURS, GARMENTS, NUMBERS, POSITIONS
+from grace.demo.vocabulary import CATEGORIES, CATEGORY_OF, COLOURS, GARMENTS, KINDS, NUMBERS, POSITIONS
 from grace.errors import GraceError
 
 _TRIES = 2000
@@ -52,22 +52,41 @@ def _yes_and_no(index: int) -> list[Wish]:
     return [{"answer": "yes"}, {"answer": "no"}]
 
 
-def _yes_and_hard_no(index: int) -> list[Wish]:
-    return [{"answer": "yes"}, {"answer": "no", "group": ("random", "similar")[index % 2]}]
+POLLS = ("random", "popular", "adversarial")
+POPULAR = tuple(garment for members in CATEGORIES.values() if len(members) == 1 for garment in members)
+"""The garments that are shown most often: crowds choose a category first, and these have theirs to themselves."""
+
+
+def _yes_and_no_of_a_poll(index: int) -> list[Wish]:
+    return [{"answer": answer, "group": POLLS[index % len(POLLS)]} for answer in ("yes", "no")]
+
+
+def _polled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """POPE's three polls: its "no" asks for anything absent, for what is common, or for what goes with the shown.
+
+    The question with answer "yes" belongs to the poll of its picture, as in POPE; so each poll is balanced.
+    """
+    categories = {CATEGORY_OF.get(KINDS[thing.kind]) for thing in scene.things}
+    for question in questions.presence(scene, rng):
+        name = KINDS[question.fact[1]]
+        fits = {"random": True, "popular": name in POPULAR, "adversarial": CATEGORY_OF[name] in categories}
+        for poll in POLLS:
+            if question.answer == "yes" or fits[poll]:
+                yield replace(question, group=poll)
 
 
 def _degraded(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     yield from questions.unanswerable(scene, rng)
     for ask in (questions.colour, questions.object_, questions.position, questions.reading):
         for q in ask(scene, rng):
-            yield Question(q.question, q.answer, q.fact, q.tells, "answerable")
+            yield replace(q, group="answerable")
 
 
 BENCHMARKS = {
     "colour": Benchmark("GQA, attribute", questions.colour, ("garments", "crowd"), _cycle("answer", tuple(COLOURS))),
     "object": Benchmark("GQA, object", questions.object_, ("garments", "crowd"), _cycle("answer", GARMENTS)),
     "position": Benchmark("GQA, relation", questions.position, ("garments", "crowd"), _cycle("answer", POSITIONS)),
-    "presence": Benchmark("POPE", questions.presence, ("garments", "crowd"), _yes_and_hard_no),
+    "presence": Benchmark("POPE", _polled, ("garments", "crowd"), _yes_and_no_of_a_poll),
     "pairs": Benchmark("MME, colour", questions.pairs, ("garments", "crowd"), _yes_and_no, same_fact=True),
     "digits": Benchmark("MME, OCR", questions.digits, ("text", "keypad"), _yes_and_no),
     "reading": Benchmark("TextVQA", questions.reading, ("text",), _cycle("group", ("1", "2", "3"))),

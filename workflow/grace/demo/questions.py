@@ -1,7 +1,8 @@
 """What can be asked of a scene. Every question ends on its key word, and every answer follows from the scene alone.
 
 A conversation asks several questions of one picture. So that none can be answered from the text before it, each
-question names the fact that its answer tells (`fact`) and all facts that it gives away (`tells`).
+question names the fact that its answer tells (`fact`), the facts that would help to answer it (`hints`) and all facts
+that it gives away (`tells`).
 """
 
 from collections import Counter
@@ -35,6 +36,7 @@ class Question:
     answer: str
     fact: Fact
     tells: frozenset[Fact] = frozenset()
+    hints: frozenset[Fact] = frozenset()
     group: str = ""
     options: tuple[str, ...] = ()
 
@@ -54,6 +56,10 @@ def _by_colour(scene: Scene) -> list[Thing]:
     return [t for t in _unique(list(scene.things), lambda thing: thing.colour) if t.kind < len(GARMENTS)]
 
 
+def _members(category: str) -> list[int]:
+    return [KINDS.index(garment) for garment in CATEGORIES[category]]
+
+
 def _is_clear(scene: Scene) -> bool:
     return all(thing.readable for thing in scene.things)
 
@@ -66,10 +72,20 @@ def _present(kind: int) -> Fact:
     return ("present", kind)
 
 
+def _some(category: str) -> Fact:
+    return ("some", category)
+
+
+def _told(kind: int) -> frozenset[Fact]:
+    """What is known once it is known whether there is one of `kind`: something of its category's count too."""
+    category = CATEGORY_OF.get(KINDS[kind])
+    return frozenset({_present(kind)} if category is None else {_present(kind), _some(category)})
+
+
 def colour(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """What colour is the X."""
     for thing in _nameable(scene):
-        told = frozenset({_bound(thing), _present(thing.kind)})
+        told = _told(thing.kind) | {_bound(thing)}
         yield Question(f"what colour is the {KINDS[thing.kind]}", _COLOURS[thing.colour], _bound(thing), told)
 
 
@@ -77,7 +93,7 @@ def object_(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """What is C, where nothing else has colour C."""
     for thing in _by_colour(scene):
         if thing.readable:
-            told = frozenset({_bound(thing), _present(thing.kind)})
+            told = _told(thing.kind) | {_bound(thing)}
             yield Question(f"what is {_COLOURS[thing.colour]}", KINDS[thing.kind], _bound(thing), told)
 
 
@@ -85,46 +101,42 @@ def category(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """What kind of garment is C, where nothing else has colour C."""
     for thing in _by_colour(scene):
         if thing.readable:
-            kind = CATEGORY_OF[KINDS[thing.kind]]
-            yield Question(f"what kind is {_COLOURS[thing.colour]}", kind, _bound(thing), frozenset({_bound(thing)}))
+            name = CATEGORY_OF[KINDS[thing.kind]]
+            told = frozenset({_bound(thing), _some(name)} | set(map(_present, _members(name))))
+            yield Question(f"what kind is {_COLOURS[thing.colour]}", name, _bound(thing), told)
 
 
 def position(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """Where is the X."""
     for thing in _nameable(scene):
         fact = ("place", thing.cell)
-        yield Question(
-            f"where is the {KINDS[thing.kind]}", POSITIONS[thing.cell], fact, frozenset({fact, _present(thing.kind)})
-        )
+        told = _told(thing.kind) | {fact}
+        yield Question(f"where is the {KINDS[thing.kind]}", POSITIONS[thing.cell], fact, told)
 
 
 def _presence(scene: Scene, rng: np.random.Generator, kinds: range) -> Iterator[Question]:
-    shown = {thing.kind for thing in scene.things}
-    if not _is_clear(scene) or not shown & set(kinds):
+    shown = {thing.kind for thing in scene.things} & set(kinds)
+    if not _is_clear(scene) or not shown:
         return
-    categories = {CATEGORY_OF.get(KINDS[kind]) for kind in shown}
-    absent = rng.permutation([kind for kind in kinds if kind not in shown])
-    for kind in [*(kind for kind in kinds if kind in shown), *map(int, absent)]:
-        group = "similar" if CATEGORY_OF.get(KINDS[kind]) in categories else "random"
-        told = frozenset({_present(kind)})
-        yield Question(f"is there a {KINDS[kind]}", "yes" if kind in shown else "no", _present(kind), told, group)
+    absent = rng.permutation([kind for kind in kinds if kind not in shown])[: len(shown)]
+    for kind in [*sorted(shown), *map(int, absent)]:
+        yield Question(f"is there a {KINDS[kind]}", "yes" if kind in shown else "no", _present(kind), _told(kind))
 
 
 def presence(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """Is there a X. An absent X of a shown garment's category is of the group "similar"; other absent ones "random"."""
+    """Is there a X, for as many absent as shown."""
     return _presence(scene, rng, range(len(GARMENTS)))
 
 
 def digits(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """Is there a 7."""
-    for question in _presence(scene, rng, range(len(GARMENTS), len(KINDS))):
-        yield Question(question.question, question.answer, question.fact, question.tells)
+    return _presence(scene, rng, range(len(GARMENTS), len(KINDS)))
 
 
 def pairs(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """Is the X C; where it is not, C is the colour of something else in the picture."""
     for thing in _nameable(scene):
-        told = frozenset({_bound(thing), _present(thing.kind)})
+        told = _told(thing.kind) | {_bound(thing)}
         others = sorted({other.colour for other in scene.things} - {thing.colour})
         for shown, answer in [(thing.colour, "yes"), *((c, "no") for c in rng.permutation(others)[:1])]:
             yield Question(f"is the {KINDS[thing.kind]} {_COLOURS[shown]}", answer, _bound(thing), told)
@@ -156,8 +168,10 @@ def options(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     for kind in sorted(shown & set(range(len(GARMENTS)))):
         offered = rng.permutation([kind, *rng.permutation(absent)[:3]])
         a, b, c, d = words = tuple(KINDS[k] for k in offered)
-        told = frozenset(_present(k) for k in offered)
-        yield Question(f"which is shown {a} {b} {c} or {d}", KINDS[kind], _present(kind), told, options=words)
+        told = frozenset().union(*map(_told, map(int, offered)))
+        known = frozenset(_present(int(k)) for k in offered)
+        text = f"which is shown {a} {b} {c} or {d}"
+        yield Question(text, KINDS[kind], _present(kind), told, known, options=words)
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -167,8 +181,8 @@ def count(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     counts = Counter(CATEGORY_OF[KINDS[thing.kind]] for thing in scene.things)
     for name in CATEGORIES:
         if counts[name] < len(NUMBERS):
-            fact = ("count", name)
-            yield Question(f"count the {name}", NUMBERS[counts[name]], fact, frozenset({fact}))
+            told = frozenset({_some(name), *map(_present, _members(name))})
+            yield Question(f"count the {name}", NUMBERS[counts[name]], _some(name), told)
 
 
 def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
@@ -176,19 +190,17 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     readable = {thing.kind for thing in scene.things if thing.readable}
     for kind in rng.permutation([kind for kind in range(len(GARMENTS)) if kind not in readable])[:1]:
         text = ("what colour is the", "where is the")[rng.integers(2)]
-        yield Question(f"{text} {KINDS[kind]}", UNANSWERABLE, _present(kind), frozenset({_present(kind)}), "absent")
+        yield Question(f"{text} {KINDS[kind]}", UNANSWERABLE, _present(kind), _told(int(kind)), group="absent")
     shown = {thing.colour for thing in scene.things}
     for c in rng.permutation([c for c in range(len(COLOURS)) if c not in shown])[:1]:
         fact = ("colour", int(c))
-        yield Question(f"what is {_COLOURS[c]}", UNANSWERABLE, fact, frozenset({fact}), "absent")
+        yield Question(f"what is {_COLOURS[c]}", UNANSWERABLE, fact, group="absent")
     for thing in _by_colour(scene):
         if not thing.readable:
-            yield Question(
-                f"what is {_COLOURS[thing.colour]}", UNANSWERABLE, _bound(thing), frozenset({_bound(thing)}), "blurred"
-            )
+            yield Question(f"what is {_COLOURS[thing.colour]}", UNANSWERABLE, _bound(thing), group="blurred")
     number = _number(scene)
     if number and not any(thing.readable for thing in number):
-        yield Question("read the digits", UNANSWERABLE, ("number", 0), frozenset(), "blurred")
+        yield Question("read the digits", UNANSWERABLE, ("number", 0), group="blurred")
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> Question:
@@ -205,19 +217,25 @@ def caption(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 ASKED = (colour, object_, category, position, presence, digits, pairs, reading, options, count, unanswerable)
+OPENING = (reading, options, count)
+"""What is asked about the picture as a whole: nearly every other question would help to answer these."""
 
 
 def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Question]:
-    """Up to `length` questions of all sorts; none can be answered from the questions and answers before it."""
+    """Up to `length` questions of all sorts; none can be answered from the questions and answers before it.
+
+    Some conversations open with questions about the whole picture, which later could hardly be asked any more.
+    """
     chosen: list[Question] = []
     known: set[Fact] = set()
-    sorts = [[found[i] for i in rng.permutation(len(found))] for ask in ASKED if (found := list(ask(scene, rng)))]
-    while sorts and len(chosen) < length:
-        which = int(rng.integers(len(sorts)))
-        question = sorts[which].pop()
-        if not sorts[which]:
-            sorts.pop(which)
-        if question.fact not in known:
-            known |= question.tells | {question.fact}
-            chosen.append(question)
+    for asked, wanted in ((OPENING, int(rng.integers(5))), (ASKED, length)):
+        sorts = [[found[i] for i in rng.permutation(len(found))] for ask in asked if (found := list(ask(scene, rng)))]
+        while sorts and len(chosen) < min(wanted, length):
+            which = int(rng.integers(len(sorts)))
+            question = sorts[which].pop()
+            if not sorts[which]:
+                sorts.pop(which)
+            if not known & (question.hints | {question.fact}):
+                known |= question.tells | {question.fact}
+                chosen.append(question)
     return chosen
