@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from grace.data.conversations import load_conversations
+from grace.data.conversations import load_conversations, load_pictures
 from grace.data.examples import Example, Tokeniser
 from grace.data.pictures import Picture
 from grace.errors import GraceError
@@ -133,19 +133,14 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
         raise GraceError(
             f"{path}: was made from another train.parquet; delete the folder and run `grace prepare` again"
         )
-    conversations = load_conversations(folder / "train.parquet")
     lengths = tensors["lengths"].tolist()
     ids, labels = (tensors[name].long().split(lengths) for name in ("input_ids", "labels"))
+    keys = [bytes(key).hex() for key in tensors["keys"].numpy()]
+    firsts = tensors["first_turns"].tolist()
+    seen = features if features is not None else [None] * len(lengths)
     return [
-        Example(
-            conversation.id,
-            bytes(tensors["keys"][i].tolist()).hex(),
-            ids[i],
-            labels[i],
-            int(tensors["first_turns"][i]),
-            conversation.caption,
-            conversation.image,
-            None if features is None else features[i],
+        Example(picture.name, *parts, caption, picture, feature)
+        for (picture, caption), *parts, feature in zip(
+            load_pictures(folder / "train.parquet"), keys, ids, labels, firsts, seen, strict=True
         )
-        for i, conversation in enumerate(conversations)
     ]

@@ -175,11 +175,12 @@ def options(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """Count the garments of a category, up to five."""
+    """Count the garments of a category, up to five; of those that are not shown, one is asked for."""
     if not _is_clear(scene) or any(thing.kind >= len(GARMENTS) for thing in scene.things):
         return
     counts = Counter(CATEGORY_OF[KINDS[thing.kind]] for thing in scene.things)
-    for name in CATEGORIES:
+    absent = rng.permutation([name for name in CATEGORIES if name not in counts])[:1]
+    for name in [*counts, *map(str, absent)]:
         if counts[name] < len(NUMBERS):
             told = frozenset({_some(name), *map(_present, _members(name))})
             yield Question(f"count the {name}", NUMBERS[counts[name]], _some(name), told)
@@ -216,21 +217,33 @@ def caption(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("describe the picture", " ".join(words), ("caption", 0))
 
 
-ASKED = (colour, object_, category, position, presence, digits, pairs, reading, options, count, unanswerable)
-OPENING = (reading, options, count)
-"""What is asked about the picture as a whole: nearly every other question would help to answer these."""
+WHOLE = (presence, digits, options, options, count, count)
+"""What is asked about the picture as a whole, by how often: nearly every other question would help to answer these."""
+
+BOUND = (colour, object_, category, position, pairs, unanswerable)
+"""What is asked about one object, found by its kind or its colour."""
+
+ASKED = (reading, presence, digits, options, count, *BOUND)
+
+
+def _sorts(asks: tuple[Callable, ...], scene: Scene, rng: np.random.Generator) -> list[list[Question]]:
+    """The questions of every sort that the scene has some of, each sort in random order."""
+    return [[found[i] for i in rng.permutation(len(found))] for ask in asks if (found := list(ask(scene, rng)))]
 
 
 def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Question]:
-    """Up to `length` questions of all sorts; none can be answered from the questions and answers before it.
+    """Up to `length` questions; none can be answered from the questions and answers before it.
 
-    Some conversations open with questions about the whole picture, which later could hardly be asked any more.
+    A written number is read first. Of the other conversations three quarters open with questions of one sort about the
+    whole picture, which fill up to half of it.
     """
+    opening = list(reading(scene, rng))
+    if not opening and rng.random() < 0.75 and (sorts := _sorts(WHOLE, scene, rng)):
+        opening = sorts[rng.integers(len(sorts))]
     chosen: list[Question] = []
     known: set[Fact] = set()
-    for asked, wanted in ((OPENING, int(rng.integers(5))), (ASKED, length)):
-        sorts = [[found[i] for i in rng.permutation(len(found))] for ask in asked if (found := list(ask(scene, rng)))]
-        while sorts and len(chosen) < min(wanted, length):
+    for sorts, end in (([opening] if opening else [], (length + 1) // 2), (_sorts(BOUND, scene, rng), length)):
+        while sorts and len(chosen) < end:
             which = int(rng.integers(len(sorts)))
             question = sorts[which].pop()
             if not sorts[which]:
