@@ -11,12 +11,13 @@ from PIL import Image
 
 from grace.config.schema import DemoData
 from grace.demo import sources
-from grace.demo.benchmarks import BENCHMARKS, draw_item, items
+from grace.demo.benchmarks import BENCHMARKS, POPULAR, draw_item, items
 from grace.demo.pictures import CELL, SCENES, Scene, Thing, draw_scene, encode, generator, render
 from grace.demo.prepare import prepare, training_rows
 from grace.demo.questions import ASKED, caption, conversation
 from grace.demo.sources import SPLITS, load_sources
 from grace.demo.vocabulary import (
+    CATEGORIES,
     CATEGORY_OF,
     COLOURS,
     GARMENTS,
@@ -164,6 +165,57 @@ def test_no_question_of_a_conversation_asks_what_was_told_before():
     assert max(lengths) == 12 and np.mean(lengths) > 8
 
 
+def test_what_is_asked_of_the_whole_picture_was_not_spoken_of_before():
+    """By the words alone: a garment or a category that was named tells something of what is shown."""
+    asked = Counter()
+    for scene, rng in drawn(per_scene=150):
+        spoken: set[str] = set()
+        for question in conversation(scene, rng, 12):
+            words = question.question.replace(" or ", " ").split()
+            if words[0] in ("count", "which") or words[:3] == ["is", "there", "a"]:
+                asked[words[0]] += 1
+                for name in set(words) & {*GARMENTS, *CATEGORIES}:
+                    assert not spoken & {name, *CATEGORIES.get(name, ())}, (spoken, question)
+            if words[:2] == ["read", "the"] and question.answer != UNANSWERABLE:
+                asked["read"] += 1
+                assert not spoken, "a number is read before anything else"
+            spoken |= set(words) | set(question.answer.split())
+    assert set(asked) == {"count", "which", "is", "read"} and min(asked.values()) > 50
+
+
+def test_training_asks_for_what_is_there_as_often_as_for_what_is_not():
+    answers = Counter(
+        question.answer
+        for scene, rng in drawn(per_scene=150)
+        for question in conversation(scene, rng, 12)
+        if question.question.startswith("is there a")
+    )
+    assert 0.45 < answers["yes"] / answers.total() < 0.55
+
+
+def check_polls(found):
+    """As many yes as no in each of POPE's polls, and what makes a "no" of the poll holds."""
+    polls = Counter((q.group, q.answer) for item in found for q in item.questions)
+    assert set(polls.values()) == {20} and len(polls) == 6
+    for item in found:
+        shown = {CATEGORY_OF.get(KINDS[thing.kind]) for thing in item.scene.things}
+        (absent,) = (q for q in item.questions if q.answer == "no")
+        name = absent.question.split()[-1]
+        if absent.group == "adversarial":
+            assert CATEGORY_OF[name] in shown
+        if absent.group == "popular":
+            assert name in ("trouser", "dress", "bag")
+
+
+def test_the_popular_garments_are_those_shown_most_often():
+    shown = Counter()
+    for index in range(2000):
+        rng = generator(0, "train", "popularity", index)
+        scene = draw_scene(rng, ("garments", "crowd")[index % 2], load_sources("train"))
+        shown.update({KINDS[thing.kind] for thing in scene.things})
+    assert {name for name, _ in shown.most_common(3)} == set(POPULAR)
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmarks_are_balanced_and_answered_by_the_picture(name):
     found = list(items(name, "test", 0, 120))
@@ -178,6 +230,8 @@ def test_benchmarks_are_balanced_and_answered_by_the_picture(name):
     if name in ("presence", "pairs", "digits"):
         assert answers == {"yes": 60, "no": 60}
         assert all([q.answer for q in item.questions] == ["yes", "no"] for item in found)
+        if name == "presence":
+            check_polls(found)
     elif name == "unanswerable":
         assert groups == {"answerable": 60, "absent": 30, "blurred": 30} and answers[UNANSWERABLE] == 60
     elif name == "reading":

@@ -42,7 +42,7 @@ QUESTIONS = Features(
 )
 DEVELOPMENT = Features({"benchmark": Value("string"), **QUESTIONS})
 
-SCENE_SHARES = {"garments": 0.38, "crowd": 0.24, "text": 0.15, "keypad": 0.08, "degraded": 0.15}
+SCENE_SHARES = {"garments": 0.35, "crowd": 0.22, "text": 0.18, "keypad": 0.12, "degraded": 0.13}
 """How often each sort of picture is trained on."""
 
 CAPTION_SHARE = 0.4

@@ -220,10 +220,10 @@ def caption(scene: Scene, rng: np.random.Generator) -> Question:
 WHOLE = (presence, digits, options, options, count, count)
 """What is asked about the picture as a whole, by how often: nearly every other question would help to answer these."""
 
-BOUND = (colour, object_, category, position, pairs, unanswerable)
-"""What is asked about one object, found by its kind or its colour."""
+BOUND = (colour, object_, category, position, pairs, pairs, unanswerable)
+"""What is asked about one object, found by its kind or its colour, by how often."""
 
-ASKED = (reading, presence, digits, options, count, *BOUND)
+ASKED = (reading, *dict.fromkeys(WHOLE + BOUND))
 
 
 def _sorts(asks: tuple[Callable, ...], scene: Scene, rng: np.random.Generator) -> list[list[Question]]:
@@ -231,18 +231,23 @@ def _sorts(asks: tuple[Callable, ...], scene: Scene, rng: np.random.Generator) -
     return [[found[i] for i in rng.permutation(len(found))] for ask in asks if (found := list(ask(scene, rng)))]
 
 
+def _opening(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Questions of one sort about the whole picture, in three of four conversations."""
+    if rng.random() < 0.25:
+        return []
+    sorts = _sorts((reading, digits), scene, rng) if _number(scene) else _sorts(WHOLE, scene, rng)
+    return sorts[rng.integers(len(sorts))] if sorts else []
+
+
 def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Question]:
     """Up to `length` questions; none can be answered from the questions and answers before it.
 
-    A written number is read first. Of the other conversations three quarters open with questions of one sort about the
-    whole picture, which fill up to half of it.
+    What is asked about the whole picture comes first and fills up to half of it.
     """
-    opening = list(reading(scene, rng))
-    if not opening and rng.random() < 0.75 and (sorts := _sorts(WHOLE, scene, rng)):
-        opening = sorts[rng.integers(len(sorts))]
     chosen: list[Question] = []
     known: set[Fact] = set()
-    for sorts, end in (([opening] if opening else [], (length + 1) // 2), (_sorts(BOUND, scene, rng), length)):
+    for sorts, end in (([_opening(scene, rng)], (length + 1) // 2), (_sorts(BOUND, scene, rng), length)):
+        sorts = [sort for sort in sorts if sort]
         while sorts and len(chosen) < end:
             which = int(rng.integers(len(sorts)))
             question = sorts[which].pop()
