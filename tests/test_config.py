@@ -94,7 +94,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
         ({"quantization__group_size": 128}, "student.architecture.hidden_size 32 is no multiple"),
         ({"student__architecture__heads": 3}, "hidden_size 32 is no multiple of twice 3 heads"),
         ({"finetune__micro_batch": 5}, "batch 16 is no multiple of micro_batch 5"),
-        ({"teacher__train__first_turn_steps": 99}, "first_turn_steps 99 is more than all 20 steps"),
+        ({"teacher__train__caption_steps": 99}, "caption_steps 99 is more than all 20 steps"),
         ({"resources": {"trian": {}}}, "`resources.trian` is 'trian': input should be 'fetch', 'prepare'"),
         ({"resources": {"distil": {"gpu": 1}}}, "`resources.distil.gpu` is not a key; did you mean `gpus`?"),
         ({"experiment": "../up"}, "`experiment` is '../up': string should match pattern"),

@@ -8,18 +8,21 @@ import sys
 import time
 from dataclasses import replace
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from grace.config.runs import CacheRun, TrainRun
 from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
-from grace.data import load_prepared
+from grace.data import collate, load_prepared, prepare_examples
 from grace.demo.prepare import prepare
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, write_json
-from grace.models import decoder_linears, load_model
+from grace.models import decoder_linears, load_model, load_processor
 from grace.teacher.verbs import finish, write
+from grace.train import loop
 from grace.train.optimizer import MasterAdamW
 from grace.train.verbs import train
 
@@ -346,6 +349,26 @@ def test_bad_conversations_are_refused_by_name(home, tmp_path, monkeypatch, faul
     monkeypatch.setattr("grace.train.verbs.load_prepared", load)
     with pytest.raises(GraceError, match=f"conversation .*{reason}"):
         student(home, tmp_path, "bad")
+
+
+def test_captions_come_first_and_never_again(home, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(loop, "collate", lambda part, processor: read.append(part) or collate(part, processor))
+    run = run_file(tmp_path, "two", optimisation=optimisation(caption_steps=2))
+    train(run, home / "data", tmp_path / "two", tmp_path / "two.jsonl", tmp_path / ".two", home / "baseline")
+    assert [{example.caption for example in part} for part in read] == [{True}] * 2 + [{False}] * (STEPS - 2)
+
+
+def test_caption_steps_without_captions_are_refused(home, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(home / "data", data)
+    table = pq.ParquetFile(data / "train.parquet").read()
+    kept = table.filter(pc.invert(table["caption"]))
+    pq.write_table(kept, data / "train.parquet")
+    prepare_examples(data, load_processor(data / "processor"), data / "vision_tower")
+    run = run_file(tmp_path, "none", optimisation=optimisation(caption_steps=2))
+    with pytest.raises(GraceError, match="caption_steps is 2 and the data has no captions; set it to 0"):
+        train(run, data, tmp_path / "none", tmp_path / "none.jsonl", tmp_path / ".none", home / "baseline")
 
 
 def test_two_processes_equal_one(home, tmp_path):

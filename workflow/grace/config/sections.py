@@ -96,16 +96,16 @@ class Optimisation(Section):
         "stop", description="a loss that is NaN or infinite: stop with the records named, or skip the step and count"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    first_turn_steps: int = Field(
-        0, ge=0, description="first steps, on first turns and captions alone (models made from scratch)"
+    caption_steps: int = Field(
+        0, ge=0, description="first steps, on captions alone (models made from scratch learn to see from them)"
     )
 
     @model_validator(mode="after")
     def _fits(self) -> "Optimisation":
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change either")
-        if self.first_turn_steps > self.steps:
-            raise ValueError(f"first_turn_steps {self.first_turn_steps} is more than all {self.steps} steps; lower it")
+        if self.caption_steps > self.steps:
+            raise ValueError(f"caption_steps {self.caption_steps} is more than all {self.steps} steps; lower it")
         return self
 
 

@@ -42,16 +42,16 @@ class Batch:
         return rows, columns, self.labels[rows, columns + 1]
 
 
-def collate(examples: Sequence[Example], processor, first_turn_only: bool = False) -> Batch:
-    """Pad `examples` to a batch; with `first_turn_only`, each is cut after its first turn."""
-    ends = [example.first_turn if first_turn_only else len(example.input_ids) for example in examples]
+def collate(examples: Sequence[Example], processor) -> Batch:
+    """Pad `examples` to a batch."""
+    ends = [len(example.input_ids) for example in examples]
     shape = (len(examples), max(ends))
     input_ids = torch.full(shape, processor.tokenizer.pad_token_id)
     labels = torch.full(shape, IGNORED)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     for row, (example, end) in enumerate(zip(examples, ends, strict=True)):
-        input_ids[row, :end] = example.input_ids[:end]
-        labels[row, :end] = example.labels[:end]
+        input_ids[row, :end] = example.input_ids
+        labels[row, :end] = example.labels
         attention_mask[row, :end] = 1
     if all(example.features is not None for example in examples):
         pixels = {"vision_features": torch.stack([example.features for example in examples])}

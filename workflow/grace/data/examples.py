@@ -30,7 +30,6 @@ class Example:
         key: identifies its teacher record (`record_key`).
         input_ids: int64 [tokens], visual tokens included.
         labels: int64 [tokens], -100 where nothing is asked; not shifted.
-        first_turn: length in tokens of the conversation's first turn.
         caption: whether it only describes the picture.
         image: the encoded picture.
         features: what the frozen vision tower makes of it, fp32 [n, d], where that was kept.
@@ -40,15 +39,13 @@ class Example:
     key: str
     input_ids: torch.Tensor
     labels: torch.Tensor
-    first_turn: int
     caption: bool
     image: Picture
     features: torch.Tensor | None = None
 
-    def supervised_tokens(self, first_turn_only: bool = False) -> int:
-        """How many labels are asked for, in the whole conversation or in its first turn."""
-        end = self.first_turn if first_turn_only else len(self.labels)
-        return int((self.labels[1:end] != IGNORED).sum())
+    def supervised_tokens(self) -> int:
+        """How many labels are asked for."""
+        return int((self.labels[1:] != IGNORED).sum())
 
 
 def record_key(input_ids: torch.Tensor, picture: Picture) -> str:
@@ -139,10 +136,9 @@ class Tokeniser:
                 asked |= (starts >= begin) & (ends <= end) & (ends > starts)
             input_ids = torch.tensor(ids)
             labels = torch.where(torch.from_numpy(asked), input_ids, IGNORED)
-            first_turn = int(np.searchsorted(starts, answers[0][1]))
             key = record_key(input_ids, conversation.image)
             caption, image = conversation.caption, conversation.image
-            examples.append(Example(conversation.id, key, input_ids, labels, first_turn, caption, image))
+            examples.append(Example(conversation.id, key, input_ids, labels, caption, image))
         return examples
 
 

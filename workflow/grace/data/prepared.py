@@ -64,7 +64,6 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
         "input_ids": torch.cat([e.input_ids for e in examples]).to(torch.int32),
         "labels": torch.cat([e.labels for e in examples]).to(torch.int32),
         "lengths": torch.tensor([len(e.input_ids) for e in examples]),
-        "first_turns": torch.tensor([e.first_turn for e in examples]),
         "keys": torch.tensor([list(bytes.fromhex(e.key)) for e in examples], dtype=torch.uint8),
     }
     about = {"conversations": sha256(folder / "train.parquet")}
@@ -136,11 +135,10 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     lengths = tensors["lengths"].tolist()
     ids, labels = (tensors[name].long().split(lengths) for name in ("input_ids", "labels"))
     keys = [bytes(key).hex() for key in tensors["keys"].numpy()]
-    firsts = tensors["first_turns"].tolist()
     seen = features if features is not None else [None] * len(lengths)
     return [
         Example(picture.name, *parts, caption, picture, feature)
         for (picture, caption), *parts, feature in zip(
-            load_pictures(folder / "train.parquet"), keys, ids, labels, firsts, seen, strict=True
+            load_pictures(folder / "train.parquet"), keys, ids, labels, seen, strict=True
         )
     ]

@@ -35,7 +35,6 @@ class MicroBatch(NamedTuple):
     """Conversations of one forward pass; `share` is 0 where a process only keeps step with the others."""
 
     examples: list[Example]
-    first_turn: bool
     share: float
 
 
@@ -71,6 +70,10 @@ class Trainer:
     ) -> None:
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
+        if run.optimisation.caption_steps and not any(example.caption for example in examples):
+            raise GraceError(
+                f"caption_steps is {run.optimisation.caption_steps} and the data has no captions; set it to 0"
+            )
         freeze_vision(model)
         if run.optimisation.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -119,22 +122,22 @@ class Trainer:
                     self._save(step + 1)
 
     def _plan(self) -> Iterator[list[Example]]:
-        """Each optimiser step's conversations, for ever: all of them in the first steps, then those with questions."""
+        """Each optimiser step's conversations, for ever: captions in the first steps, then those with questions."""
+        captions = [example for example in self.examples if example.caption]
         asked = [example for example in self.examples if not example.caption]
-        for examples, steps in ((self.examples, self.run.optimisation.first_turn_steps), (asked, None)):
+        for examples, steps in ((captions, self.run.optimisation.caption_steps), (asked, None)):
             lengths = [len(example.input_ids) for example in examples]
             plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed)
             yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
 
     def _cuts(self, step: int, chosen: list[Example]) -> Iterator[MicroBatch]:
         """This process's micro-batches of a step."""
-        first_turn = step < self.run.optimisation.first_turn_steps
         size, world = self.run.optimisation.micro_batch, self.world
         cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         for first in range(0, len(cuts), world.size):
             # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
-            yield MicroBatch(mine, first_turn, share)
+            yield MicroBatch(mine, share)
 
     def _micro_batches(self, done: int, steps: int) -> Iterator[MicroBatch]:
         """Those of all steps that are left, one after the other."""
@@ -143,7 +146,7 @@ class Trainer:
 
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
-        batch = collate(micro.examples, self.processor, micro.first_turn)
+        batch = collate(micro.examples, self.processor)
         targets = self.objective.cache.batch(batch.keys) if self.objective.distils else None
         if self.world.device.type == "cuda":
             return batch.pin_memory(), targets and targets.pin_memory()
@@ -154,10 +157,9 @@ class Trainer:
     ) -> dict[str, Any]:
         start = time.monotonic()
         run, method = self.run, self.run.method
-        first_turn = step < run.optimisation.first_turn_steps
         omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
         omega = method.omega * min(1.0, (step + 1) / omega_steps)
-        totals = self.objective.totals(chosen, first_turn, self.controller.beta, omega)
+        totals = self.objective.totals(chosen, self.controller.beta, omega)
         cuts = list(self._cuts(step, chosen))
         each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
         names = list(each[0])
@@ -185,9 +187,9 @@ class Trainer:
             }
             if run.controller:
                 self.controller.update(parts["kd"])
-        ends = [e.first_turn if first_turn else len(e.input_ids) for e in chosen]
+        tokens = sum(len(example.input_ids) for example in chosen)
         seconds = time.monotonic() - start
-        return {**entry, "tokens": sum(ends), "seconds": round(seconds, 4), **self.meter.measure(sum(ends), seconds)}
+        return {**entry, "tokens": tokens, "seconds": round(seconds, 4), **self.meter.measure(tokens, seconds)}
 
     def _nonfinite(self, step: int, wrong: list[str], suspects: list[tuple[str, str]]) -> dict[str, Any]:
         """Count a step that was not applied, or stop the run with the conversations at fault on disk."""

@@ -52,9 +52,9 @@ class Objective:
         needs_head = run.kd != "none" and cache.format != "sampled"
         self.teacher_head = cache.head.to(self.device) if needs_head else None
 
-    def totals(self, chosen: Sequence[Example], first_turn_only: bool, beta: float, omega: float) -> Totals:
+    def totals(self, chosen: Sequence[Example], beta: float, omega: float) -> Totals:
         """The normalisers of a global batch, known before its first forward pass."""
-        tokens = sum(example.supervised_tokens(first_turn_only) for example in chosen)
+        tokens = sum(example.supervised_tokens() for example in chosen)
         gates = self.cache.gate_sum([e.key for e in chosen]) if self.run.kd == "gated" else tokens
         return Totals(float(tokens), float(gates), float(len(chosen)), beta, omega)
 
