@@ -1,6 +1,7 @@
 """One loop for every recipe: same loss however the batch is cut, same bits however often the run is killed."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -192,6 +193,28 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [e["loss"] for e in log(tmp_path, "whole")] == [e["loss"] for e in log(tmp_path, "killed")]
+
+
+@pytest.mark.parametrize("room, file", [(100_000, "rank0.pt"), (2_000_000, "disk")])
+def test_a_full_disk_stops_in_one_sentence_and_the_next_run_goes_on(home, tmp_path, room, file):
+    """No file may grow beyond `room` bytes: first a checkpoint does not fit, then the model itself."""
+    run = run_file(tmp_path, "disk", bits=4)
+    paths = {name: tmp_path / end for name, end in dict(out="disk", log="disk.jsonl", checkpoints=".disk").items()}
+    flags = [f"--{name}={path}" for name, path in paths.items()]
+    flags += [f"--run={run}", f"--data={home / 'data'}", f"--init={home / 'baseline'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "grace.cli", "train", *flags], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("grace: ")]
+    assert f"/{file}: could not be written" in said and "free space and run again" in said
+    assert "Traceback" not in done.stderr
+    assert not paths["out"].exists() and not list(tmp_path.rglob("*.part"))
+    train(run, home / "data", tmp_path / "disk", tmp_path / "disk.jsonl", tmp_path / ".disk", home / "baseline")
+    train(run, home / "data", tmp_path / "easy", tmp_path / "easy.jsonl", tmp_path / ".easy", home / "baseline")
+    disk, easy = (load_file(tmp_path / name / "model.safetensors") for name in ("disk", "easy"))
+    assert all(torch.equal(disk[name], easy[name]) for name in easy)
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_the_conversations(home, tmp_path):

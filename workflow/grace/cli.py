@@ -1,5 +1,6 @@
 """The command line: one verb per step of the pipeline. Each imports what it needs only when it runs."""
 
+import errno
 import gc
 import os
 import sys
@@ -362,6 +363,12 @@ def main() -> None:
         app()
     except GraceError as error:
         print(f"grace: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"grace: {where}could not be written ({error.strerror}); free space and run again", file=sys.stderr)
         sys.exit(1)
 
 

@@ -26,6 +26,17 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 
 
+def _no_space(error: Exception) -> str | None:
+    """Why a write failed, or None for an error of another sort; torch and safetensors hide the system's own one."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError":
+        return str(error)
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
+        return "the disk is full or not writable"
+    return None
+
+
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `target` when the block ends well, and vanishes when it does not."""
@@ -37,10 +48,11 @@ def whole_file(target: str | Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         part.chmod(0o644)  # some libraries make files that only their owner can read
         os.replace(part, target)
-    except OSError as error:
-        raise GraceError(
-            f"{target}: could not be written ({error.strerror or error}); free space and run again"
-        ) from error
+    except Exception as error:
+        reason = _no_space(error)
+        if reason is None:
+            raise
+        raise GraceError(f"{target}: could not be written ({reason}); free space and run again") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -58,10 +70,11 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
         yield part
         write_manifest(part, **about)
         _put(part, target)
-    except OSError as error:
-        raise GraceError(
-            f"{target}: could not be written ({error.strerror or error}); free space and run again"
-        ) from error
+    except Exception as error:
+        reason = _no_space(error)
+        if reason is None:
+            raise
+        raise GraceError(f"{target}: could not be written ({reason}); free space and run again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
