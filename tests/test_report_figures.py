@@ -159,6 +159,18 @@ def test_the_teachers_right_answer_is_drawn_first_and_pictures_differ(with_model
     assert len(asked) == looking.PICTURES and asked["image_id"].is_unique
 
 
+def test_titles_of_what_models_look_at_are_tested(results):
+    base, ours = Row("baseline", "bf16"), Row("grace", "int4")
+    noise = np.random.default_rng(0).normal(0, 0.01, 16)
+    said = looking._finding(results, "attention", {base: 0.4 + noise, ours: 0.6 - noise})
+    assert (
+        said
+        == "GRACE int4's attention is nearer to the teacher's than the baseline's is: Baseline bf16 0.40, GRACE int4 0.60"
+    )
+    assert "farther from" in looking._finding(results, "attention", {base: 0.6 + noise, ours: 0.4 - noise})
+    assert "within noise" in looking._finding(results, "attention", {base: 0.4 + noise, ours: 0.4 - noise})
+
+
 def test_cka_is_the_training_losss_own():
     a, b = torch.randn(9, 8, generator=torch.manual_seed(0)), torch.randn(9, 5, generator=torch.manual_seed(1))
     assert looking.cka(a.numpy(), b.numpy()) == pytest.approx(1 - relational_cka(b, a).item(), abs=1e-5)

@@ -11,11 +11,13 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+from scipy import stats
 
 from grace.errors import GraceError
 from grace.report.drawing import WIDE, headline, named, nothing
 from grace.report.paper import GRACE, row_role
 from grace.report.read import BASELINE, TEACHER, Results, Row
+from grace.report.stats import ALPHA
 
 PICTURES = 16
 LAYERS = 5  # at most so many of a model's layers are drawn, evenly spread, the last always
@@ -125,18 +127,29 @@ def _likeness(a: Look, b: Look) -> float:
     return float(np.corrcoef(a.attention.sum(0), b.attention.sum(0))[0, 1])
 
 
-def _compared(results: Results, rows: list[Row], measure) -> list[tuple[Row, float]]:
-    """Mean over the questions of `measure(teacher, student)` for every student."""
+def _compared(results: Results, rows: list[Row], measure) -> dict[Row, np.ndarray]:
+    """`measure(teacher, student)` of every student, one value per question."""
     teacher = looks(results, TEACHER)
-    return [
-        (row, float(np.nanmean([measure(t, s) for t, s in zip(teacher, looks(results, row), strict=True)])))
+    return {
+        row: np.array([measure(t, s) for t, s in zip(teacher, looks(results, row), strict=True)])
         for row in rows
         if row != TEACHER
-    ]
+    }
 
 
-def _said(results: Results, compared: list[tuple[Row, float]]) -> str:
-    return ", ".join(f"{named(results, row)} {value:.2f}" for row, value in compared)
+def _finding(results: Results, what: str, compared: dict[Row, np.ndarray]) -> str:
+    """Which student is more like the teacher, by a paired t test over the pictures, in words."""
+    means = {row: float(np.nanmean(values)) for row, values in compared.items()}
+    said = ", ".join(f"{named(results, row)} {mean:.2f}" for row, mean in means.items())
+    if len(compared) < 2:
+        return f"{what} to the teacher: {said}"
+    (before, after), ours = compared.values(), list(compared)[1]
+    gap = (after - before)[np.isfinite(after - before)]
+    if len(gap) < 2 or np.ptp(gap) == 0 or stats.ttest_1samp(gap, 0).pvalue >= ALPHA:
+        word = "as near to the teacher's as the baseline's is, within noise"
+    else:
+        word = f"{'nearer to' if gap.mean() > 0 else 'farther from'} the teacher's than the baseline's is"
+    return f"{named(results, ours)}'s {what} is {word}: {said}"
 
 
 def _picture(asked: pd.DataFrame):
@@ -168,21 +181,20 @@ def attention(results: Results, plt):
     shape = (max(size * wide, 5.0), (size + 0.35) * len(rows) + 0.9)
     figure, axes = plt.subplots(len(rows), wide, figsize=shape, squeeze=False)
     for line, (row, look) in zip(axes, each.items(), strict=True):
-        line[0].imshow(picture)
+        line[0].imshow(picture, interpolation="none")
         line[0].set_title(f"{named(results, row)}\nanswers “{look.answer}”", fontsize=8)
         square = round(look.attention.shape[1] ** 0.5) ** 2 == look.attention.shape[1]
         for layer, axis in zip(drawn[row], line[1:], strict=False):
             values = look.attention[layer]
             if square:
-                axis.imshow(spotlight(picture, values), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(spotlight(picture, values), cmap="gray", vmin=0, vmax=1, interpolation="none")
             else:
                 axis.imshow(values[None], cmap="gray", aspect="auto")
             axis.set_title(f"layer {layer + 1}\n{100 * values.sum():.0f}% on the picture", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
-    compared = _compared(results, rows, _likeness)
-    question = f"“{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; brighter is more attention"
-    finding = f"Likeness to where the teacher looks (mean r of {len(asked)} pictures): {_said(results, compared)}"
+    question = f"mean r over {len(asked)} pictures, first seeds; drawn: “{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; brighter is more attention"
+    finding = _finding(results, "attention", _compared(results, rows, _likeness))
     headline(figure, results, finding, question)
     return figure
 
@@ -194,7 +206,7 @@ def similarity(results: Results, plt):
     rows, asked = shown_models(results), questions(results)
     each = {row: looks(results, row)[0] for row in rows}
     figure, axes = plt.subplots(1, len(rows) + 1, figsize=(WIDE, 2.6), squeeze=False)
-    axes[0, 0].imshow(_picture(asked))
+    axes[0, 0].imshow(_picture(asked), interpolation="none")
     axes[0, 0].set_title("picture\n", fontsize=8)
     axes[0, 0].axis("off")
     maps = {}
@@ -203,7 +215,7 @@ def similarity(results: Results, plt):
         maps[row] = unit @ unit.T
     lowest = min(values.min() for values in maps.values())
     for axis, (row, look) in zip(axes[0, 1:], each.items(), strict=True):
-        shown = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1)
+        shown = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1, interpolation="none")
         own = "" if row == TEACHER else f"CKA {cka(each[TEACHER].tokens, look.tokens):.2f}"
         axis.set_title(f"{named(results, row)}\n{own}", fontsize=8)
         axis.set_xlabel("visual token", fontsize=8)
@@ -211,6 +223,6 @@ def similarity(results: Results, plt):
         axis.grid(False)
     figure.colorbar(shown, ax=list(axes[0, 1:]), shrink=0.8, label="cosine similarity")
     compared = _compared(results, rows, lambda teacher, student: cka(teacher.tokens, student.tokens))
-    finding = f"CKA to the teacher's visual tokens (mean of {len(asked)} pictures): {_said(results, compared)}"
-    headline(figure, results, finding, "maps of one picture; darker is more alike")
+    detail = f"mean CKA over {len(asked)} pictures, first seeds; drawn: one picture's maps, darker is more alike"
+    headline(figure, results, _finding(results, "map of visual tokens", compared), detail)
     return figure
