@@ -5,6 +5,7 @@ from pathlib import Path
 from grace.files import whole_folder
 from grace.report.claims import claims_table
 from grace.report.deployment import deployment_table
+from grace.report.language import language_table
 from grace.report.measures import measures_table
 from grace.report.read import Results
 from grace.report.render import Table, comma_separated, latex, markdown
@@ -17,7 +18,7 @@ TITLES = {
     "table4": ("4", "Table 4: what distillation adds to quantisation-aware training"),
     "outliers": ("outliers", "Outliers: INT4 under the outlier transform, which is no table of the paper"),
 }
-NAMES = ("claims", *TITLES, "measures", "deployment")
+NAMES = ("claims", *TITLES, "measures", "language", "deployment")
 
 
 def build_tables(results: Results, known: dict | None = None) -> list[Table]:
@@ -25,7 +26,13 @@ def build_tables(results: Results, known: dict | None = None) -> list[Table]:
     known = {} if known is None else known
     groups = groups_of(results)
     tables = [score_table(results, name, title, key, groups[key], known) for name, (key, title) in TITLES.items()]
-    return [claims_table(results, known), *tables, measures_table(results), deployment_table(results)]
+    return [
+        claims_table(results, known),
+        *tables,
+        measures_table(results),
+        language_table(results),
+        deployment_table(results),
+    ]
 
 
 def write_tables(results: Results, out: Path) -> None:
