@@ -19,6 +19,7 @@ from grace.evaluate.harness_lm_eval import FILTERS, RunnerLM, predict, task_yaml
 from grace.evaluate.predictions import SCHEMA, read_questions
 from grace.evaluate.registry import benchmark
 from grace.evaluate.runner import Runner
+from grace.files import read_json, whole_folder
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +102,19 @@ def test_long_texts_are_scored_in_windows(lm):
 
 
 @pytest.mark.slow
-def test_the_command_line_of_lm_eval_gives_the_same_answers(tmp_path, questions):
-    """`lm_eval run` with its own Hugging Face model class, on the same folder and file."""
+def test_the_command_line_of_lm_eval_gives_the_same_answers_for_a_packed_model(tmp_path, questions):
+    """`lm_eval run` with its own Hugging Face model class, on the same INT4 folder and file, row by row."""
     import datasets
 
-    write_model(tmp_path / "model")
+    from grace.models import load_model, load_processor
+    from grace.quant.pack import pack
+    from grace.quant.rtn import round_checkpoint
+
+    write_model(tmp_path / "bf16")
+    with whole_folder(tmp_path / "rounded") as rounded:
+        round_checkpoint(tmp_path / "bf16", rounded, 4, 16, None)
+    pack(tmp_path / "rounded", tmp_path / "model")
+    assert "quantization_config" in read_json(tmp_path / "model/config.json")
     pictures = datasets.Features(
         {
             "id": datasets.Value("string"),
@@ -129,8 +138,6 @@ def test_the_command_line_of_lm_eval_gives_the_same_answers(tmp_path, questions)
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = (tmp_path / "out").rglob("samples_grace_colour*.jsonl")
     theirs = sorted((json.loads(line) for line in log.read_text().splitlines()), key=lambda sample: sample["doc_id"])
-    from grace.models import load_model, load_processor
-
     ours = RunnerLM(
         Runner(load_model(tmp_path / "model"), load_processor(tmp_path / "model"), batch=8, max_new_tokens=3)
     )

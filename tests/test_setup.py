@@ -18,7 +18,7 @@ exec {sys.executable} "$@"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("workflow/setup.sh", "envs/constraints.txt", "pyproject.toml"):
+    for name in ("workflow/setup.sh", "envs/constraints.txt", "envs/lmms-eval.txt", "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv/bin/python"
@@ -40,7 +40,8 @@ def test_it_installs_once_and_adds_extras(checkout: Path) -> None:
     first = _setup(checkout)
     assert first[0].endswith("torch==2.13.0") and first[1].endswith("-c envs/constraints.txt -e .")
     assert _setup(checkout) == []
-    assert _setup(checkout, "test")[1].endswith("-e .[test]")
+    tests = _setup(checkout, "test")
+    assert tests[1].endswith("-e .[test]") and tests[2].endswith("--no-deps -r envs/lmms-eval.txt") and len(first) == 2
     assert _setup(checkout, "cluster")[1].endswith("-e .[cluster,test]")
     assert _setup(checkout) == []
 

@@ -23,7 +23,7 @@ fi
 
 # What was installed before stays wanted: adding an extra never takes another one away.
 wanted=$(printf '%s\n' "$@" $(cut -s -d' ' -f2- .venv/installed 2>/dev/null || true) | sort -u | sed '/^$/d' | xargs)
-stamp="$(cat envs/constraints.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')${wanted:+ $wanted}"
+stamp="$(cat envs/constraints.txt envs/lmms-eval.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')${wanted:+ $wanted}"
 if [ "$(cat .venv/installed 2>/dev/null || true)" = "$stamp" ]; then
   echo "setup: .venv is up to date"
   exit 0
@@ -32,5 +32,8 @@ fi
 # torch first and by its version alone, so that a build for this machine that is there already (CPU or GPU) is kept.
 .venv/bin/python -m pip install --disable-pip-version-check "$(grep '^torch==' envs/constraints.txt)"
 .venv/bin/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e ".${wanted:+[${wanted// /,}]}"
+case " $wanted " in
+  *" test "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/lmms-eval.txt ;; # says why
+esac
 printf '%s\n' "$stamp" > .venv/installed
 echo "setup: .venv is ready"
