@@ -89,6 +89,21 @@ def test_a_wrong_product_is_an_error_not_a_time():
             bench_kernel({"a": (32, 64)}, [1], 32, 1, CPU, backends=[backend])
 
 
+def test_another_packages_failure_is_left_out_and_said(capsys):
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    own = TORCH_CPU
+    unprepared = Backend("elsewhere", own.serves, fails, own.product, foreign=True)
+    wrong = Backend("elsewhere too", own.serves, own.prepare, lambda x, p: own.product(x, p) * 2, foreign=True)
+    table, _ = bench_kernel({"a": (32, 64)}, [1, 2], 32, 1, CPU, backends=[own, unprepared, wrong])
+    assert [row["backend"] for row in table] == [own.name] * 2
+    said = capsys.readouterr().err
+    assert "left out: elsewhere at 32 x 64: no kernel image" in said and said.count("elsewhere too at a, M = ") == 2
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        bench_kernel({"a": (32, 64)}, [1], 32, 1, CPU, backends=[Backend("ours", own.serves, fails, own.product)])
+
+
 def test_a_group_that_does_not_divide_is_refused():
     with pytest.raises(GraceError, match="96 inputs, which groups of 64 do not divide"):
         bench_kernel({"a": (32, 96)}, [1], 64, 1, CPU)

@@ -22,6 +22,7 @@ class Backend:
         prepare: (codes int8 [out, in], scales bf16 [out, in/group], dtype) -> a tuple of tensors and other state.
         product: (x [rows, in], prepared) -> [rows, out].
         weight: what the prepared weights stand for, [out, in] float64, where that isn't codes times scales.
+        foreign: another package's: where it fails, the benchmark goes on without it and says so.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Backend:
     prepare: Callable[[torch.Tensor, torch.Tensor, torch.dtype], tuple]
     product: Product
     weight: Callable[[tuple], torch.Tensor] | None = None
+    foreign: bool = False
 
     def copy(self, prepared: tuple) -> tuple:
         """The same weights elsewhere in memory."""

@@ -6,6 +6,7 @@ in its own layout. bitsandbytes multiplies another 4-bit format (NF4), so it is 
 
 import importlib.util
 import json
+import sys
 
 import torch
 
@@ -15,11 +16,15 @@ from grace.kernels.w4a16_layout import ZERO, pack_int4
 
 
 def cuda_backends() -> list[Backend]:
-    """This project's product first, then what is installed."""
+    """This project's product first, then what is installed and can be imported."""
     found = [TRITON, TINYGEMM]
     for package, make in (("gemlite", _gemlite), ("humming", _humming), ("bitsandbytes", _bitsandbytes)):
-        if importlib.util.find_spec(package) is not None:
+        if importlib.util.find_spec(package) is None:
+            continue
+        try:
             found.append(make())
+        except Exception as failure:  # another version's interface, or a library that it does not find
+            print(f"left out: {package} is installed but does not load: {failure}", file=sys.stderr)
     return found
 
 
@@ -41,6 +46,7 @@ TINYGEMM = Backend(
     serves=lambda n, k, group, dtype: dtype == torch.bfloat16 and group in (32, 64, 128, 256) and n % 8 == k % 128 == 0,
     prepare=_tinygemm_prepare,
     product=lambda x, prepared: torch.ops.aten._weight_int4pack_mm(x, prepared[0], prepared[2], prepared[1]),
+    foreign=True,
 )
 
 
@@ -65,6 +71,7 @@ def _gemlite() -> Backend:
         serves=lambda n, k, group, dtype: dtype in kinds and n % 32 == k % 32 == 0,
         prepare=prepare,
         product=lambda x, prepared: forward_functional(x, None, list(prepared[:-1]), prepared[-1]),
+        foreign=True,
     )
 
 
@@ -95,6 +102,7 @@ def _humming() -> Backend:
         serves=lambda n, k, group, dtype: dtype in (torch.float16, torch.bfloat16) and n % 64 == k % 64 == 0,
         prepare=prepare,
         product=product,
+        foreign=True,
     )
 
 
@@ -113,4 +121,5 @@ def _bitsandbytes() -> Backend:
         prepare=prepare,
         product=lambda x, prepared: bitsandbytes.matmul_4bit(x, prepared[0].t(), quant_state=prepared[1]),
         weight=lambda prepared: functional.dequantize_4bit(*prepared).double(),
+        foreign=True,
     )

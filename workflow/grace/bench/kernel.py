@@ -5,6 +5,7 @@ medians with weights that miss the last cache, then the share of a floor made of
 in the same run.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -39,8 +40,10 @@ def bench_kernel(
         group_size: inputs per step size.
         repeats: interleaved rounds per case.
 
+    Another package's backend that fails or is wrong in a case is left out of it, with a line on standard error.
+
     Raises:
-        GraceError: a group that does not divide the inputs, or a wrong product.
+        GraceError: a group that does not divide the inputs, or a wrong product of this project's.
     """
     backends = installed(device) if backends is None else backends
     limits = machine.ceilings(device)
@@ -51,7 +54,7 @@ def bench_kernel(
                 raise GraceError(f"kernel benchmark: {name} has {k} inputs, which groups of {group_size} do not divide")
             case = _Case(n, k, group_size, max(rows), dtype, device, seed + index)
             serving = [b for b in backends if b.serves(n, k, group_size, dtype)] or [DEQUANTISE]
-            chosen = [(backend, _rotated(backend, case)) for backend in serving]
+            chosen = [(b, rotated) for b in serving if (rotated := _rotated(b, case)) is not None]
             for m in rows:
                 table += case.measure(name, m, chosen, repeats, limits)
                 advance(note=f"{name}, M = {m}")
@@ -83,8 +86,11 @@ class _Case:
         errors = {}
         for backend, rotated in chosen:
             calls = [partial(backend.product, x, prepared) for prepared in rotated]
-            errors[backend.name] = self._error(backend, calls[0], rotated[0], x)
-            candidates[backend.name] = calls
+            try:
+                errors[backend.name] = self._error(backend, calls[0], rotated[0], x)
+                candidates[backend.name] = calls
+            except Exception as failure:
+                _leave_out(backend, f"{name}, M = {m}", failure)
         seconds = interleaved_medians(candidates, repeats, self.device)
         floor = self.floor(m, limits)
         return [
@@ -126,8 +132,19 @@ class _Case:
         return error
 
 
-def _rotated(backend: Backend, case: _Case) -> list[tuple]:
-    """The prepared weights and copies of them, together past the last cache."""
-    prepared = backend.prepare(case.codes, case.scales, case.dtype)
+def _rotated(backend: Backend, case: _Case) -> list[tuple] | None:
+    """The prepared weights and copies of them, together past the last cache; None where another package fails."""
+    try:
+        prepared = backend.prepare(case.codes, case.scales, case.dtype)
+    except Exception as failure:
+        _leave_out(backend, f"{case.n} x {case.k}", failure)
+        return None
     nbytes = sum(part.nbytes for part in prepared if isinstance(part, torch.Tensor))
     return [prepared] + [backend.copy(prepared) for _ in range(case.copies(nbytes) - 1)]
+
+
+def _leave_out(backend: Backend, where: str, failure: Exception) -> None:
+    """Say why another package's backend is left out of a case; this project's own failure is raised again."""
+    if not backend.foreign:
+        raise failure
+    print(f"left out: {backend.name} at {where}: {failure}", file=sys.stderr)

@@ -126,7 +126,7 @@ def _ask_ahead(words, pairs, first, last, group, groups, at_n, N, PADDED, BLOCK_
     """Ask for the first CHUNKS chunks of words of BLOCK_N outputs, and for their step sizes of up to 64 groups."""
     lines: tl.constexpr = BLOCK_N // 2  # of 128 bytes, per chunk
     line = tl.arange(0, CHUNKS * lines)
-    chunk = tl.minimum(first + line // lines, last - 1).to(tl.int64)
+    chunk = tl.minimum(first + line // lines, tl.maximum(last, 1) - 1).to(tl.int64)
     _ask(words + chunk * N * 32 + tl.minimum(at_n * 32 + line % lines * 64, N * 32 - 1))
     _ask(pairs + tl.minimum(group + tl.arange(0, 64), groups - 1) * (PADDED // 2) + at_n // 2)
 
