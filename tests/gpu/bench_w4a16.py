@@ -9,11 +9,15 @@ differ from a float64 reference, or if the inline PTX and the plain arithmetic d
 
 import argparse
 import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from grace.bench.backends import installed
 from grace.bench.kernel import bench_kernel
 from grace.bench.machine import describe
 from grace.bench.tune import compile_ahead
@@ -89,6 +93,25 @@ def same_bits(device: torch.device, workers: int) -> int:
     return len(jobs)
 
 
+def compile_all(shapes: list[tuple[int, int]], rows: list[int], group: int, dtype: torch.dtype, workers: int) -> None:
+    """Let every backend build what it builds at the first call, by processes: JIT compilers take seconds per case."""
+    jobs = [(shape, m, group, dtype) for shape in shapes for m in rows]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in pool.map(_first_call, jobs):
+            pass
+
+
+def _first_call(job: tuple) -> None:
+    (out, inputs), rows, group, dtype = job
+    codes = torch.zeros(out, inputs, dtype=torch.int8, device="cuda")
+    scales = torch.ones(out, inputs // group, dtype=torch.bfloat16, device="cuda")
+    for backend in installed(codes.device):
+        with suppress(Exception):  # the benchmark itself says what fails
+            if backend.serves(out, inputs, group, dtype):
+                x = torch.zeros(rows, inputs, dtype=dtype, device="cuda")
+                backend.product(x, backend.prepare(codes, scales, dtype))
+
+
 def print_table(rows: list[dict]) -> None:
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     cases = list(dict.fromkeys((row["shape"], row["m"]) for row in rows))
@@ -133,7 +156,9 @@ def main() -> None:
         print(f"{same_bits(device, os.cpu_count() or 1)} products right, and alike to the bit in both ways to unpack")
         if chosen.check:
             return
-        table, limits = bench_kernel(shapes, rows, chosen.group, 20, device, getattr(torch, chosen.dtype))
+        dtype = getattr(torch, chosen.dtype)
+        compile_all(list(shapes.values()), rows, chosen.group, dtype, os.cpu_count() or 1)
+        table, limits = bench_kernel(shapes, rows, chosen.group, 20, device, dtype)
     except GraceError as error:
         raise SystemExit(f"wrong: {error}") from error
     write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": table})
