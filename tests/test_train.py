@@ -271,6 +271,46 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(home, tmp_path, poiso
         beta = min(max(beta + method.eta * (average - method.tau), method.beta_min), method.beta_max)
 
 
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+import grace.train.verbs as verbs
+from grace.data import load_prepared
+from grace.train.loop import Trainer
+
+def load(data, tower):
+    examples = load_prepared(data, tower)
+    at = next(i for i, example in enumerate(examples) if not example.caption)
+    examples[at] = replace(examples[at], features=examples[at].features * torch.nan)
+    return examples
+
+def killed(self, number, *rest):
+    if number == int(sys.argv[-1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, *rest)
+
+verbs.load_prepared, step, Trainer._step = load, Trainer._step, killed
+verbs.train(*map(Path, sys.argv[1:-1]))
+"""
+
+
+def test_a_run_that_skips_ends_with_the_same_bits_however_often_it_is_killed(home, tmp_path, poisoned):
+    steps = optimisation(micro_batch=2, steps=16, nonfinite="skip", checkpoint_every=3)
+    whole = student(home, tmp_path, "whole", **GRACE, optimisation=steps)
+    run = run_file(tmp_path, "killed", **GRACE, optimisation=steps)
+    paths = [run, home / "data", tmp_path / "killed", tmp_path / "killed.jsonl", tmp_path / ".killed"]
+    paths += [home / "baseline", home / "cache"]
+    for at, status in ((4, -signal.SIGKILL), (11, -signal.SIGKILL), (-1, 0)):
+        assert subprocess.run([sys.executable, "-c", KILLED, *map(str, paths), str(at)]).returncode == status
+    before, after = weights(whole), weights(tmp_path / "killed")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    kept = ("step", "loss", "beta", "skipped", "ids")
+    logs = [[{k: e[k] for k in kept if k in e} for e in log(tmp_path, name)] for name in ("whole", "killed")]
+    assert logs[0] == logs[1] and any("skipped" in entry for entry in logs[0])
+
+
 def test_a_step_that_is_skipped_leaves_no_trace(home, tmp_path, monkeypatch):
     """A gradient that overflows in step 3 is dropped: what comes before and after is a run without that step's data."""
     take = MasterAdamW._take_gradients

@@ -26,6 +26,7 @@ from statistics import median
 from types import SimpleNamespace
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `grace` does
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -41,7 +42,7 @@ from grace.models import decoder_linears
 from grace.teacher.formats import gram
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
-from grace.train.distributed import World
+from grace.train.distributed import World, join_world
 from grace.train.loop import Trainer
 
 
@@ -238,8 +239,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="timed optimiser steps of each recipe")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = World(0, 1, device)
+    world = join_world()
+    device = world.device
     model = build_model(shape, device)
     examples = build_examples(shape, 2 * BATCH)
     rows = []

@@ -106,6 +106,9 @@ def train(
 ) -> None:
     """Train a teacher, a baseline or a student."""
     _start(processes)
+    # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
     from grace.cluster.lock import one_writer
     from grace.train.verbs import train as run_training
 
@@ -357,8 +360,6 @@ def main() -> None:
         200_000
     )  # at Python's 700, importing torch and transformers spends a quarter of its time collecting
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading is quick here; a bar in a log says nothing
-    # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except GraceError as error:

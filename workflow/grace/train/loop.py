@@ -174,7 +174,7 @@ class Trainer:
         entry: dict[str, Any] = {"step": step + 1}
         if wrong:
             bad = [micro.examples for micro, row in zip(cuts, rows, strict=True) if not all(map(math.isfinite, row))]
-            suspects = self.world.gather([(e.id, e.key) for examples in bad for e in examples])
+            suspects = list(dict.fromkeys(self.world.gather([(e.id, e.key) for examples in bad for e in examples])))
             entry |= self._nonfinite(step, wrong, suspects or [(e.id, e.key) for e in chosen])
         else:
             self.in_a_row = 0
