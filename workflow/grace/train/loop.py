@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,8 @@ class Trainer:
             cut_log(self.log, done)
         self.model.train()
         feed = ahead(self._prepare, self._micro_batches(done, steps), MICRO_BATCHES_AHEAD)
-        with progress("training", steps) as advance, self.log.open("a") as lines, closing(feed):
+        kept = self.log.open("a") if self.world.first else nullcontext()  # the others write nothing
+        with progress("training", steps) as advance, kept as lines, closing(feed):
             advance(done)
             for step, chosen in islice(enumerate(self._plan()), done, steps):
                 entry = self._step(step, chosen, feed)
@@ -118,7 +119,8 @@ class Trainer:
                 note += f", {self.skipped} skipped" if self.skipped else ""
                 advance(1, f"{note}, {entry['tokens_per_second']:,.0f} tokens/s, {entry['memory_gib']:.1f} GiB")
                 if (step + 1) % run.optimisation.checkpoint_every == 0 and step + 1 < steps:
-                    lines.flush()
+                    if self.world.first:
+                        lines.flush()
                     self._save(step + 1)
 
     def _plan(self) -> Iterator[list[Example]]:
