@@ -128,7 +128,7 @@ def build_examples(shape: Shape, count: int) -> list[Example]:
         labels = ids.clone()
         labels[: 1 + shape.visual + PROMPT] = -100
         picture = RandomPicture(f"picture {number}", b"", None, f"{number:064x}")
-        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, shape.tokens, False, picture))
+        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, image=picture))
     return examples
 
 

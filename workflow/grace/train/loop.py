@@ -132,7 +132,7 @@ class Trainer:
             plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed)
             yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
 
-    def _cuts(self, step: int, chosen: list[Example]) -> Iterator[MicroBatch]:
+    def _cuts(self, chosen: list[Example]) -> Iterator[MicroBatch]:
         """This process's micro-batches of a step."""
         size, world = self.run.optimisation.micro_batch, self.world
         cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
@@ -143,8 +143,8 @@ class Trainer:
 
     def _micro_batches(self, done: int, steps: int) -> Iterator[MicroBatch]:
         """Those of all steps that are left, one after the other."""
-        for step, chosen in islice(enumerate(self._plan()), done, steps):
-            yield from self._cuts(step, chosen)
+        for chosen in islice(self._plan(), done, steps):
+            yield from self._cuts(chosen)
 
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
@@ -162,7 +162,7 @@ class Trainer:
         omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
         omega = method.omega * min(1.0, (step + 1) / omega_steps)
         totals = self.objective.totals(chosen, self.controller.beta, omega)
-        cuts = list(self._cuts(step, chosen))
+        cuts = list(self._cuts(chosen))
         each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
         names = list(each[0])
         rows = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in each]).tolist()
