@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BatchFeature, Qwen2VLImageProcessorPil
 
 from evaluate_models import model, picture, processor, rows
 from grace.data.pictures import Picture
@@ -86,6 +87,45 @@ def test_what_is_wrong_is_named(runner):
     nameless.chat_template = None
     with pytest.raises(GraceError, match="no chat template"):
         Runner(runner.model, nameless)
-    other = type("Other", (), {"config": type("Config", (), {"model_type": "qwen2_vl"})})
-    with pytest.raises(GraceError, match="not for `qwen2_vl`"):
-        Runner(other, processor())
+
+
+class QwenProcessor:
+    """The picture half of Qwen's processor, for one still a prompt: its class needs torchvision, for videos."""
+
+    def __init__(self, words) -> None:
+        self.image_processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=12544)
+        self.tokenizer, self.chat_template = words, "unused"
+
+    def __call__(self, text, images, **settings):
+        pixels = self.image_processor(images=images, return_tensors="pt")
+        counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
+        whole = [one.replace("<image>", " <image>" * n) for one, n in zip(text, counts, strict=True)]
+        inputs = self.tokenizer(whole, **settings)
+        kinds = (inputs["input_ids"] == 4).long()
+        return BatchFeature({**inputs, **pixels, "mm_token_type_ids": kinds})
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_qwen_answers_through_transformers_as_one_question_alone(version):
+    from test_infer_decode import qwen
+
+    made, words = qwen(version), processor().tokenizer
+    made.config.image_token_id, made.config.vision_start_token_id, made.config.vision_end_token_id = 4, 150, 151
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = 3, 0
+    runner = Runner(made, QwenProcessor(words), batch=3, max_new_tokens=4)
+    asked = [
+        Question(f"row-{i}", f"<bos> <image> <q> {'what is the blue ' * (i + 1)} <a>", picture(i)) for i in range(5)
+    ]
+    for question, answer in zip(asked, runner.answer(asked), strict=True):
+        pictures = [Picture.from_bytes(question.id, question.image).open()]
+        inputs = runner.processor([question.prompt], pictures, return_tensors="pt", add_special_tokens=False)
+        out = made.generate(
+            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        logp = torch.stack(out.logits)[:, 0].log_softmax(-1)
+        assert answer.text == words.decode(new, skip_special_tokens=True).strip()
+        assert answer.logprob == pytest.approx(logp.gather(1, new[:, None]).sum().item(), abs=1e-3)
+        assert answer.entropy == pytest.approx(
+            torch.distributions.Categorical(logits=logp[0]).entropy().item(), abs=1e-3
+        )

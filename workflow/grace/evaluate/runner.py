@@ -42,10 +42,13 @@ class Question:
 
 
 class Runner:
-    """Greedy answers of one LLaVA model; also the likelihood of plain text under its decoder.
+    """Greedy answers of one model; also the likelihood of plain text under its decoder.
+
+    LLaVA is decoded here. Other families (Qwen2-VL, Qwen3-VL) go through their processor and transformers' own
+    `generate`, because only their forward knows how pictures and positions enter: slower, the same questions and files.
 
     Args:
-        model: a `LlavaForConditionalGeneration` in evaluation mode, on any device, in any dtype.
+        model: a vision-language model in evaluation mode, on any device, in any dtype.
         processor: its processor, with a chat template.
         batch: sequences per forward pass.
         max_new_tokens: longest answer in tokens.
@@ -64,11 +67,6 @@ class Runner:
         max_new_tokens: int = 8,
         kept: Mapping[bytes, torch.Tensor] | None = None,
     ) -> None:
-        if model.config.model_type != "llava":
-            raise GraceError(
-                f"this runner answers for LLaVA models, not for `{model.config.model_type}`; "
-                "set evaluation.harness to lmms-eval or vlmeval for this family"
-            )
         if not processor.chat_template:
             raise GraceError("the processor has no chat template; save one beside it (chat_template.jinja)")
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
@@ -78,6 +76,7 @@ class Runner:
         ends = ends if ends is not None else self.tokenizer.eos_token_id
         self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
+        self.decoded_here = model.config.model_type == "llava"
         self.kept = kept or {}
         self.parts: Parts | None = None
         self.share = Share()
@@ -113,7 +112,11 @@ class Runner:
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
-            found = self._generate([prompts[i] for i in rows], self._look([(pictures[i], questions[i]) for i in rows]))
+            if self.decoded_here:
+                looked = self._look([(pictures[i], questions[i]) for i in rows])
+                found = self._generate([prompts[i] for i in rows], looked)
+            else:
+                found = self._by_transformers([questions[i] for i in rows])
             if self.parts:
                 self.parts.add(name, rows, found)
             advance(len(rows) * self.share.size)
@@ -205,11 +208,44 @@ class Runner:
             embedded = self.decoder.get_input_embeddings()(tokens[-1])[:, None]
             positions = positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        texts = self.tokenizer.batch_decode(torch.stack(tokens, 1).cpu(), skip_special_tokens=True)
-        return [
-            Answer(text.strip(), *values)
-            for text, *values in zip(texts, logprob.tolist(), entropy.tolist(), strict=True)
-        ]
+        return self._answers(torch.stack(tokens, 1), logprob, entropy)
+
+    def _by_transformers(self, questions: list[Question]) -> list[Answer]:
+        """One batch through the processor and `generate`, left-padded."""
+        self.tokenizer.padding_side = "left"
+        bos = self.tokenizer.bos_token
+        inputs = self.processor(
+            text=[question.prompt for question in questions],
+            images=[Picture.from_bytes(question.id, question.image).open() for question in questions],
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and questions[0].prompt.startswith(bos)),
+        ).to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        made = self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = made.sequences[:, inputs["input_ids"].shape[1] :]  # [rows, steps]
+        alive = torch.ones_like(tokens[:, 0], dtype=torch.bool)
+        logprob, entropy = torch.zeros(len(questions), device=tokens.device), None
+        for step, logits in enumerate(made.logits):  # each [rows, vocab]
+            logp = logits.float().log_softmax(-1)
+            if entropy is None:
+                entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
+            chosen = tokens[:, step]
+            logprob += torch.where(alive, logp.gather(1, chosen[:, None])[:, 0], 0.0)
+            alive &= ~torch.isin(chosen, self.ends)
+        return self._answers(tokens, logprob, entropy)
+
+    def _answers(self, tokens: torch.Tensor, logprob: torch.Tensor, entropy: torch.Tensor) -> list[Answer]:
+        texts = self.tokenizer.batch_decode(tokens.cpu(), skip_special_tokens=True)
+        values = zip(texts, logprob.tolist(), entropy.tolist(), strict=True)
+        return [Answer(text.strip(), *numbers) for text, *numbers in values]
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
