@@ -171,3 +171,13 @@ def test_our_metrics_are_lmms_evals_on_the_same_predictions(tmp_path, monkeypatc
     ours = OFFICIAL[name](METRICS[benchmark(name).metric](kept))
     assert ours == {key: pytest.approx(theirs[key], abs=1e-9) for key in ours}
     assert 0 < kept["score"].mean() < 1
+
+
+@pytest.mark.parametrize("damage", [None, {"bytes": b"no picture", "path": "3.png"}], ids=["no picture", "broken"])
+def test_a_document_without_a_picture_is_named(tmp_path, damage):
+    asked = [DOCUMENTS["pope"](i) for i in range(4)]
+    asked[3]["image"] = damage
+    _local(tmp_path, "pope", asked)
+    model, path = harness.RunnerLMM(Scripted(["yes"] * 4)), tmp_path / "data/benchmarks/pope.parquet"
+    with pytest.raises(GraceError, match=r"pope\.parquet: .*document 3 has no readable picture .*; mend that row"):
+        harness.predict(model, TaskManager(verbosity="ERROR"), benchmark("pope"), path, None)

@@ -49,7 +49,12 @@ class RunnerLMM(lmms):
         questions, owners = [], []
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
-            pictures = doc_to_visual(self.task_dict[task][split][doc_id])
+            try:
+                pictures = doc_to_visual(self.task_dict[task][split][doc_id])
+            except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no picture, or one that is none
+                raise GraceError(
+                    f"lmms-eval task {task}: document {doc_id} has no readable picture ({error}); mend that row"
+                ) from error
             if len(pictures) != 1:
                 raise GraceError(
                     f"lmms-eval task {task}: document {doc_id} has {len(pictures)} pictures; this model takes one"
