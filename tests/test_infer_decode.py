@@ -132,6 +132,18 @@ def test_a_session_that_is_too_small_is_refused(folder, prompts):
         next(stream(session, prompts, 20))
 
 
+def test_a_card_without_memory_is_said(folder, prompts, monkeypatch):
+    model = load_for_inference(folder)
+    session = Session(model, 3, 40)
+
+    def full(**inputs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(GraceError, match="no memory left on cpu for 3 sequences of 40 tokens; decode fewer"):
+        session.prefill(prompts)
+
+
 def test_chat_streams_what_generate_says(folder, tmp_path):
     packed = save_packed(folder, tmp_path / "packed")
     picture(0).save(tmp_path / "picture.png")

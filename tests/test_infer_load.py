@@ -117,7 +117,13 @@ def test_a_missing_or_old_card_is_said(folders, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(GraceError, match="no CUDA device here; use the CPU"):
         load_for_inference(folders[0], device="cuda")
+    for wrong in ("tpu", "cuda:x", "gpu"):
+        with pytest.raises(GraceError, match=f"--device {wrong}: not a device"):
+            load_for_inference(folders[0], device=wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(GraceError, match="has 1 CUDA devices"):
+        load_for_inference(folders[0], device="cuda:1")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(GraceError, match=r"Tesla T4 is older than compute capability 8\.0"):

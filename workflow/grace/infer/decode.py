@@ -6,6 +6,7 @@ is captured once in a graph and replayed; on a CPU the very same function runs a
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -42,13 +43,8 @@ class Session:
         heads = text.num_key_value_heads
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        try:
+        with self._memory():
             self.cache.early_initialization(batch, heads, width, self.dtype, self.device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise GraceError(
-                f"no memory left on {self.device} for the cache of {batch} sequences of {length} tokens; "
-                f"decode fewer at once, or use a packed model"
-            ) from error
         place = {"device": self.device, "dtype": torch.int64}
         self.slots = torch.arange(length, **place)
         self.token = torch.zeros(batch, 1, **place)
@@ -65,7 +61,8 @@ class Session:
         elif compile and self.device.type == "cuda":
             step = torch.compile(self._step, dynamic=False)
         if self.device.type == "cuda":
-            self.graph = self._capture(step)
+            with self._memory():
+                self.graph = self._capture(step)
 
     def prefill(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Read the prompts; return the first token of every answer, int64 [batch].
@@ -89,14 +86,15 @@ class Session:
         seen = seen & self.valid.unsqueeze(1) | (self.slots[:tokens].unsqueeze(1) == self.slots)  # padding sees itself
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-        output = self.model(
-            **inputs,
-            attention_mask=seen.unsqueeze(1),
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._memory():
+            output = self.model(
+                **inputs,
+                attention_mask=seen.unsqueeze(1),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position.copy_(positions.amax(dim=(0, 2) if positions.dim() == 3 else 1) + 1)
         self.slot.fill_(tokens)
@@ -125,6 +123,17 @@ class Session:
         self.token.copy_(self.head(hidden[:, -1]).argmax(-1, keepdim=True))
         self.position.add_(1)
         self.slot.add_(1)
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Say what to do where the card has no memory left."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise GraceError(
+                f"no memory left on {self.device} for {self.batch} sequences of {self.length} tokens; "
+                f"decode fewer at once, or use a packed model"
+            ) from error
 
     def _reset(self) -> None:
         for layer in self.cache.layers:

@@ -86,10 +86,17 @@ def check_safetensors(folder: Path) -> None:
 
 def check_device(device: str, what: str | Path) -> None:
     """Raise a `GraceError` where `device` is not usable here."""
-    if torch.device(device).type != "cuda":
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise GraceError(f"--device {device}: not a device that models run on; use cpu, cuda or cuda:1")
+    if kind == "cpu":
         return
     if not torch.cuda.is_available():
         raise GraceError(f"{what}: no CUDA device here; use the CPU")
+    if index and int(index) >= torch.cuda.device_count():
+        raise GraceError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
     if torch.cuda.get_device_capability(device) < OLDEST_CARD:
         name = torch.cuda.get_device_name(device)
         raise GraceError(f"{what}: {name} is older than compute capability 8.0 (Ampere); use the CPU")
