@@ -130,6 +130,11 @@ def test_a_session_that_is_too_small_is_refused(folder, prompts):
         session.prefill(prompts)
     with pytest.raises(GraceError, match="do not fit a session of 30"):
         next(stream(session, prompts, 20))
+    session = Session(load_for_inference(folder), 3, prompts["input_ids"].shape[1] + 1)
+    session.prefill(prompts)
+    session.step()
+    with pytest.raises(GraceError, match="slots of the session are full"):
+        session.step()
 
 
 def test_a_card_without_memory_is_said(folder, prompts, monkeypatch):

@@ -23,7 +23,7 @@ from grace.files import write_json
 from grace.infer.decode import Session
 from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
-from grace.models import decoder
+from grace.models import decoder, output_head
 
 PROMPT = 640  # tokens: 576 of the picture and a question
 GROUP = 128
@@ -102,8 +102,9 @@ def measure(
             {
                 "model": "llava-1.5-7b (random)", "precision": name, "device": torch.cuda.get_device_name(device),
                 "batch": batch, "prompt_tokens": PROMPT, "new_tokens": new_tokens,
-                "prefill_ms": sorted(prefills)[len(prefills) // 2], "tokens_per_second": batch / step * 1e3,
-                "weight_mib": weights / MIB, "peak_mib": peak / MIB,
+                "prefill_ms": sorted(prefills)[len(prefills) // 2], "step_ms": step,
+                "tokens_per_second": batch / step * 1e3,
+                "read_mib": read_bytes(model, batch, PROMPT + new_tokens // 2) / MIB, "weight_mib": weights / MIB, "peak_mib": peak / MIB,
             }
         )  # fmt: skip
         if kernels:
@@ -113,6 +114,14 @@ def measure(
         gc.collect()
         torch.cuda.empty_cache()
     return rows
+
+
+def read_bytes(model: nn.Module, batch: int, tokens: int) -> int:
+    """What a step cannot do without reading: the layers, the head, and keys and values of `tokens` per sequence."""
+    text = model.config.get_text_config()
+    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    cache = 2 * text.num_hidden_layers * width * batch * tokens * output_head(model).weight.itemsize
+    return weight_bytes(decoder(model).layers) + output_head(model).weight.nbytes + cache
 
 
 def print_kernels(session: Session, what: str) -> None:
@@ -167,12 +176,10 @@ def main() -> None:
         rows += measure(model, "int4", batches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
     write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": rows})
     for row in rows:
-        floor = limits["read_bytes_per_second"] / row["weight_mib"] / MIB
-        print(
-            *(f"{v:.1f}" if isinstance(v, float) else v for v in row.values()),
-            f"weights allow {floor:.0f} steps/s",
-            sep=" | ",
-        )
+        print(*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), sep=" | ")
+        if "read_mib" in row:
+            floor = row["read_mib"] * MIB / limits["read_bytes_per_second"] * 1e3
+            print(f"  reading alone takes {floor:.2f} ms: {100 * floor / row['step_ms']:.0f}% of the step")
     for batch in batches:
         speed = {row["precision"]: row for row in rows if row["batch"] == batch}
         if {"bf16", "int4"} <= speed.keys():

@@ -51,6 +51,7 @@ class Session:
         self.position = torch.zeros(batch, **place)
         self.slot = torch.zeros((), **place)  # where the next key and value go
         self.valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)  # false on a prompt's padding
+        self.filled = 0  # what `slot` says, known without asking the device
         self.graph, step = None, self._step
         if fused is None:
             fused = self.device.type == "cuda" and llama_step.knows(self.decoder)
@@ -98,10 +99,14 @@ class Session:
         self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position.copy_(positions.amax(dim=(0, 2) if positions.dim() == 3 else 1) + 1)
         self.slot.fill_(tokens)
+        self.filled = tokens
         return self.token[:, 0].clone()
 
     def step(self) -> torch.Tensor:
         """Decode one more token of every sequence, int64 [batch]."""
+        if self.filled >= self.length:
+            raise GraceError(f"all {self.length} slots of the session are full; make a larger session")
+        self.filled += 1
         if self.graph is None:
             self._step()
         else:
