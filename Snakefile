@@ -40,6 +40,21 @@ if workflow.is_main_process:
     restore(plan.folder)
 
 
+# What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
+onstart:
+    if workflow.executor_plugin.name == "slurm":
+        from grace.cluster.slurm import check_submission
+
+        try:
+            check_submission(
+                {job.rule.name for job in workflow.dag.needrun_jobs()},
+                plan.experiment.resources,
+                workflow.executor_settings.status_command or "sacct",
+            )
+        except GraceError as error:
+            raise WorkflowError(str(error)) from None
+
+
 wildcard_constraints:
     experiment=plan.experiment.experiment,
     precision=r"(bf16|int[2348])(-outliers)?",

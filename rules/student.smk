@@ -76,7 +76,7 @@ else:
         message:
             "train the baseline, seed {wildcards.seed}"
         shell:
-            "grace train --processes {resources.gpu} --run {input.run:q}"
+            "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
             " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
             " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
@@ -111,7 +111,7 @@ rule finetune:
     message:
         "train {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --processes {resources.gpu} --run {input.run:q}"
+        "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
         " --init {params.start:q} --data {params.data:q} --out {params.out:q}"
         " --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 
@@ -148,7 +148,7 @@ rule distil:
     message:
         "distil {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --processes {resources.gpu} --run {input.run:q}"
+        "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
         " --init {params.start:q} --data {params.data:q} --cache {params.cache:q}"
         " --out {params.out:q} --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 

@@ -57,7 +57,7 @@ else:
         message:
             "train the teacher"
         shell:
-            "grace train --processes {resources.gpu} --run {input.run:q}"
+            "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
             " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
             " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
 

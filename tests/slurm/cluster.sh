@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# bash tests/slurm/cluster.sh start|stop|status: a real Slurm of one machine on the loopback address, with two GPUs that
-# are only names. `start` twice is one start; `stop` ends by their process ids only what `start` began, and removes what
-# it wrote. Needs root and Debian's or Ubuntu's packages: apt-get install slurm-wlm munge
+# bash tests/slurm/cluster.sh start|stop|status: a real Slurm on the loopback address, three nodes on this one machine. Its
+# eight cores, memory and two GPUs per node are only names, so that jobs that mostly wait run side by side. `start` twice
+# is one start; `stop` ends by their process ids only what `start` began, and removes what it wrote. Needs root and
+# Debian's or Ubuntu's packages: apt-get install slurm-wlm munge
 set -euo pipefail
 
 state=${GRACE_SLURM_STATE:-/var/tmp/grace-slurm}
 config=/etc/slurm/slurm.conf # the inner steps of a job look nowhere else
 mark="# written by GRACE's tests/slurm/cluster.sh"
-cores=$(nproc)
-memory=$(awk '/MemTotal/ { print int($2 / 1024 * 0.9) }' /proc/meminfo)
+nodes=(first second third)
 
 fail() {
   echo "cluster: $1" >&2
@@ -29,7 +29,7 @@ need() {
 running() { # is the process of a pid file alive, and still the program that was started?
   local pid
   pid=$(cat "$state/$1.pid" 2>/dev/null) || return 1
-  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ]
+  [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "${1%-*}" ]
 }
 
 write_config() {
@@ -47,11 +47,12 @@ AuthType=auth/munge
 AuthInfo=socket=$state/munge.socket
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 StateSaveLocation=$state/controller
-SlurmdSpoolDir=$state/node
+SlurmdSpoolDir=$state/%n
 SlurmctldPidFile=$state/slurmctld.pid
-SlurmdPidFile=$state/slurmd.pid
+SlurmdPidFile=$state/slurmd-%n.pid
 SlurmctldLogFile=$state/slurmctld.log
-SlurmdLogFile=$state/slurmd.log
+SlurmdLogFile=$state/slurmd-%n.log
+SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -64,40 +65,42 @@ KillWait=5
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 GresTypes=gpu
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=$cores RealMemory=$memory Gres=gpu:h100:2
-PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE
-PartitionName=other Nodes=localhost
+NodeName=first,second,third NodeHostname=localhost NodeAddr=127.0.0.1 Port=[16818-16820] CPUs=8 RealMemory=32000 Gres=gpu:h100:2
+PartitionName=main Nodes=first Default=YES MaxTime=INFINITE
+PartitionName=other Nodes=second
+PartitionName=both Nodes=first,second
+PartitionName=spare Nodes=third
 END
   cat > /etc/slurm/gres.conf <<END
 $mark
-NodeName=localhost Name=gpu Type=h100 File=$state/gpu[0-1]
+NodeName=first,second,third Name=gpu Type=h100 File=$state/gpu[0-1]
 END
 }
 
 start() {
   need
-  mkdir -p /etc/slurm "$state/controller" "$state/node"
+  mkdir -p /etc/slurm "$state/controller" "${nodes[@]/#/$state/}"
   chmod 755 "$state"
-  if ! running slurmd; then
-    write_config
-  fi
+  running slurmctld || write_config
   if ! running munged; then
     [ -e "$state/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom > "$state/munge.key")
     munged --force --key-file "$state/munge.key" --socket "$state/munge.socket" --pid-file "$state/munged.pid" \
       --log-file "$state/munged.log" --seed-file "$state/munge.seed"
   fi
   running slurmctld || slurmctld
-  running slurmd || slurmd -N localhost
-  local second
+  local node second
+  for node in "${nodes[@]}"; do
+    running "slurmd-$node" || slurmd -N "$node"
+  done
   for second in $(seq 60); do
-    if [ "$(sinfo --noheader --partition main --format %T 2>/dev/null)" = idle ]; then
-      echo "cluster: Slurm is up with $cores cores, $memory MB and 2 named GPUs"
+    if [ "$(sinfo --noheader --format %T 2>/dev/null | sort -u)" = idle ]; then
+      echo "cluster: Slurm is up with nodes ${nodes[*]}"
       return
     fi
     sleep 1
   done
   tail -n 20 "$state"/slurm*.log >&2
-  fail "the node is not idle after 60 s; the logs are in $state"
+  fail "the nodes are not idle after 60 s; the logs are in $state"
 }
 
 stop() {
@@ -109,7 +112,7 @@ stop() {
       sleep 1
     done
   fi
-  for name in slurmd slurmctld munged; do
+  for name in "${nodes[@]/#/slurmd-}" slurmctld munged; do
     if running "$name"; then
       pid=$(cat "$state/$name.pid")
       kill "$pid"

@@ -32,11 +32,12 @@ report_verbs = _group("report", "Tables, figures, metrics and the page.")
 config_verbs = _group("config", "The experiment's configuration.")
 
 
-def _start(processes: int) -> None:
-    """Become so many processes, one GPU each; nothing where it is one, or one of them already."""
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [*launcher, "-m", "--", "grace.cli", *sys.argv[1:]])
+def _start(processes: int, nodes: int = 1) -> None:
+    """Become so many processes on each machine, one GPU each; nothing where it is one, or one of them already."""
+    from grace.cluster.launch import become, launched
+
+    if (processes > 1 or nodes > 1) and not launched():
+        become(nodes, processes, sys.argv[1:])
 
 
 Run = Annotated[Path, typer.Option(help="frozen parameters of this job (JSON)")]
@@ -103,9 +104,10 @@ def train(
     cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
     teacher: Annotated[Path | None, typer.Option(help="its model folder, to refuse a cache of another")] = None,
     processes: Processes = 1,
+    nodes: Annotated[int, typer.Option(help="on each of so many machines of this Slurm job")] = 1,
 ) -> None:
     """Train a teacher, a baseline or a student."""
-    _start(processes)
+    _start(processes, nodes)
     # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one

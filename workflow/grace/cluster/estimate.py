@@ -34,12 +34,12 @@ class Request:
     @property
     def core_hours(self) -> float:
         """If every job takes all of its time."""
-        return self.jobs * self.asked.cpus * self.asked.runtime / 60
+        return self.jobs * self.asked.nodes * self.asked.cpus * self.asked.runtime / 60
 
     @property
     def gpu_hours(self) -> float:
         """If every job takes all of its time."""
-        return self.jobs * self.asked.gpus * self.asked.runtime / 60
+        return self.jobs * self.asked.nodes * self.asked.gpus * self.asked.runtime / 60
 
 
 def plan(

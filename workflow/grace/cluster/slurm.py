@@ -3,7 +3,7 @@
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from grace.config.sections import Resources
 from grace.errors import GraceError
@@ -37,10 +37,22 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
         raise GraceError("\n".join(refused))
 
 
+def check_submission(rules: Iterable[str], resources: Mapping[str, Resources], status_command: str) -> None:
+    """`check_slurm` for the jobs of these rules, with what the configuration says of them."""
+    from grace.cluster.estimate import KINDS
+
+    kinds = sorted({KINDS[rule] for rule in rules if rule in KINDS})
+    check_slurm({kind: resources.get(kind, Resources()) for kind in kinds}, status_command)
+
+
 def submission(request: Resources) -> list[str]:
     """The flags of sbatch for a request, as Snakemake's Slurm plugin gives them."""
-    flags = ["--nodes=1", f"--cpus-per-task={request.cpus}", f"--mem={request.mem_mb}", f"--time={request.runtime}"]
-    flags += [f"--gpus={request.gpus}"] if request.gpus else ["--ntasks=1"]
+    flags = [f"--nodes={request.nodes}", f"--cpus-per-task={request.cpus}", f"--mem={request.mem_mb}"]
+    flags.append(f"--time={request.runtime}")
+    if request.gpus:
+        flags.append(f"--gpus={request.gpus}" if request.nodes == 1 else f"--gres=gpu:{request.gpus}")
+    else:
+        flags.append(f"--ntasks={request.nodes}")
     flags += [f"--partition={request.partition}"] if request.partition else []
     return flags + ([f"--account={request.account}"] if request.account else [])
 

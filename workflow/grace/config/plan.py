@@ -212,10 +212,25 @@ class Plan:
         """Processor cores of one such job."""
         return self._asked(job).cpus
 
-    def resources(self, job: str) -> dict[str, int | str]:
-        """Memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know."""
+    def resources(self, job: str) -> dict[str, Any]:
+        """Memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
+
+        A job that is sent again (`retries` in the Slurm profile) asks for twice, then three times the memory and time.
+        The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
+        nothing is said; `processes` is ours, for `grace train`.
+        """
         asked = self._asked(job)
-        named: dict[str, int | str] = {"mem_mb": asked.mem_mb, "gpu": asked.gpus, "runtime": asked.runtime}
+        named: dict[str, Any] = {
+            "mem_mb": lambda wildcards, attempt: attempt * asked.mem_mb,
+            "runtime": lambda wildcards, attempt: attempt * asked.runtime,
+            "gpu": asked.gpus,
+            "nodes": asked.nodes,
+            "processes": asked.gpus,
+        }
+        if asked.nodes > 1 and asked.gpus:
+            named |= {"gpu": 0, "gres": f"gpu:{asked.gpus}"}
+        elif asked.nodes > 1:
+            named["tasks"] = asked.nodes
         if asked.partition:
             named["slurm_partition"] = asked.partition
         if asked.account:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from grace.config.sections import (
     DEMO_BENCHMARKS,
+    TRAININGS,
     Architecture,
     Bench,
     Cache,
@@ -107,6 +108,11 @@ class Experiment(Section):
                 raise ValueError(
                     f"student.architecture.{key} {getattr(shape, key)} is no multiple of quantization.group_size {group}; "
                     "change either"
+                )
+        for job, asked in self.resources.items():
+            if asked.nodes > 1 and job not in TRAININGS:
+                raise ValueError(
+                    f"resources.{job}.nodes {asked.nodes}: such a job runs on one machine; {', '.join(TRAININGS)} share several"
                 )
         unknown = [b for b in self.evaluation.benchmarks if b not in DEMO_BENCHMARKS]
         if isinstance(self.data, DemoData) and unknown:

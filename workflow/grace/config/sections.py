@@ -214,12 +214,16 @@ Job = Literal[
 """Kinds of jobs that `resources` can speak of."""
 
 
+TRAININGS = ("train_teacher", "train_baseline", "finetune", "distil")  # kinds of job that several machines can share
+
+
 class Resources(Section):
     """What one job asks of the machine or the cluster."""
 
     cpus: PositiveInt = Field(1, description="processor cores, and threads of its arithmetic")
     mem_mb: PositiveInt = Field(3000, description="memory in MB")
-    gpus: int = Field(0, ge=0, description="GPUs")
+    gpus: int = Field(0, ge=0, description="GPUs of each machine")
+    nodes: PositiveInt = Field(1, description="machines that share one training, on a cluster")
     runtime: PositiveInt = Field(60, description="longest run in minutes, on a cluster")
     partition: str | None = Field(None, description="Slurm partition; null: the profile's or the cluster's default")
     account: str | None = Field(None, description="Slurm account; null: the profile's or the cluster's default")

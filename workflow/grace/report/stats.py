@@ -172,8 +172,10 @@ def mcnemar(differences: np.ndarray) -> float:
 def _resamples(pictures: int, replicates: int, seed: int) -> np.ndarray:
     """How often each replicate draws each picture [replicates, pictures] fp32; the same draws for every comparison."""
     random = np.random.default_rng(seed)
-    drawn = [np.bincount(random.integers(pictures, size=pictures), minlength=pictures) for _ in range(replicates)]
-    return np.array(drawn, dtype=np.float32)
+    drawn = np.empty((replicates, pictures), dtype=np.float32)  # filled in place: 90,000 pictures are 360 MB already
+    for row in drawn:
+        row[:] = np.bincount(random.integers(pictures, size=pictures), minlength=pictures)
+    return drawn
 
 
 def paired_bootstrap(parts: Sequence[Scores], replicates: int = REPLICATES, seed: int = 0) -> tuple[float, float]:

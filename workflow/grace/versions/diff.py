@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256
-from grace.report.read import Row, read_predictions
+from grace.report.read import Row
 from grace.report.score_tables import AVERAGE
 from grace.report.stats import ALPHA, Comparison, Scores, compare, holm
+from grace.versions.asked import Reader, answers
 from grace.versions.revisions import results_of
 
-_COLUMNS = ["sample_id", "image_id", "score", "target", "prompt_hash", "prediction"]
+FLIPS, FLIPS_OF_ONE = 200, 40  # answers that are kept to be shown: in all, and of one model on one benchmark
 
 
 @dataclass
@@ -67,6 +69,18 @@ class Flip:
     change: float
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Questions whose score changed for one seed of one row: from file `a` to file `b`."""
+
+    seed: int
+    a: Path
+    b: Path
+    samples: np.ndarray
+    targets: np.ndarray
+    change: np.ndarray
+
+
 @dataclass
 class Difference:
     """Everything that two versions differ in; see `diff`."""
@@ -74,7 +88,9 @@ class Difference:
     a: str
     b: str
     changes: list[Change] = field(default_factory=list)
-    flips: list[Flip] = field(default_factory=list)
+    flips: list[Flip] = field(default_factory=list)  # the first of `flipped`, those to look at
+    flipped: int = 0
+    moved: dict[tuple[Row, str], list[Moved]] = field(default_factory=dict)
     only: dict[str, list[str]] = field(default_factory=dict)  # "models in A", ... -> names
     settings: list[tuple[str, Any, Any]] = field(default_factory=list)
     environment: list[tuple[str, Any, Any]] = field(default_factory=list)
@@ -107,8 +123,9 @@ def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> D
     for row, seed in shared:
         seeds.setdefault(row, []).append(seed)
     lonely: dict[str, set[str]] = {"A": set(), "B": set()}
+    reader = Reader()
     for row, listed in seeds.items():
-        _compare_row(found, (a, b), row, tuple(listed), lonely)
+        _compare_row(found, reader, (a, b), row, tuple(listed), lonely)
     found.only |= {f"benchmarks only in {name}": sorted(names) for name, names in lonely.items()}
     found.only = {key: value for key, value in found.only.items() if value}
     if not found.changes:
@@ -118,8 +135,7 @@ def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> D
     changed = [change for change in found.changes if change.comparison is not None]
     for change, p in zip(changed, holm([change.comparison.p_questions for change in changed]), strict=True):
         change.p = float(p)
-    telling = {(change.row, change.benchmark): (change.p, change.comparison.difference) for change in changed}
-    found.flips.sort(key=lambda flip: telling[flip.row, flip.benchmark])
+    found.flips = _flips(found)
     found.settings, found.environment = settings(a, b), environment(a, b)
     found.artifacts, found.speed = artifacts(a, b), speed(a, b)
     found.questions = questions(b, a, found.flips)
@@ -138,7 +154,9 @@ def _models(folder: Path) -> dict[tuple[Row, int], Path]:
     return found
 
 
-def _compare_row(found: Difference, sides: tuple[Path, Path], row: Row, seeds: tuple[int, ...], lonely: dict) -> None:
+def _compare_row(
+    found: Difference, reader: Reader, sides: tuple[Path, Path], row: Row, seeds: tuple[int, ...], lonely: dict
+) -> None:
     folders = [[side / row.folder(seed) / "predictions" for seed in seeds] for side in sides]
     manifests = [[read_json(folder / MANIFEST)["benchmarks"] for folder in side] for side in folders]
     names = [set.intersection(*(set(m) for m in side)) for side in manifests]
@@ -149,7 +167,7 @@ def _compare_row(found: Difference, sides: tuple[Path, Path], row: Row, seeds: t
         changes = [_unchanged(row, seeds, benchmark, manifests[1]) for benchmark in shared]
         pairs = None
     else:
-        compared = [_compare_benchmark(found, folders, row, seeds, benchmark) for benchmark in shared]
+        compared = [_compare_benchmark(found, reader, folders, row, seeds, benchmark) for benchmark in shared]
         compared = [each for each in compared if each is not None]
         changes, pairs = [change for change, _ in compared], [pair for _, pair in compared]
     found.changes += changes
@@ -178,53 +196,52 @@ def _unchanged(row: Row, seeds: tuple[int, ...], benchmark: str, manifests: list
 
 
 def _compare_benchmark(
-    found: Difference, folders: list[list[Path]], row: Row, seeds: tuple[int, ...], benchmark: str
+    found: Difference, reader: Reader, folders: list[list[Path]], row: Row, seeds: tuple[int, ...], benchmark: str
 ) -> tuple[Change, tuple[Scores, Scores]] | None:
     """One benchmark of one row, over the questions that every seed of both versions has; None where there are none."""
-    frames = [
-        [read_predictions(folder / f"{benchmark}.parquet", _COLUMNS).set_index("sample_id") for folder in side]
-        for side in folders
-    ]
-    before, after = frames
-    common = before[0].index
-    for frame in (*before, *after):
-        common = common.intersection(frame.index)
-    redefined = (before[0].loc[common, "target"] != after[0].loc[common, "target"]).to_numpy()
-    shared = common[~redefined]
-    if not len(shared):
+    paths = [[folder / f"{benchmark}.parquet" for folder in side] for side in folders]
+    before, after = ([reader.read(path) for path in side] for side in paths)
+    both = reader.shared([questions for questions, _ in before], [questions for questions, _ in after])
+    if not len(both.samples):
         found.only.setdefault("benchmarks whose questions all differ", []).append(f"{row} {benchmark}")
         return None
-    pair = tuple(
-        Scores(
-            100 * pd.concat([frame.loc[shared, "score"] for frame in side], axis=1).to_numpy(dtype=float).T,
-            side[0].loc[shared, "image_id"].to_numpy(dtype=str),
-            seeds,
-        )
-        for side in frames
-    )
+    points = np.stack([p[place] for (_, p), place in zip((*before, *after), both.places, strict=True)])
+    pair = tuple(Scores(side, both.images, seeds) for side in (points[: len(seeds)], points[len(seeds) :]))
     change = Change(
-        row, benchmark, seeds, float(pair[0].values.mean()), float(pair[1].values.mean()), len(shared),
-        added=len(after[0].index.difference(before[0].index)),
-        removed=len(before[0].index.difference(after[0].index)),
-        reworded=int((before[0].loc[shared, "prompt_hash"] != after[0].loc[shared, "prompt_hash"]).sum()),
-        redefined=int(redefined.sum()),
+        row, benchmark, seeds, float(pair[0].values.mean()), float(pair[1].values.mean()), len(both.samples),
+        both.added, both.removed, both.reworded, both.redefined,
     )  # fmt: skip
-    if (pair[0].values != pair[1].values).any():
+    moved = pair[0].values != pair[1].values
+    if moved.any():
         change.comparison = compare([pair[1]], [pair[0]])
-        for seed, old, new in zip(seeds, before, after, strict=True):
-            found.flips += _flips(row, seed, benchmark, old.loc[shared], new.loc[shared])
+        found.flipped += int(moved.sum())
+        found.moved[row, benchmark] = [
+            Moved(seed, *sides, both.samples[at], both.targets[at], (new[at] - old[at]) / 100)
+            for seed, sides, at, old, new in zip(
+                seeds, zip(*paths, strict=True), moved, pair[0].values, pair[1].values, strict=True
+            )
+        ]
     return change, pair
 
 
-def _flips(row: Row, seed: int, benchmark: str, old: pd.DataFrame, new: pd.DataFrame) -> list[Flip]:
-    moved = old.index[(old["score"] != new["score"]).to_numpy()]
-    return [
-        Flip(
-            row, seed, benchmark, str(sample), str(new.at[sample, "target"]), str(old.at[sample, "prediction"]),
-            str(new.at[sample, "prediction"]), float(new.at[sample, "score"] - old.at[sample, "score"]),
-        )
-        for sample in moved
-    ]  # fmt: skip
+def _flips(found: Difference) -> list[Flip]:
+    """The flips to show: of the most telling comparisons first, and not all of one."""
+    changed = {(c.row, c.benchmark): (c.p, c.comparison.difference) for c in found.changes if c.comparison is not None}
+    flips: list[Flip] = []
+    for row, benchmark in sorted(found.moved, key=changed.__getitem__):
+        left = min(FLIPS_OF_ONE, FLIPS - len(flips))
+        for moved in found.moved[row, benchmark]:
+            shown = moved.samples[:left]
+            if not len(shown):
+                continue
+            left -= len(shown)
+            about = (moved.targets[: len(shown)], answers(moved.a, shown), answers(moved.b, shown))
+            said = zip(shown, *about, moved.change[: len(shown)], strict=True)
+            flips += [
+                Flip(row, moved.seed, benchmark, str(sample), str(target), before, after, float(change))
+                for sample, target, before, after, change in said
+            ]
+    return flips
 
 
 def diff(

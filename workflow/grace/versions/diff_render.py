@@ -1,6 +1,7 @@
 """A difference for the terminal, for a pull request and for a browser."""
 
 import base64
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from grace.report.stats import ALPHA
 from grace.versions.diff import Change, Difference
 
 FLIPS_IN_MARKDOWN = 20
-FLIPS_IN_PAGE = 200
+WIDE = 200  # columns of a file or pipe, where nothing is wrapped
 NOTES = (
     "B less A on the questions that both asked, in points ± standard error; p by McNemar's exact test clustered by "
     "picture (average: paired bootstrap), after Holm's correction over everything that changed."
@@ -27,7 +28,7 @@ def summary(found: Difference) -> str:
     gains = sum(change.p < ALPHA and change.comparison.difference > 0 for change in changed)
     return (
         f"{len(changed)} of {len(found.changes)} comparisons changed: {gains} significant gains, "
-        f"{len(found.regressions)} significant drops, {len(found.flips)} answers flipped."
+        f"{len(found.regressions)} significant drops, {found.flipped:,} answers flipped."
     )
 
 
@@ -78,7 +79,7 @@ def to_terminal(found: Difference) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(f"A {found.a}\nB {found.b}", highlight=False, markup=False)
     console.print(f"[bold]{summary(found)}[/]", highlight=False)
     shown = lines(found)
@@ -137,14 +138,14 @@ def to_markdown(found: Difference) -> str:
             text.append("| " + " | ".join(f"{bold}{_pipe(line[h])}{bold}" if line[h] else "" for h in HEADS) + " |")
         text += ["", NOTES, ""]
     if found.flips:
-        text += [f"<details><summary>{len(found.flips)} flipped answers</summary>", ""]
+        text += [f"<details><summary>{found.flipped:,} flipped answers</summary>", ""]
         text += ["| model | benchmark | question | right | A said | B said |", "| --- | --- | --- | --- | --- | --- |"]
         for flip in found.flips[:FLIPS_IN_MARKDOWN]:
             question = found.questions.get((flip.benchmark, flip.sample), (flip.sample, b""))[0]
             cells = (f"{flip.row} seed {flip.seed}", flip.benchmark, question, flip.target, flip.before, flip.after)
             text.append("| " + " | ".join(map(_pipe, cells)) + " |")
-        if len(found.flips) > FLIPS_IN_MARKDOWN:
-            text.append(f"\nThe first {FLIPS_IN_MARKDOWN} of {len(found.flips)}; the page has more.")
+        if found.flipped > FLIPS_IN_MARKDOWN:
+            text.append(f"\n{FLIPS_IN_MARKDOWN} of {found.flipped:,}; `--page` shows more, with their pictures.")
         text += ["", "</details>", ""]
     for title, rows in _lists(found):
         text += [f"## {title}", "", *(f"- {_pipe(' | '.join(map(str, row)))}" for row in rows), ""]
@@ -160,12 +161,12 @@ def to_html(found: Difference) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("diff.html").read_text())
     flips = []
-    for flip in found.flips[:FLIPS_IN_PAGE]:
+    for flip in found.flips:
         question, picture = found.questions.get((flip.benchmark, flip.sample), (flip.sample, b""))
         flips.append({"flip": flip, "question": question, "picture": _inline(picture)})
     return template.render(
         a=found.a, b=found.b, summary=summary(found), heads=HEADS, lines=lines(found), notes=NOTES,
-        flips=flips, flipped=len(found.flips), lists=_lists(found),
+        flips=flips, flipped=found.flipped, lists=_lists(found),
     )  # fmt: skip
 
 
