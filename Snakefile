@@ -69,6 +69,7 @@ include: "rules/pack.smk"
 include: "rules/bench.smk"
 include: "rules/eval.smk"
 include: "rules/report.smk"
+include: "rules/versions.smk"
 
 
 # Everything that the tables, figures and the page are made of, and those themselves.

@@ -51,7 +51,8 @@ def main():
             Path(place, "manifest.json").write_text(json.dumps({"accuracy": value, "read": made, "files": {}}) + "\\n")
         return
     if words[:2] == ["cache", "write"]:
-        stem = f"shard-{int(flags['--shard']):05d}-of-00001"
+        shards = json.loads(Path(flags["--run"]).read_text())["cache"]["shards"]
+        stem = f"shard-{int(flags['--shard']):05d}-of-{shards:05d}"
         targets = [out / f"{stem}.safetensors", out / f"{stem}.json"]
     elif out.suffix == ".csv":
         text = "batch,tokens_per_second\\n1,2\\n"

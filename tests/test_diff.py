@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from grace.versions.surroundings import flatten
 __all__ = ["results_folder"]  # a fixture
 
 GRACE = Row("grace", "int4")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -221,5 +224,47 @@ def test_revisions_whose_predictions_dvc_keeps(results_folder, version, tmp_path
     assert [change.benchmark for change in found.regressions] == ["colour", "average"]
     shutil.rmtree(repository / ".dvc" / "cache")
     shutil.rmtree(students)
-    with pytest.raises(GraceError, match="DVC has no copy of its results"):
+    with pytest.raises(GraceError, match=r"no remote is set; .*dvc remote add -d NAME URL"):
         diff("HEAD~1", "HEAD", repository=repository)
+    with Repo(str(repository)) as dvc, dvc.config.edit() as config:
+        config["remote"] = {"storage": {"url": str(tmp_path / "storage")}}
+        config["core"] = {"remote": "storage"}
+    git(repository, "commit", "-a", "-m", "a remote that has nothing")
+    with pytest.raises(GraceError, match=r"HEAD~2: DVC has no copy of its results.*dvc fetch"):
+        diff("HEAD~2", "HEAD~1", repository=repository)
+
+
+def test_snakemake_diff_holds_the_results_against_the_last_commit(results_folder, version, tmp_path):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    git(repository, "init", "-q")
+    commit_results(repository, results_folder, "one")
+    for seed in (0, 1):
+        edit(repository / "results/demo", spoil(20), seed=seed)
+    command = [Path(sys.executable).with_name("snakemake"), "--snakefile", ROOT / "Snakefile", "--cores", "1"]
+    command += ["--configfile", ROOT / "config.yaml", "--workflow-profile", ROOT / "workflow/profiles/default", "diff"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        "2 significant drops" in done.stdout
+        and "2 significant drops" in (repository / "results/demo/logs/diff.md").read_text()
+    )
+
+
+def test_the_exit_status_under_fail_on_regression(results_folder, version):
+    command = [sys.executable, "-m", "grace.cli", "diff", results_folder, version]
+    assert subprocess.run([*command, "--fail-on-regression"], capture_output=True).returncode == 0
+    for seed in (0, 1):
+        edit(version, spoil(20), seed=seed)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    done = subprocess.run([*command, "--fail-on-regression"], capture_output=True, text=True)
+    assert done.returncode == 1 and "2 significant drops" in done.stderr
+
+
+def test_files_that_another_library_wrote_are_compared_all_the_same(results_folder, version):
+    """Equal questions in other bytes and another order: nothing changed, and a planted change is found."""
+    for path in version.glob("students/grace/int4/*/predictions/*.parquet"):
+        pd.read_parquet(path).sample(frac=1, random_state=0).to_parquet(path, compression="gzip")
+    assert not compare_folders(results_folder, version).flipped
+    edit(version, spoil(7))
+    assert compare_folders(results_folder, version).flipped == 7

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from grace.versions import records
+from grace.versions.verify import verify
 from stub_tree import ROOT, Tree
 
 UP_TO_DATE = "didn't change, skipping"
@@ -111,3 +115,56 @@ def test_the_format_is_that_of_the_installed_snakemake() -> None:
     from snakemake.persistence import RECORD_FORMAT_VERSION
 
     assert records.FORMAT == RECORD_FORMAT_VERSION
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, dict[str, str]]]:
+    """An S3 server on the loopback address: its URL, and the keys that it takes."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="grace")
+        yield f"http://{host}:{port}", keys
+    server.stop()
+
+
+def test_through_s3_wholly_and_in_part(published: Tree, bucket: tuple, tmp_path: Path) -> None:
+    """What was pushed to a bucket builds nothing elsewhere; a single student comes alone."""
+    source = published.copy(tmp_path / "source")
+    source.run("dvc", "remote", "add", "-q", "-d", "--force", "storage", "s3://grace/results")
+    source.run("dvc", "remote", "modify", "-q", "storage", "endpointurl", bucket[0])
+    _git(source, "commit", "-q", "-a", "-m", "a bucket")
+    source.run("dvc", "push", "-q")
+
+    part = _clone(source, tmp_path / "part")
+    part.run("dvc", "pull", "-q", "results/demo/students/grace/int4/seed0/packed")
+    students = part.folder / "results/demo/students"
+    assert {path.parent.name for path in students.rglob("manifest.json")} == {"packed"}
+    assert (part.folder / "results/demo/tables/manifest.json").is_file(), "tables come with git"
+    verify(students)
+
+    whole = _clone(source, tmp_path / "whole")
+    whole.run("dvc", "pull", "-q")
+    assert whole.planned() == []
+    assert UP_TO_DATE in whole.run("dvc", "repro").stdout
+
+
+def test_what_is_not_pushed_stays_here(published: Tree, tmp_path: Path) -> None:
+    """`push: false` leaves a large folder out; a clone has the rest."""
+    source = published.copy(tmp_path / "source")
+    stage = source.folder / "dvc.yaml"
+    line = "results/${key}/teacher/cache: {persist: true}"
+    assert line in stage.read_text()
+    stage.write_text(stage.read_text().replace(line, "results/${key}/teacher/cache: {persist: true, push: false}"))
+    source.run("dvc", "remote", "modify", "-q", "storage", "url", str(tmp_path / "storage"))
+    source.run("dvc", "commit", "-q", "-f")
+    _git(source, "commit", "-q", "-a", "-m", "keep the cache here")
+    source.run("dvc", "push", "-q")
+    clone = _clone(source, tmp_path / "clone")
+    clone.run("dvc", "pull", "-q", "--allow-missing", check=False)
+    assert not list((clone.folder / "results/demo/teacher").glob("cache/*.safetensors"))
+    assert (clone.folder / "results/demo/students/grace/int4/seed0/model/manifest.json").is_file()

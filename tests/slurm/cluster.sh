@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash tests/slurm/cluster.sh start|stop|status: a real Slurm on the loopback address, three nodes on this one machine. Its
+# bash tests/slurm/cluster.sh start|stop|status: a real Slurm on the loopback address, four nodes on this one machine. Its
 # eight cores, memory and two GPUs per node are only names, so that jobs that mostly wait run side by side. `start` twice
 # is one start; `stop` ends by their process ids only what `start` began, and removes what it wrote. Needs root and
 # Debian's or Ubuntu's packages: apt-get install slurm-wlm munge
@@ -8,7 +8,7 @@ set -euo pipefail
 state=${GRACE_SLURM_STATE:-/var/tmp/grace-slurm}
 config=/etc/slurm/slurm.conf # the inner steps of a job look nowhere else
 mark="# written by GRACE's tests/slurm/cluster.sh"
-nodes=(first second third)
+nodes=(first second third fourth)
 
 fail() {
   echo "cluster: $1" >&2
@@ -65,15 +65,19 @@ KillWait=5
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 GresTypes=gpu
-NodeName=first,second,third NodeHostname=localhost NodeAddr=127.0.0.1 Port=[16818-16820] CPUs=8 RealMemory=32000 Gres=gpu:h100:2
+NodeName=first,second,third,fourth NodeHostname=localhost NodeAddr=127.0.0.1 Port=[16818-16821] CPUs=8 RealMemory=32000 Gres=gpu:h100:2
 PartitionName=main Nodes=first Default=YES MaxTime=INFINITE
 PartitionName=other Nodes=second
 PartitionName=both Nodes=first,second
 PartitionName=spare Nodes=third
+PartitionName=scraps Nodes=fourth PriorityTier=1
+PartitionName=urgent Nodes=fourth PriorityTier=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 END
   cat > /etc/slurm/gres.conf <<END
 $mark
-NodeName=first,second,third Name=gpu Type=h100 File=$state/gpu[0-1]
+NodeName=first,second,third,fourth Name=gpu Type=h100 File=$state/gpu[0-1]
 END
 }
 

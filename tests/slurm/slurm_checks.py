@@ -1,7 +1,9 @@
 """The workflow through a real Slurm: run by tests/slurm/run.sh, which starts one; not collected by a plain pytest."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from grace.cluster.lock import lock_path
 from grace.cluster.slurm import check_slurm
 from grace.config.sections import Resources
 from grace.errors import GraceError
@@ -22,6 +28,11 @@ from stub_tree import BIN, ROOT, Tree
 # this Slurm keeps no accounting, and a test need not wait as long between two looks as a shared cluster would like
 SQUEUE = ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "3"]
 PROFILE = ["--workflow-profile", "workflow/profiles/slurm", *SQUEUE]
+
+SHRUNKEN = Path(os.environ["GRACE_SHRUNKEN"]).absolute()  # built by a local run, by tests/slurm/run.sh
+RESULTS = Path("results/shrunken")
+FINETUNE = RESULTS / "students/finetune/int4/seed0"
+TRAINED = str(FINETUNE / "model/manifest.json")
 
 # What a stubbed verb does before it leaves its marks, by words of its command line.
 HOOK = """
@@ -45,9 +56,6 @@ def main():
                 writers.write(f"end {os.environ['SLURM_JOB_ID']}\\n"), writers.flush()
                 _leave_marks()
                 return
-        if not first.exists():
-            first.touch()
-            time.sleep(600)
     if sys.argv[1] == "quantize" and not first.exists():
         first.touch()
         held = bytearray(os.urandom(1)) * (900 * 2**20)
@@ -69,16 +77,63 @@ def jobs(rule: str, folder: Path) -> list[dict[str, str]]:
     """What Slurm knows of the jobs of a rule that were submitted from a folder, oldest first."""
     shown = subprocess.run(["scontrol", "--oneliner", "show", "jobs"], capture_output=True, text=True, check=True)
     found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in shown.stdout.splitlines()]
-    mine = [job for job in found if job["WorkDir"] == str(folder)]
+    mine = [job for job in found if job.get("WorkDir") == str(folder)]
     return [job for job in mine if re.match(rf"rule_{rule}(_wildcards_|$)", job.get("Comment", ""))]
 
 
-def until(what: str, true: Callable[[], bool], seconds: float = 240) -> None:
+def until(what: str, true: Callable[[], bool], seconds: float = 240, every: float = 0.5) -> None:
     """Wait for something to be so."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
-        time.sleep(0.5)
+        time.sleep(every)
+
+
+@pytest.fixture
+def shrunken(tmp_path: Path) -> Path:
+    """The shrunken experiment as a local run built it, with Snakemake's records, in a folder of its own."""
+    shutil.copytree(SHRUNKEN, tmp_path / "shrunken", symlinks=True)
+    return tmp_path / "shrunken"
+
+
+def real(folder: Path, *arguments: str, **resources: dict) -> subprocess.Popen:
+    """Snakemake with the real verbs and the shrunken experiment, through Slurm; its words are in snakemake.txt."""
+    (folder / "resources.yaml").write_text(yaml.safe_dump({"resources": resources}))
+    command = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile"), *SQUEUE]
+    command += ["--workflow-profile", str(ROOT / "workflow/profiles/slurm")]
+    command += ["--configfile", str(ROOT / "tests/end_to_end/config.yaml"), "resources.yaml"]
+    with (folder / "snakemake.txt").open("w") as words:
+        return subprocess.Popen([*command, *arguments], cwd=folder, stdout=words, stderr=words, start_new_session=True)
+
+
+def ended(running: subprocess.Popen, folder: Path, seconds: float = 500) -> str:
+    """Snakemake's words, once it has ended well."""
+    try:
+        code = running.wait(seconds)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    said = (folder / "snakemake.txt").read_text()
+    assert code == 0, said[-4000:]
+    return said
+
+
+def stop_after_a_checkpoint(folder: Path) -> None:
+    """Halt the training of `finetune` between its first and its last checkpoint, without ending it."""
+    checkpoints = folder / RESULTS / ".checkpoints/students/finetune/int4/seed0"
+    until("a checkpoint", lambda: checkpoints.is_dir() and any(checkpoints.glob("*.*")), every=0.01)
+    os.kill(json.loads(lock_path(checkpoints).read_text())["process"], signal.SIGSTOP)
+    assert not (folder / TRAINED).exists(), "the job was over before it could be stopped"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / FINETUNE / "model/model.safetensors")
+
+
+def resumed_to_the_same_bits(folder: Path) -> bool:
+    steps = [json.loads(line)["step"] for line in (folder / FINETUNE / "train.jsonl").read_text().splitlines()]
+    before, after = weights(SHRUNKEN), weights(folder)
+    return steps == list(range(steps[0], steps[0] + 40)) and all(after[name].equal(before[name]) for name in before)
 
 
 def start(tree: Tree, *arguments: str) -> subprocess.Popen:
@@ -111,20 +166,59 @@ def test_a_job_asks_for_what_the_configuration_says(tree: Tree) -> None:
     assert tree.planned("results/demo/teacher/model/manifest.json") == [], "a local run finds it done"
 
 
-def test_a_job_out_of_time_or_memory_is_sent_again_with_more(tree: Tree) -> None:
-    tree.edit(resources={"finetune": {"mem_mb": 1000, "runtime": 1}, "quantize": {"mem_mb": 1000, "runtime": 5}})
-    goals = [f"results/demo/students/{name}/int4/seed0/model/manifest.json" for name in ("finetune", "rtn")]
-    tree.run("snakemake", *PROFILE, *goals)
-    slow, large = jobs("finetune", tree.folder), jobs("quantize", tree.folder)
-    assert [job["JobState"] for job in slow] == ["TIMEOUT", "COMPLETED"]
-    assert [(job["TimeLimit"], job["MinMemoryNode"]) for job in slow] == [("00:01:00", "1000M"), ("00:02:00", "2000M")]
+def test_a_job_out_of_memory_is_sent_again_with_more(tree: Tree) -> None:
+    tree.edit(resources={"quantize": {"mem_mb": 1000, "runtime": 5}})
+    goal = "results/demo/students/rtn/int4/seed0/model/manifest.json"
+    tree.run("snakemake", *PROFILE, goal)
+    large = jobs("quantize", tree.folder)
     assert large[0]["JobState"] != "COMPLETED" and large[-1]["JobState"] == "COMPLETED"
-    assert [job["MinMemoryNode"] for job in large] == ["1000M", "2000M"]
-    assert all((tree.folder / goal).is_file() for goal in goals)
+    assert [(job["MinMemoryNode"], job["TimeLimit"]) for job in large] == [("1000M", "00:05:00"), ("2000M", "00:10:00")]
+    assert (tree.folder / goal).is_file()
+
+
+def test_a_job_out_of_time_goes_on_from_its_checkpoint_with_more(shrunken: Path) -> None:
+    """Slurm ends a training that takes too long; what is sent again has twice the time and ends with the same bits."""
+    running = real(shrunken, "--force", TRAINED, finetune={"runtime": 1})
+    stop_after_a_checkpoint(shrunken)
+    ended(running, shrunken)
+    slow = jobs("finetune", shrunken)
+    assert [(job["JobState"], job["TimeLimit"]) for job in slow] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "00:02:00")]
+    assert resumed_to_the_same_bits(shrunken)
+
+
+def test_a_preempted_job_goes_on_from_its_checkpoint(shrunken: Path) -> None:
+    """A job of a partition with a higher tier takes the node; Slurm queues the training again, and it goes on."""
+    running = real(shrunken, "--force", TRAINED, finetune={"partition": "scraps"})
+    stop_after_a_checkpoint(shrunken)
+    (job,) = jobs("finetune", shrunken)
+    urgent = ["sbatch", "--partition", "urgent", "--exclusive", "--output", "/dev/null", "--wrap", "true"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    until("the job is queued again", lambda: jobs("finetune", shrunken)[0]["Restarts"] == "1")
+    subprocess.run(
+        ["scontrol", "update", f"jobid={job['JobId']}", "starttime=now"], check=True
+    )  # Slurm waits 2 minutes
+    ended(running, shrunken)
+    (after,) = jobs("finetune", shrunken)
+    assert (after["JobId"], after["JobState"], after["Restarts"]) == (job["JobId"], "COMPLETED", "1")
+    assert resumed_to_the_same_bits(shrunken)
+
+
+def test_two_machines_share_a_training(shrunken: Path) -> None:
+    """`nodes: 2`: one torchrun on each, with gloo between them; sums over the processes differ in their last bits."""
+    ended(real(shrunken, "--force", TRAINED, finetune={"nodes": 2, "partition": "both"}), shrunken)
+    (job,) = jobs("finetune", shrunken)
+    assert (job["NumNodes"], job["JobState"], job["NodeList"]) == ("2", "COMPLETED", "first,second")
+    log = (shrunken / RESULTS / "logs/students/finetune/int4/seed0/train.log").read_text()
+    assert "srun --overlap --nodes=2" in log
+    one, two = weights(SHRUNKEN), weights(shrunken)
+    assert one.keys() == two.keys() and any(not one[name].equal(two[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name].float(), one[name].float(), atol=2e-2, rtol=0, msg=name)
 
 
 def test_a_drained_node_delays_and_nothing_else(tree: Tree) -> None:
-    change = ["scontrol", "update", "nodename=localhost"]
+    tree.edit(resources={"prepare": {"partition": "spare"}})
+    change = ["scontrol", "update", "nodename=third"]
     subprocess.run([*change, "state=drain", "reason=test"], check=True)
     try:
         running = start(tree, "results/demo/data/manifest.json")
@@ -135,19 +229,6 @@ def test_a_drained_node_delays_and_nothing_else(tree: Tree) -> None:
         subprocess.run([*change, "state=resume"], check=True)
     finish(running, tree)
     assert [job["JobState"] for job in jobs("prepare", tree.folder)] == ["COMPLETED"]
-
-
-def test_a_preempted_job_goes_on_where_it_was_queued_again(tree: Tree) -> None:
-    """Slurm puts a preempted job back in its queue; Snakemake waits, and the job's second start finishes it."""
-    goal = "results/demo/students/finetune/int4/seed0/model/manifest.json"
-    running = start(tree, goal)
-    until("the job runs", (tree.folder / "first-train").exists)
-    (job,) = jobs("finetune", tree.folder)
-    subprocess.run(["scontrol", "requeue", job["JobId"]], check=True)
-    finish(running, tree, 600)
-    (after,) = jobs("finetune", tree.folder)
-    assert (after["JobId"], after["JobState"], after["Restarts"]) == (job["JobId"], "COMPLETED", "1")
-    assert (tree.folder / goal).is_file()
 
 
 def test_a_killed_snakemake_never_makes_two_writers(tree: Tree) -> None:
@@ -175,39 +256,38 @@ def test_a_killed_snakemake_never_makes_two_writers(tree: Tree) -> None:
 def test_what_slurm_would_refuse_is_a_sentence_with_its_fix() -> None:
     with pytest.raises(GraceError, match=r"keeps no accounting.*add --slurm-status-command squeue"):
         check_slurm({}, "sacct")
-    with pytest.raises(GraceError, match=r"resources\.distil: partition `gpuu`: .*; this Slurm has main, other"):
+    with pytest.raises(
+        GraceError,
+        match=r"resources\.distil: partition `gpuu`: .*; this Slurm has main, other, both, spare, scraps, urgent",
+    ):
         check_slurm({"distil": Resources(partition="gpuu"), "pack": Resources()}, "squeue")
     with pytest.raises(GraceError, match=r"resources\.cache: Slurm refuses .*--gpus=8.*sinfo -Nl"):
         check_slurm({"cache": Resources(gpus=8)}, "squeue")
     check_slurm({"cache": Resources(gpus=2), "pack": Resources(partition="other")}, "squeue")
 
 
-def test_without_accounting_snakemake_says_so_instead_of_waiting_for_ever(tree: Tree) -> None:
-    done = tree.run(
-        "snakemake", "--workflow-profile", "workflow/profiles/slurm", "results/demo/data/manifest.json", check=False
-    )
+def test_snakemake_says_what_slurm_would_refuse_before_it_submits_anything(tree: Tree) -> None:
+    goal = "results/demo/data/manifest.json"
+    done = tree.run("snakemake", "--workflow-profile", "workflow/profiles/slurm", goal, check=False)
     assert done.returncode == 1 and "add --slurm-status-command squeue" in done.stdout + done.stderr
-    assert jobs("prepare", tree.folder) == []
+    tree.edit(resources={"prepare": {"partition": "gpuu"}, "distil": {"partition": "not asked now"}})
+    done = tree.run("snakemake", *PROFILE, goal, check=False)
+    assert done.returncode == 1 and "resources.prepare: partition `gpuu`" in done.stdout + done.stderr
+    assert "not asked now" not in done.stdout + done.stderr and jobs("prepare", tree.folder) == []
 
 
 def test_predictions_are_those_of_a_local_run(tmp_path: Path) -> None:
-    """The shrunken experiment with the real verbs, end to end, both ways."""
-    command = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--configfile", str(ROOT / "tests/end_to_end/config.yaml")]
-    profiles = {"slurm": SQUEUE, "default": ["--cores", "2"]}
-    for name, more in profiles.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        profile = ["--workflow-profile", str(ROOT / "workflow/profiles" / name)]
-        done = subprocess.run([*command, *profile, *more], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    found = {
-        name: {path.relative_to(tmp_path / name): path for path in (tmp_path / name).rglob("predictions/*.parquet")}
-        for name in profiles
-    }
-    assert found["slurm"].keys() == found["default"].keys() and len(found["slurm"]) == 2 * 5
-    for name, path in found["slurm"].items():
-        pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(found["default"][name]), obj=str(name))
-    again = [*command, "--dry-run", "--workflow-profile", str(ROOT / "workflow/profiles/default")]
-    done = subprocess.run(again, cwd=tmp_path / "slurm", capture_output=True, text=True, check=True)
+    """The shrunken experiment with the real verbs, from nothing to the page; small jobs as arrays."""
+    ended(real(tmp_path, "--slurm-array-jobs", "write_cache,evaluate"), tmp_path)
+    found = {path.relative_to(tmp_path): path for path in tmp_path.rglob("predictions/*.parquet")}
+    assert found.keys() == {path.relative_to(SHRUNKEN) for path in SHRUNKEN.rglob("predictions/*.parquet")}
+    assert len(found) == 2 * 5
+    for name, path in found.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(path), pd.read_parquet(SHRUNKEN / name), obj=str(name))
+    arrays = [job for job in jobs("evaluate", tmp_path) + jobs("write_cache", tmp_path) if "ArrayJobId" in job]
+    assert len(arrays) >= 2
+    again = [str(BIN / "snakemake"), "--snakefile", str(ROOT / "Snakefile"), "--dry-run"]
+    again += ["--configfile", str(ROOT / "tests/end_to_end/config.yaml")]
+    again += ["--workflow-profile", str(ROOT / "workflow/profiles/default")]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Nothing to be done" in done.stdout + done.stderr

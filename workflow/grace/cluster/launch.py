@@ -8,6 +8,8 @@ import sys
 
 from grace.errors import GraceError
 
+_JOB = "SLURM_JOB_ID"
+
 
 def launched() -> bool:
     """Whether torchrun started this process."""
@@ -21,27 +23,25 @@ def launcher(nodes: int, processes: int) -> list[str]:
     one, the first of the job. `--overlap` lets them use what the job's own step, in which this runs, already holds.
 
     Raises:
-        GraceError: several machines, but not in a Slurm job of as many.
+        GraceError: several machines, but not in a Slurm job.
     """
     processes = max(1, processes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     if nodes == 1:
         return [*torchrun, "--standalone"]
-    given = os.environ.get("SLURM_JOB_NUM_NODES")
-    if shutil.which("srun") is None or given is None:
+    job = os.environ.get(_JOB)
+    if shutil.which("srun") is None or job is None:
         raise GraceError(
             f"--nodes {nodes}: several machines need a Slurm job; submit with `--workflow-profile "
             "workflow/profiles/slurm`, or set `nodes: 1` for this kind of job under `resources`"
         )
-    if int(given) < nodes:
-        raise GraceError(f"--nodes {nodes}: this Slurm job has {given}; ask for as many with `sbatch --nodes {nodes}`")
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         srun.append(f"--cpus-per-task={cpus}")
     meeting = f"{socket.gethostname()}:{_free_port()}"
     return [
         *srun, *torchrun, "--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting,
-        "--rdzv-id", os.environ["SLURM_JOB_ID"],
+        "--rdzv-id", job,
     ]  # fmt: skip
 
 
@@ -49,7 +49,9 @@ def become(nodes: int, processes: int, words: list[str]) -> None:
     """Replace this process by `grace {words}` on all of them."""
     command = [*launcher(nodes, processes), "-m", "--", "grace.cli", *words]
     print(shlex.join(command), file=sys.stderr, flush=True)
-    os.execvp(command[0], command)
+    # a step's own list of machines would hide the job's others from srun
+    inherited = {name: value for name, value in os.environ.items() if name == _JOB or not name.startswith("SLURM_")}
+    os.execvpe(command[0], command, inherited if nodes > 1 else os.environ)
 
 
 def _free_port() -> int:

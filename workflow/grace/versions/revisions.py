@@ -92,6 +92,11 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
                 with suppress(*([DvcException, OSError] if name.startswith("data/") else [])):
                     system.get_file(path, str(target / name))
     except (DvcException, OSError) as error:
+        if not system.repo.config["remote"].keys() - {"auto-generated-upstream"}:  # DVC's own name for this folder
+            raise GraceError(
+                f"{revision}: DVC has no copy of its results, and no remote is set; `dvc remote add -d NAME URL` says "
+                "where they were pushed to"
+            ) from error
         raise GraceError(
             f"{revision}: DVC has no copy of its results ({error}); run `dvc fetch` at that revision, or `dvc fetch --all-commits`"
         ) from error
