@@ -23,6 +23,11 @@ KINDS = {
 }  # fmt: skip
 
 
+def kind_of(rule: str) -> str | None:
+    """The kind of job of a rule; None for a rule that only writes a file. Evaluations are named after their models."""
+    return KINDS.get("evaluate" if rule.startswith("evaluate_") else rule)
+
+
 @dataclass(frozen=True)
 class Request:
     """Jobs of one kind: how many are left to run, and what each asks for."""
@@ -62,9 +67,8 @@ def plan(
     resources = load_experiment(configfile).resources
     counts: dict[str, int] = {}
     for rule, jobs in left_to_do(configfile, snakefile).items():
-        rule = "evaluate" if rule.startswith("evaluate_") else rule  # one rule per evaluation, named after the models
-        if rule in KINDS:
-            counts[KINDS[rule]] = counts.get(KINDS[rule], 0) + jobs
+        if kind := kind_of(rule):
+            counts[kind] = counts.get(kind, 0) + jobs
     kinds = list(dict.fromkeys(kind for kind in KINDS.values() if kind in counts))
     requests = [Request(kind, counts[kind], resources.get(kind, Resources())) for kind in kinds]
     _show(requests, configfile, price)

@@ -39,9 +39,9 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
 
 def check_submission(rules: Iterable[str], resources: Mapping[str, Resources], status_command: str) -> None:
     """`check_slurm` for the jobs of these rules, with what the configuration says of them."""
-    from grace.cluster.estimate import KINDS
+    from grace.cluster.estimate import kind_of
 
-    kinds = sorted({KINDS[rule] for rule in rules if rule in KINDS})
+    kinds = sorted({kind for rule in rules if (kind := kind_of(rule))})
     check_slurm({kind: resources.get(kind, Resources()) for kind in kinds}, status_command)
 
 
