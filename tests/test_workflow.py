@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from stub_tree import ROOT, Tree
 
@@ -123,6 +124,17 @@ def test_shipped_experiments_make_a_dag(tmp_path: Path, file: str) -> None:
 def test_the_slurm_profile_makes_the_same_jobs(built: Tree, tmp_path: Path) -> None:
     tree = Tree.make(tmp_path / "tree")
     said = tree.run("snakemake", "--dry-run", "--workflow-profile", "workflow/profiles/slurm")
+    assert "distil grace at int4, seed 0" in said.stdout + said.stderr
+
+
+def test_the_kubernetes_job_runs_a_command_that_makes_a_dag(tmp_path: Path) -> None:
+    """Its container's own words, as a dry run; the job itself needs a cluster."""
+    job = yaml.safe_load((ROOT / "workflow/profiles/kubernetes/job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (script,) = container["args"]
+    *_, last = script.splitlines()
+    tree = Tree.make(tmp_path / "tree")
+    said = tree.run(*container["command"], script.replace(last, f"{last} --dry-run").replace(".venv/bin/", ""))
     assert "distil grace at int4, seed 0" in said.stdout + said.stderr
 
 
