@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from grace.environment import environment
 from grace.errors import GraceError
 
 MANIFEST = "manifest.json"
@@ -122,14 +123,17 @@ def sha256(path: str | Path) -> str:
 
 
 def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
-    """List every file below `folder` with size and SHA-256 in `folder/manifest.json`; return what was written."""
+    """List every file below `folder` with size and SHA-256 in `folder/manifest.json`; return what was written.
+
+    The manifest also says what the files were made with: see `grace.environment`.
+    """
     folder = Path(folder)
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
-    manifest = {**about, "files": files}
+    manifest = {"environment": environment(), **about, "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest
 

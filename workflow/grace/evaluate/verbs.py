@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from grace.config.runs import EvaluateRun
+from grace.environment import environment
 from grace.errors import GraceError
 from grace.evaluate.parts import Parts
 from grace.evaluate.predictions import (
@@ -194,5 +195,6 @@ def _write_manifest(
             path.unlink()
     shutil.rmtree(out / PARTS, ignore_errors=True)
     manifest = {**about, "benchmarks": benchmarks} | ({"language": language} if language else {})
-    if not (out / MANIFEST).is_file() or read_json(out / MANIFEST) != manifest:
-        write_json(out / MANIFEST, manifest)
+    kept = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
+    if kept != {**manifest, "environment": kept.get("environment")}:
+        write_json(out / MANIFEST, {**manifest, "environment": environment()})

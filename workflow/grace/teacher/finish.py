@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from grace.config.runs import CacheRun
+from grace.environment import environment
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256, whole_file, write_json
 from grace.quant.checkpoint import Checkpoint
@@ -56,7 +57,8 @@ def finish(run: Path, teacher: Path, data: Path, out: Path) -> None:
         "files": _files(out, parts),
     }
     cache = TeacherCache(out, manifest)
-    write_json(out / MANIFEST, {**manifest, "audit_results": audit(cache, temperature=parameters.temperature)})
+    about = {"environment": environment(), "audit_results": audit(cache, temperature=parameters.temperature)}
+    write_json(out / MANIFEST, {**manifest, **about})
 
 
 def _sidecars(out: Path, shards: int, pins: dict[str, Any]) -> list[dict[str, Any]]:

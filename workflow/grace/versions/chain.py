@@ -47,6 +47,7 @@ class Step:
     seconds: float | None = None
     peak_mib: float | None = None
     cpu_seconds: float | None = None
+    gpu_hours: float | None = None
     log: str | None = None
     parameters: dict[str, Any] | None = None
     seed: int | None = None
@@ -142,6 +143,8 @@ class Results:
         )  # fmt: skip
         if record is not None:
             self._add_record(step, record)
+            cards = _cards(step.environment)
+            step.gpu_hours = round(cards * step.seconds / 3600, 4) if cards else None
         return step
 
     def _add_record(self, step: Step, record: dict[str, Any]) -> None:
@@ -199,6 +202,14 @@ class Results:
             found[name] = self.step(name)
             waiting += [i.path for i in found[name].inputs if self.record(i.path) is not None]
         return found
+
+
+def _cards(environment: dict[str, Any] | None) -> int:
+    """GPUs that a job saw."""
+    if not environment or not environment["hardware"]["gpus"]:
+        return 0
+    visible = environment["hardware"]["visible"]
+    return len(environment["hardware"]["gpus"]) if visible is None else len([c for c in visible.split(",") if c])
 
 
 def _seed(values: Any) -> int | None:

@@ -9,7 +9,7 @@ def listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     The data's manifest has `benchmarks` too, as a list of names: what it was asked to make.
     """
     files = dict(manifest.get("files") or {})
-    predictions = manifest.get("benchmarks")
-    for entry in predictions.values() if isinstance(predictions, dict) else ():
-        files.setdefault(entry["file"], {"sha256": entry["sha256"]})
+    for predictions in (manifest.get("benchmarks"), manifest.get("language")):
+        for entry in predictions.values() if isinstance(predictions, dict) else ():
+            files.setdefault(entry["file"], {"sha256": entry["sha256"]})
     return files

@@ -133,9 +133,10 @@ class _Drawing:
             made += f" in {_seconds(step.seconds)}"
         if step.peak_mib is not None:
             made += f", peak {step.peak_mib:,.0f} MiB"
-        cards = _cards(step.environment)
-        if cards and step.seconds is not None:
-            made += f", {cards * step.seconds / 3600:.2f} GPU hours"
+        if step.cpu_seconds is not None:
+            made += f", {step.cpu_seconds / 3600:.3g} core hours"
+        if step.gpu_hours is not None:
+            made += f", {step.gpu_hours:.2f} GPU hours"
         state = f"  {_MARKS[step.state]}" if step.state in _MARKS else ""
         return ", ".join([*parts, made]) + state
 
@@ -186,13 +187,6 @@ def _shown(output: str) -> str:
 
 def _short(digest: str | None) -> str:
     return f"[dim]{digest[:12]}[/]" if digest else "[dim]not hashed[/]"
-
-
-def _cards(environment: dict[str, Any] | None) -> int:
-    if not environment or not environment["hardware"]["gpus"]:
-        return 0
-    visible = environment["hardware"]["visible"]
-    return len(environment["hardware"]["gpus"]) if visible is None else len([c for c in visible.split(",") if c])
 
 
 def _bytes(size: int) -> str:
