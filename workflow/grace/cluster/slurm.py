@@ -67,7 +67,15 @@ def _refusal(request: Resources) -> str | None:
     if "partition" in reason.lower():
         _, known = _asked("sinfo", "--noheader", "--format", "%R")
         return f"partition `{request.partition}`: {reason}; this Slurm has {', '.join(dict.fromkeys(known.split()))}"
+    if "node configuration" in reason.lower() and _some_node_is_away(request.partition):
+        return None  # it may fit a node that is drained or down: Slurm queues the job until that is back
     return f"Slurm refuses {shlex.join(flags)} ({reason}); change it in the configuration; `sinfo -Nl` shows the nodes"
+
+
+def _some_node_is_away(partition: str | None) -> bool:
+    """Whether a node of a partition (of any, without a name) takes no jobs just now."""
+    _, states = _asked("sinfo", "--noheader", "--format", "%T", *([f"--partition={partition}"] if partition else []))
+    return any(word in states for word in ("drain", "down", "maint", "fail", "reboot"))
 
 
 def _asked(*command: str) -> tuple[int, str]:
