@@ -149,7 +149,7 @@ def test_a_card_without_memory_is_said(folder, prompts, monkeypatch):
         session.prefill(prompts)
 
 
-def test_chat_streams_what_generate_says(folder, tmp_path):
+def test_chat_streams_what_generate_says(folder, tmp_path, capfd):
     packed = save_packed(folder, tmp_path / "packed")
     picture(0).save(tmp_path / "picture.png")
     heard: list[str] = []
@@ -158,6 +158,7 @@ def test_chat_streams_what_generate_says(folder, tmp_path):
     tokens = generate(load_for_inference(packed), build_prompts(processor, [(picture(0), "what is this")]), 6)
     assert answer == processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
     assert "".join(heard) == answer + "\n" and len(heard) > 3
+    assert "Compressing" not in capfd.readouterr().err
 
 
 def test_chat_says_what_is_wrong(folder, tmp_path):

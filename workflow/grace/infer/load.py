@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -104,7 +106,8 @@ def check_device(device: str, what: str | Path) -> None:
 
 def _load_packed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with compressed-tensors' packed parameters in its linears, on the CPU."""
-    with warnings.catch_warnings():
+    # compressed-tensors draws progress bars of a moment's work; what goes wrong is raised
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
         try:
