@@ -13,7 +13,6 @@ from torch import nn
 from transformers import StaticCache
 
 from grace.errors import GraceError
-from grace.infer import llama_step
 from grace.models import decoder, output_head
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a card
@@ -53,8 +52,10 @@ class Session:
         self.valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)  # false on a prompt's padding
         self.filled = 0  # what `slot` says, known without asking the device
         self.graph, step = None, self._step
-        if fused is None:
-            fused = self.device.type == "cuda" and llama_step.knows(self.decoder)
+        if fused is not False and (fused or self.device.type == "cuda"):
+            from grace.infer import llama_step  # here, because it imports triton
+
+            fused = fused or llama_step.knows(self.decoder)
         if fused:
             self._step = step = llama_step.LlamaStep(
                 self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.valid
