@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from grace.errors import GraceError
 from grace.evaluate.metrics import METRICS, clustered_stderr
 from grace.evaluate.registry import Benchmark
-from grace.files import MANIFEST, sha256, whole_file
+from grace.files import MANIFEST, read_json, sha256, whole_file
 
 EVALUATOR = "1"
 """Changes when the same answers would be kept or scored differently; part of every key."""
@@ -41,10 +41,11 @@ QUESTIONS = ("id", "image", "image_id", "question", "answer", "options", "group"
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 of a model's manifest; without one, of the names, sizes and hashes of its files."""
+    """SHA-256 of the names and hashes of a model's files: equal for equal files, whenever and wherever they were made."""
     if (folder / MANIFEST).is_file():
-        return sha256(folder / MANIFEST)
-    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        files = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
+    else:
+        files = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,22 +100,21 @@ def summary(benchmark: Benchmark, rows: pd.DataFrame) -> dict:
     }
 
 
-def write_predictions(path: Path, rows: pd.DataFrame, key: str, seconds: float) -> None:
-    """Write one benchmark's predictions, whole or not at all."""
+def write_predictions(path: Path, rows: pd.DataFrame, key: str) -> None:
+    """Write one benchmark's predictions, whole or not at all; equal answers give equal bytes."""
     table = pa.Table.from_pandas(rows[SCHEMA.names], schema=SCHEMA, preserve_index=False)
-    about = {"key": key, "seconds": round(seconds, 3)}
-    table = table.replace_schema_metadata({b"grace": json.dumps(about).encode()})
+    table = table.replace_schema_metadata({b"grace": json.dumps({"key": key}).encode()})
     with whole_file(path) as part:
         pq.write_table(table, part, compression="zstd")
 
 
-def finished(path: Path, key: str) -> dict | None:
-    """What is kept with predictions that have this key; None where there are none, or others, or damaged ones."""
+def finished(path: Path, key: str) -> bool:
+    """Whether predictions with this key are there, readable."""
     try:
         about = json.loads((pq.read_schema(path).metadata or {}).get(b"grace", b"{}"))
     except (OSError, ValueError):
-        return None
-    return about if about.get("key") == key else None
+        return False
+    return about.get("key") == key
 
 
 def read_rows(path: Path) -> pd.DataFrame:

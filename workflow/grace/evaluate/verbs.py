@@ -89,8 +89,8 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
             texts[task] = text_key(made_by, task, settings.limit)
         except GraceError as error:
             failed.append(str(error))
-    pending = [e for e in entries if e.name in keys and finished(out / f"{e.name}.parquet", keys[e.name]) is None]
-    untold = [task for task, key in texts.items() if finished(text_file(out, task), key) is None]
+    pending = [e for e in entries if e.name in keys and not finished(out / f"{e.name}.parquet", keys[e.name])]
+    untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
     pending, untold = share.agreed((pending, untold))
     if share.first and (pending or untold or failed):
         (out / MANIFEST).unlink(missing_ok=True)
@@ -103,7 +103,8 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
                     rows = predict(entry, files[entry.name])
                     if share.first:
                         path = out / f"{entry.name}.parquet"
-                        write_predictions(path, rows, keys[entry.name], time.monotonic() - start)
+                        write_predictions(path, rows, keys[entry.name])
+                        print(f"{entry.name}: {len(rows)} questions in {time.monotonic() - start:.1f} s", flush=True)
                         runner.parts.drop()
                 except GraceError as error:
                     failed.append(str(error))
@@ -118,7 +119,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
         every = len(entries) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
     if share.first:
-        _write_manifest(model, out, entries, keys, settings.language, {"model": made_by, "harness": harness})
+        _write_manifest(model, out, entries, settings.language, {"model": made_by, "harness": harness})
 
 
 @contextmanager
@@ -171,16 +172,14 @@ def _questions_file(data: Path, name: str) -> Path:
     )
 
 
-def _write_manifest(
-    model: Path, out: Path, entries: list[Benchmark], keys: dict[str, str], texts: list[str], about: dict
-) -> None:
+def _write_manifest(model: Path, out: Path, entries: list[Benchmark], texts: list[str], about: dict) -> None:
     """Sum up the predictions; files of benchmarks that are no longer asked for go."""
     benchmarks, language, answered = {}, {}, False
     for entry in entries:
         path = out / f"{entry.name}.parquet"
-        rows, seconds = read_rows(path), finished(path, keys[entry.name])["seconds"]
+        rows = read_rows(path)
         answered |= bool(rows["prediction"].str.strip().ne("").any())
-        benchmarks[entry.name] = {"file": path.name, "sha256": sha256(path), "seconds": seconds, **summary(entry, rows)}
+        benchmarks[entry.name] = {"file": path.name, "sha256": sha256(path), **summary(entry, rows)}
     if not answered:
         raise GraceError(
             f"{model}: answered nothing to any question of any benchmark; check its training log, and that "
