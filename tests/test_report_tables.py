@@ -201,6 +201,14 @@ def test_deployment_ratios(results):
     assert any(line.heads[0] == "kernel cpu-int4" for line in table.lines)
 
 
+def test_numbers_do_not_depend_on_what_was_read_first(results_folder):
+    fresh, used = read_results(results_folder), read_results(results_folder)
+    for benchmark in reversed(used.benchmarks):
+        used.scores(Row("grace", "int4"), benchmark)
+    build_tables(used)
+    assert findings(fresh) == findings(used)
+
+
 def test_metrics_are_plain_json_with_stable_names(results):
     found = metrics(results)
     assert json.loads(json.dumps(found)) == found

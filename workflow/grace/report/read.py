@@ -64,7 +64,6 @@ class Results:
     missing: list[str] = field(default_factory=list)
     _scores: dict = field(default_factory=dict, repr=False)
     _samples: dict = field(default_factory=dict, repr=False)
-    _pictures: dict = field(default_factory=dict, repr=False)  # image_id -> number
     _estimates: dict = field(default_factory=dict, repr=False)
 
     def form(self, benchmark: str) -> str:
@@ -121,9 +120,10 @@ class Results:
                     f"the {len(expected)} of the other models; evaluate this model again on the experiment's benchmark file"
                 )
             values.append(frame["points"].to_numpy(dtype=float))
-            images = [self._pictures.setdefault(name, len(self._pictures)) for name in frame["image_id"]]
+            # by name, not by who was read first: the bootstrap draws pictures in the order of these numbers
+            images = pd.util.hash_array(frame["image_id"].astype(str).to_numpy(dtype=object))
         seeds = ("teacher",) if row == TEACHER else self.seeds[row]  # its seed is nobody else's
-        return Scores(np.stack(values), np.array(images), seeds)
+        return Scores(np.stack(values), images, seeds)
 
     def all_scores(self, row: Row) -> list[Scores]:
         """One `Scores` per benchmark of the average."""

@@ -69,8 +69,14 @@ def _finding(curves: dict[str, pd.DataFrame]) -> str:
     log = log.dropna(subset=["kd", "beta", "cka"])
     tenth = max(len(log) // 10, 1)
     first, last = log.head(tenth).mean(numeric_only=True), log.tail(tenth).mean(numeric_only=True)
-    verb = "rises" if last["cka"] > first["cka"] else "falls"
     return (
-        f"{name}: CKA {verb} from {first['cka']:.2f} to {last['cka']:.2f}, the distillation loss goes from {first['kd']:.2f} to "
-        f"{last['kd']:.2f}, beta from {log['beta'].iloc[0]:.2f} to {log['beta'].iloc[-1]:.2f} (means of the first and last tenth)"
+        f"{name}: CKA {_course(first['cka'], last['cka'])}, the distillation loss {_course(first['kd'], last['kd'])}, "
+        f"beta {_course(log['beta'].iloc[0], log['beta'].iloc[-1])} (means of the first and last tenth)"
     )
+
+
+def _course(first: float, last: float) -> str:
+    """What a quantity did, at the two digits that are shown."""
+    if f"{first:.2f}" == f"{last:.2f}":
+        return f"stays at {last:.2f}"
+    return f"{'rises' if last > first else 'falls'} from {first:.2f} to {last:.2f}"
