@@ -138,6 +138,16 @@ def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
     return manifest
 
 
+def contents_hash(manifest: str | Path) -> str:
+    """SHA-256 of the names and hashes of the files that a manifest lists.
+
+    Equal for equal files, whenever, wherever and by whichever revision of the code they were made; the manifest's own
+    hash is not.
+    """
+    files = {name: entry["sha256"] for name, entry in read_json(manifest)["files"].items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def check_manifest(folder: str | Path) -> dict[str, Any]:
     """Re-hash a folder against its manifest and return the manifest; a `GraceError` names every file that differs."""
     folder = Path(folder)

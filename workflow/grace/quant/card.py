@@ -35,7 +35,7 @@ def model_card(
         stored: the student's codes.
         config: the packed config.json.
         manifest: the student's manifest: what its maker recorded (`run`, `identity`) and its files' hashes.
-        source: SHA-256 of that manifest.
+        source: SHA-256 of the student's files, `contents_hash`.
         metrics: {name: number}, nested at will.
     """
     kind = config["architectures"][0]
@@ -48,8 +48,8 @@ def model_card(
         name: entry["sha256"] for name, entry in manifest.get("files", {}).items() if name in (TENSORS, DESCRIPTION)
     }
     if source:
-        hashes = {"the student's manifest.json": source, **hashes}
-    recipe = _flat({key: value for key, value in manifest.items() if key != "files"})
+        hashes = {"the student's files": source, **hashes}
+    recipe = _flat({key: value for key, value in manifest.items() if key not in ("files", "environment")})
     parts = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {kind}, INT{stored.bits} ({stored.method})",

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, sha256, whole_folder
+from grace.files import MANIFEST, contents_hash, whole_folder
 from grace.progress import progress
 from grace.quant import awq_gemm, gptq_format
 from grace.quant.checkpoint import Checkpoint, copy_companions, copy_config, write_checkpoint
@@ -54,7 +54,7 @@ def export(packed: Path, format: str, out: Path) -> None:
     if format not in FORMATS:
         raise GraceError(f"--format {format}: not a format that codes are exported to; use {', '.join(FORMATS)}")
     model = PackedModel.open(packed)
-    source = sha256(packed / MANIFEST) if (packed / MANIFEST).is_file() else None
+    source = contents_hash(packed / MANIFEST) if (packed / MANIFEST).is_file() else None
     with whole_folder(out, source=source, format=format) as folder:
         if format == "gguf":
             try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256, whole_folder
+from grace.files import MANIFEST, contents_hash, read_json, whole_folder
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import model_card
@@ -161,7 +161,7 @@ def pack(model: Path, out: Path, metrics: Path | None = None) -> None:
         GraceError: `model` is no quantised student, is damaged, or does not match its own codes.
     """
     manifest = read_json(model / MANIFEST) if (model / MANIFEST).is_file() else {}
-    source = sha256(model / MANIFEST) if manifest else None
+    source = contents_hash(model / MANIFEST) if manifest else None
     scores = read_json(metrics) if metrics else {}
     with whole_folder(out, source=source, format="pack-quantized") as folder:
         stored = pack_student(model, folder)

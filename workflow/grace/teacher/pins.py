@@ -7,7 +7,7 @@ from typing import Any
 
 from grace.config.runs import CacheRun
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256
+from grace.files import MANIFEST, contents_hash, read_json, sha256
 
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -90,24 +90,24 @@ def expected(
     if temperature is not None:
         pins["temperature"] = temperature
     if teacher is not None:
-        pins["teacher"] = sha256_of_manifest(teacher)
+        pins["teacher"] = _folder_hash(teacher)
     return pins
 
 
-def sha256_of_manifest(folder: str | Path) -> str:
-    """The SHA-256 of a folder's manifest, which stands for everything in it."""
+def _folder_hash(folder: str | Path) -> str:
+    """The hash of everything in a folder, by its manifest."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise GraceError(f"{path}: no such file; build {folder} first, or check the path")
-    return sha256(path)
+    return contents_hash(path)
 
 
 def run_pins(run: CacheRun, teacher: Path, data: Path) -> dict[str, str | float | int | None]:
     """Everything that decides what the records of a shard hold."""
     return {
         **processor_pins(data / "processor"),
-        "teacher": sha256_of_manifest(teacher),
-        "data": sha256_of_manifest(data),
+        "teacher": _folder_hash(teacher),
+        "data": _folder_hash(data),
         "dtype": run.compute_dtype,
         "format": run.cache.format,
         "temperature": run.temperature if run.cache.format == "sampled" else None,

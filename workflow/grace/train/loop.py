@@ -16,7 +16,7 @@ from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
 from grace.distill import InformationBottleneckController
 from grace.errors import GraceError
-from grace.files import write_json
+from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
 from grace.progress import progress
 from grace.teacher.background import ahead
@@ -42,7 +42,7 @@ def run_identity(run: TrainRun, *manifests: Path | None) -> str:
     """What a checkpoint must agree with: the frozen parameters and the folders that the run starts from."""
     digest = hashlib.sha256(run.model_dump_json().encode())
     for path in manifests:
-        digest.update(path.read_bytes() if path is not None else b"-")
+        digest.update(contents_hash(path).encode() if path is not None else b"-")
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from grace.files import MANIFEST, read_json
+from grace.versions.listed import listed
 
 # what tells measurements apart, and what is compared: per file of bench/
 _KERNEL = (["backend", "device", "dtype", "shape", "m", "group_size"], ["microseconds", "speedup"])
@@ -71,7 +72,7 @@ def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
         if name not in sides[0] or name not in sides[1]:
             found.append((name, "only in A" if name in sides[0] else "only in B"))
             continue
-        old, new = ({file: entry["sha256"] for file, entry in read_json(side[name])["files"].items()} for side in sides)
+        old, new = ({file: about["sha256"] for file, about in listed(read_json(side[name])).items()} for side in sides)
         differing = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         if differing:
             shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
