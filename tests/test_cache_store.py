@@ -376,6 +376,9 @@ def test_a_cache_of_something_else_is_refused_in_one_sentence(home, tmp_path):
     asked = expected(data, 2.0, home / "teacher")
     TeacherCache.open(home / "sampled", asked)
     TeacherCache.open(home / "hidden", expected(data, 3.0))  # serves every temperature
+    shutil.copytree(home / "teacher", tmp_path / "same")
+    edit(tmp_path / "same/manifest.json", lambda manifest: manifest["environment"].update(code="of another commit"))
+    TeacherCache.open(home / "hidden", expected(data, 2.0, tmp_path / "same"))
     with pytest.raises(GraceError, match=r"another temperature \(temperature: 2.0, expected 3.0\)"):
         TeacherCache.open(home / "sampled", {**asked, "temperature": 3.0})
     with pytest.raises(GraceError, match="another teacher"):

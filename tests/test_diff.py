@@ -61,6 +61,19 @@ def test_equal_versions_differ_in_nothing(results_folder, version):
     assert "All 76 comparisons have identical scores" in to_markdown(found)
 
 
+def test_equal_files_of_another_commit_are_equal(results_folder, version):
+    """As evaluation writes them, predictions have no `files`; what a manifest says of its making is no artifact."""
+    for path in version.glob("**/manifest.json"):
+        about = json.loads(path.read_text())
+        about["environment"] |= {"code": {"revision": "0" * 40}, "python": "4.0"}
+        if path.parent.name == "predictions":
+            del about["files"]
+        path.write_text(json.dumps(about))
+    found = compare_folders(results_folder, version)
+    assert not found.artifacts
+    assert {name for name, _, _ in found.environment} >= {"environment.code.revision", "environment.python"}
+
+
 def test_a_planted_drop_is_found_and_named(results_folder, version):
     for seed in (0, 1):
         edit(version, spoil(15), seed=seed)

@@ -102,6 +102,18 @@ def test_packing_again_gives_the_same_bytes(student, tmp_path):
     assert read_json(tmp_path / "one" / "manifest.json") == read_json(tmp_path / "two" / "manifest.json")
 
 
+def test_a_student_of_another_commit_packs_to_the_same_files(student, tmp_path):
+    """What a manifest says of its making is not in the packed files: equal students pack to equal folders."""
+    pack(student, tmp_path / "one")
+    shutil.copytree(student, tmp_path / "student")
+    manifest = read_json(student / "manifest.json")
+    manifest["environment"] |= {"code": {"revision": "0" * 40, "modified": False, "sha256": "1" * 64}, "threads": "7"}
+    write_json(tmp_path / "student/manifest.json", manifest)
+    pack(tmp_path / "student", tmp_path / "two")
+    one, two = (read_json(tmp_path / name / "manifest.json") for name in ("one", "two"))
+    assert one["files"] == two["files"] and one["source"] == two["source"]
+
+
 def test_shards(student, tmp_path):
     """Files of bounded size with an index, read by transformers as one model."""
     (tmp_path / "packed").mkdir()

@@ -196,8 +196,8 @@ def paired_bootstrap(parts: Sequence[Scores], replicates: int = REPLICATES, seed
         start += len(where)
     sums, counts = np.array(sums, dtype=np.float32).T, np.array(counts, dtype=np.float32).T  # [pictures, parts]
     weights = _resamples(len(labels), replicates, seed)
-    asked = weights @ counts
-    drawn = np.nanmean(np.divide(weights @ sums, asked, out=np.full_like(asked, np.nan), where=asked > 0), axis=1)
+    total, asked = np.hsplit(weights @ np.hstack([sums, counts]), 2)  # the weights, 360 MB, are read once
+    drawn = np.nanmean(np.divide(total, asked, out=np.full_like(asked, np.nan), where=asked > 0), axis=1)
     stderr = float(np.std(drawn, ddof=1))
     observed = float(np.mean([part.values.mean() for part in parts]))
     pictures = len(labels)

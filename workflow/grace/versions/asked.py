@@ -72,10 +72,10 @@ class Reader:
 
         A `GraceError` names a missing or damaged file, or what is wrong in it.
         """
-        stored = _stored(path)
+        file, stored = _stored(path)
         for known in self._known.get(path.stem, []):
-            if stored and known.stored == stored:
-                scores = pq.read_table(path, columns=["score"])["score"].to_numpy()
+            if file is not None and known.stored == stored:
+                scores = file.read(columns=["score"], use_threads=False)["score"].to_numpy()
                 if len(scores) == len(known.order) and np.isfinite(scores).all():
                     return known, 100 * scores[known.order]
         frame = read_predictions(path, [*KEYS, "score"])
@@ -128,10 +128,11 @@ def _shared(before: list[Questions], after: list[Questions]) -> Shared:
     )  # fmt: skip
 
 
-def _stored(path: Path) -> tuple[bytes, ...]:
-    """The bytes of the key columns as the file holds them; () where it has no such columns or cannot be read."""
+def _stored(path: Path) -> tuple[pq.ParquetFile | None, tuple[bytes, ...]]:
+    """A file, and its key columns' bytes; None and () where it has no such columns or cannot be read."""
     try:
-        about = pq.read_metadata(path)
+        whole = pq.ParquetFile(path)
+        about = whole.metadata
         names = about.schema.to_arrow_schema().names
         columns = [names.index(name) for name in KEYS]
         parts = []
@@ -142,6 +143,6 @@ def _stored(path: Path) -> tuple[bytes, ...]:
                     start = chunk.dictionary_page_offset or chunk.data_page_offset
                     file.seek(min(start, chunk.data_page_offset))
                     parts.append(file.read(chunk.total_compressed_size))
-        return tuple(parts)
+        return whole, tuple(parts)
     except (OSError, ValueError, pa.ArrowInvalid):
-        return ()
+        return None, ()
