@@ -36,8 +36,7 @@ def _snakemake(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GRACE_SHRUNKEN names a folder of one's own: tests/slurm/run.sh goes on with what is there."""
-    folder = Path(os.environ.get("GRACE_SHRUNKEN") or tmp_path_factory.mktemp("shrunken"))
+    folder = tmp_path_factory.mktemp("shrunken")
     _snakemake(folder)
     return folder
 

@@ -73,9 +73,11 @@ def _refusal(request: Resources) -> str | None:
 
 
 def _some_node_is_away(partition: str | None) -> bool:
-    """Whether a node of a partition (of any, without a name) takes no jobs just now."""
-    _, states = _asked("sinfo", "--noheader", "--format", "%T", *([f"--partition={partition}"] if partition else []))
-    return any(word in states for word in ("drain", "down", "maint", "fail", "reboot"))
+    """Whether a node of a partition (of the default one, which sinfo marks by `*`, without a name) takes no jobs now."""
+    _, said = _asked("sinfo", "--noheader", "--format", "%P %T")
+    rows = [line.split() for line in said.splitlines()]
+    states = [state for name, state in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))]
+    return any(word in state for state in states for word in ("drain", "down", "maint", "fail", "reboot"))
 
 
 def _asked(*command: str) -> tuple[int, str]:
