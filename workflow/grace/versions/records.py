@@ -21,6 +21,7 @@ from typing import Any
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.versions.listed import listed
 
 FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
 HASHED_UP_TO = 64 * 2**20
@@ -149,12 +150,13 @@ def _same(output: Path, row: dict[str, Any]) -> bool:
         return False
     if output.name != MANIFEST:
         return True
-    manifest = read_json(output)
-    sizes = {output.parent / name: entry["bytes"] for name, entry in manifest.get("files", {}).items()}
-    hashes = {output.parent / entry["file"]: entry["sha256"] for entry in manifest.get("benchmarks", {}).values()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in sizes.items()) and all(
-        path.is_file() and sha256(path) == value for path, value in hashes.items()
-    )
+    for name, entry in listed(read_json(output)).items():
+        path = output.parent / name
+        if not path.is_file():
+            return False
+        if path.stat().st_size != entry["bytes"] if "bytes" in entry else sha256(path) != entry["sha256"]:
+            return False
+    return True
 
 
 def _fits(target: Path, output: Path, checksum: Any) -> bool:
