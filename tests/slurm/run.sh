@@ -15,12 +15,12 @@ installed() {
   for program in munged slurmctld slurmd sbatch; do command -v "$program" || return 1; done > /dev/null
 }
 
+[ "$(id -u)" = 0 ] || skip "slurmd needs root to start jobs as their owners; run in a container or with sudo"
 python=${PYTHON:-.venv/bin/python}
 if ! "$python" -c 'import snakemake_executor_plugin_slurm, xdist' 2>/dev/null; then
   echo "slurm tests: $python lacks what they need; bash workflow/setup.sh test cluster" >&2
   exit 1
 fi
-[ "$(id -u)" = 0 ] || skip "slurmd needs root to start jobs as their owners; run in a container or with sudo"
 exec 9> /var/tmp/grace-slurm.lock
 flock --nonblock 9 || { echo "slurm tests: another run on this machine has to end first"; flock 9; }
 made=$(mktemp -d)
