@@ -173,7 +173,12 @@ def test_our_metrics_are_lmms_evals_on_the_same_predictions(tmp_path, monkeypatc
     assert 0 < kept["score"].mean() < 1
 
 
-@pytest.mark.parametrize("damage", [None, {"bytes": b"no picture", "path": "3.png"}], ids=["no picture", "broken"])
+CUT = {"bytes": picture(0)[: len(picture(0)) // 2], "path": "3.png"}
+
+
+@pytest.mark.parametrize(
+    "damage", [None, {"bytes": b"no picture", "path": "3.png"}, CUT], ids=["no picture", "broken", "cut short"]
+)
 def test_a_document_without_a_picture_is_named(tmp_path, damage):
     asked = [DOCUMENTS["pope"](i) for i in range(4)]
     asked[3]["image"] = damage

@@ -21,13 +21,16 @@ from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.evaluator import evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
-from PIL import Image
+from PIL import Image, ImageFile
 
 from grace.errors import GraceError
 from grace.evaluate.answer import EXTRACTIONS, Answer, normalise
 from grace.evaluate.predictions import SCHEMA, read_questions
 from grace.evaluate.registry import LMMS_EVAL, Benchmark
 from grace.evaluate.runner import Question, Runner
+
+# importing lmms-eval lets the whole process read pictures that are cut short as if they were whole
+ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
