@@ -168,6 +168,9 @@ def test_titles_of_what_models_look_at_are_tested(results):
         == "GRACE int4's attention is nearer to the teacher's than the baseline's is: Baseline bf16 0.40, GRACE int4 0.60"
     )
     assert "farther from" in looking._finding(results, "attention", {base: 0.6 + noise, ours: 0.4 - noise})
+    even = noise - noise.mean()
+    close = looking._finding(results, "attention", {base: 0.401 + even, ours: 0.404 + 0.9 * even})
+    assert close.endswith("Baseline bf16 0.401, GRACE int4 0.404")
     assert "within noise" in looking._finding(results, "attention", {base: 0.4 + noise, ours: 0.4 - noise})
 
 

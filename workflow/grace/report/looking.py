@@ -140,7 +140,9 @@ def _compared(results: Results, rows: list[Row], measure) -> dict[Row, np.ndarra
 def _finding(results: Results, what: str, compared: dict[Row, np.ndarray]) -> str:
     """Which student is more like the teacher, by a paired t test over the pictures, in words."""
     means = {row: float(np.nanmean(values)) for row, values in compared.items()}
-    said = ", ".join(f"{named(results, row)} {mean:.2f}" for row, mean in means.items())
+    shown = {digits: [f"{mean:.{digits}f}" for mean in means.values()] for digits in (2, 3)}
+    digits = 2 if len(set(shown[2])) == len(means) else 3  # as many as tell them apart, where three do
+    said = ", ".join(f"{named(results, row)} {mean}" for row, mean in zip(means, shown[digits], strict=True))
     if len(compared) < 2:
         return f"{what} to the teacher: {said}"
     (before, after), ours = compared.values(), list(compared)[1]

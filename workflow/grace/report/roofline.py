@@ -42,6 +42,7 @@ def roofline(results: Results, plt):
     left.set_ylabel("GFLOP/s")
     left.legend()
     right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     right.axhline(1, color="black", lw=0.8)
     right.set_xlabel("M, activation rows")
     right.set_ylabel("times as fast as the dense product")
