@@ -49,7 +49,7 @@ def make(folder: Path) -> Tree:
     (folder / "data/llava_v1_5_mix665k.json").write_text("[]")
     for name in (".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache"))
+    shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
     stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     stage["stages"]["build"]["foreach"] = {NAME: "config.yaml"}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stage["stages"]}, sort_keys=False))
