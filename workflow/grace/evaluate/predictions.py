@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from grace.errors import GraceError
 from grace.evaluate.metrics import METRICS, clustered_stderr
 from grace.evaluate.registry import Benchmark
-from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.files import MANIFEST, contents_hash, sha256, whole_file
 
 EVALUATOR = "1"
 """Changes when the same answers would be kept or scored differently; part of every key."""
@@ -41,11 +41,10 @@ QUESTIONS = ("id", "image", "image_id", "question", "answer", "options", "group"
 
 
 def model_hash(folder: Path) -> str:
-    """SHA-256 of the names and hashes of a model's files: equal for equal files, whenever and wherever they were made."""
+    """`contents_hash` of a model; without a manifest, the same over the files that are there."""
     if (folder / MANIFEST).is_file():
-        files = {name: entry["sha256"] for name, entry in read_json(folder / MANIFEST)["files"].items()}
-    else:
-        files = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
+        return contents_hash(folder / MANIFEST)
+    files = {path.name: sha256(path) for path in folder.iterdir() if path.is_file()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
