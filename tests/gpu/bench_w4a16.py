@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from grace.bench.backends import installed
+from grace.bench.backends import Backend, installed
 from grace.bench.kernel import bench_kernel
 from grace.bench.machine import describe
 from grace.bench.tune import compile_ahead
@@ -38,6 +38,8 @@ SHAPES = {
     "qwen2 down": (1536, 8960),
     "qwen2 q|o": (1536, 1536),
     "qwen2 k|v": (256, 1536),
+    "qwen2 gate+up fused": (17920, 1536),
+    "qwen2 qkv fused": (2048, 1536),
 }
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 QUICK = ["llava q|k|v|o", "llava gate+up fused", "qwen2 gate|up"]
@@ -63,7 +65,8 @@ CASES = [  # out x in and rows: whole tiles, and such that fill neither tiles no
 
 
 def same_bits(device: torch.device, workers: int) -> int:
-    """The PTX path, which no CPU can run, against the arithmetic path, which the interpreter tests, and float64.
+    """The PTX path, which no CPU can run, against float64 and, at groups of 128, the arithmetic path, which the
+    interpreter tests; every product must come out alike 20 times.
 
     Returns the number of cases.
     """
@@ -74,7 +77,8 @@ def same_bits(device: torch.device, workers: int) -> int:
         for tile in TILES
         if rows <= 16 or tile.kind != "ways"
     ]
-    compile_ahead([(*job, ptx) for job in jobs for ptx in (True, False)], workers)
+    ways = {group: (True, False) if group == 128 else (True,) for group in (32, 64, 128, 256)}  # to unpack codes
+    compile_ahead([(*job, ptx) for job in jobs for ptx in ways[job[2]]], workers)
     for (out, inputs), rows, group, dtype, tile, _ in jobs:
         codes = torch.randint(-8, 8, (out, inputs), dtype=torch.int8, device=device, generator=generator)
         scales = (torch.rand(out, inputs // group, device=device, generator=generator) + 0.1).to(dtype)
@@ -82,30 +86,37 @@ def same_bits(device: torch.device, workers: int) -> int:
         bias = torch.randn(out, device=device, generator=generator).to(dtype)
         expected = x.double() @ dequantise(codes, scales, torch.float64).T + bias.double()
         packed = pack(codes, scales)
-        fast, plain = (launch(x, *packed, bias, group, tile, ptx=ptx) for ptx in (True, False))
+        fast, *plain = (launch(x, *packed, bias, group, tile, ptx=ptx) for ptx in ways[group])
         again = [launch(x, *packed, bias, group, tile) for _ in range(20)]
         error = (fast.double() - expected).norm() / expected.norm()
         case = f"{dtype}, {out} x {inputs}, {rows} rows, group {group}, {tile}"
         if not error < 6e-3:
             raise GraceError(f"{case}: relative error {error:.1e}")
-        if not all(torch.equal(fast, one) for one in [plain, *again]):
+        if not all(torch.equal(fast, one) for one in [*plain, *again]):
             raise GraceError(f"{case}: PTX and arithmetic, or two runs, differ")
     return len(jobs)
 
 
-def compile_all(shapes: list[tuple[int, int]], rows: list[int], group: int, dtype: torch.dtype, workers: int) -> None:
+def compile_all(
+    shapes: list[tuple[int, int]], rows: list[int], group: int, dtype: torch.dtype, only: list[str], workers: int
+) -> None:
     """Let every backend build what it builds at the first call, by processes: JIT compilers take seconds per case."""
-    jobs = [(shape, m, group, dtype) for shape in shapes for m in rows]
+    jobs = [(shape, m, group, dtype, only) for shape in shapes for m in rows]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for _ in pool.map(_first_call, jobs):
             pass
 
 
+def chosen_backends(device: torch.device, only: list[str]) -> list[Backend]:
+    """Those installed whose name holds one of `only`, or all."""
+    return [b for b in installed(device) if not only or any(part in b.name for part in only)]
+
+
 def _first_call(job: tuple) -> None:
-    (out, inputs), rows, group, dtype = job
+    (out, inputs), rows, group, dtype, only = job
     codes = torch.zeros(out, inputs, dtype=torch.int8, device="cuda")
     scales = torch.ones(out, inputs // group, dtype=torch.bfloat16, device="cuda")
-    for backend in installed(codes.device):
+    for backend in chosen_backends(codes.device, only):
         with suppress(Exception):  # the benchmark itself says what fails
             if backend.serves(out, inputs, group, dtype):
                 x = torch.zeros(rows, inputs, dtype=dtype, device="cuda")
@@ -136,6 +147,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three shapes, six row counts")
     parser.add_argument("--check", action="store_true", help="check the products, measure nothing")
     parser.add_argument("--rows", default="", help="M, comma-separated")
+    parser.add_argument("--shapes", default="", help="parts of the names of shapes, comma-separated: llava,qwen2 down")
+    parser.add_argument("--only", default="", help="parts of the names of backends, comma-separated: grace,humming")
+    parser.add_argument("--skip-check", action="store_true", help="leave out the check of every kind of product")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument(
@@ -152,19 +166,27 @@ def main() -> None:
     shapes = {name: SHAPES[name] for name in QUICK} if chosen.quick else SHAPES
     rows = [1, 4, 16, 64, 256, 4096] if chosen.quick else ROWS
     rows = [int(m) for m in chosen.rows.split(",")] if chosen.rows else rows
+    parts, only = (text.split(",") if text else [] for text in (chosen.shapes, chosen.only))
+    shapes = {name: s for name, s in shapes.items() if not parts or any(part in name for part in parts)}
+    workers = os.cpu_count() or 1
     try:
-        print(f"{same_bits(device, os.cpu_count() or 1)} products right, and alike to the bit in both ways to unpack")
+        if not chosen.skip_check:
+            print(f"{same_bits(device, workers)} products right, and alike to the bit each time and way", flush=True)
         if chosen.check:
             return
         dtype = getattr(torch, chosen.dtype)
-        compile_all(list(shapes.values()), rows, chosen.group, dtype, os.cpu_count() or 1)
-        table, limits = bench_kernel(shapes, rows, chosen.group, 20, device, dtype)
+        compile_all(list(shapes.values()), rows, chosen.group, dtype, only, workers)
+        table, limits = [], {}
+        backends = chosen_backends(device, only)
+        for name, shape in shapes.items():  # shape by shape, so that a run cut short keeps what it has measured
+            more, limits[name] = bench_kernel({name: shape}, rows, chosen.group, 20, device, dtype, backends)
+            table += more
+            write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": table})
+            print_table(more)
     except GraceError as error:
         raise SystemExit(f"wrong: {error}") from error
-    write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": table})
     print(describe(device))
     print(limits)
-    print_table(table)
 
 
 if __name__ == "__main__":
