@@ -64,8 +64,10 @@ def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: Card)
     """The tile for x [rows, inputs] in `dtype` times a weight [out, inputs] on `card`.
 
     Measured entries hold for their own shape and the power of two that `rows` rounds up to; elsewhere `rule` decides.
+    fp16 does the same work as bf16, so it takes bf16's entries where it has none of its own.
     """
-    measured = read_table()["cards"].get(card.name, {}).get(f"{dtype}/{group}", {}).get(f"{out}x{inputs}", {})
+    here = read_table()["cards"].get(card.name, {})
+    measured = (here.get(f"{dtype}/{group}") or here.get(f"bfloat16/{group}", {})).get(f"{out}x{inputs}", {})
     if str(rows_key(rows)) in measured:
         return Tile(**measured[str(rows_key(rows))])
     return rule(rows, out, inputs, group, card)
@@ -74,14 +76,13 @@ def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: Card)
 def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
     """Programs for every multiprocessor, inputs split no further than that takes; drawn from what an H100 measured."""
     chunks = -(-inputs // 128)
-    if rows <= 8 and out < 2 * 64 * card.multiprocessors:
+    if rows <= 16 and chunks <= 32 and out <= (32 if rows <= 8 else 16) * card.multiprocessors:
         block_n = 32 if out >= 16 * card.multiprocessors else 16
-        tile = Tile("ways", 8, block_n, stages=6)
-        tile = _with_split(tile, -(-out // block_n), chunks // 16, card.multiprocessors)
+        tile = Tile("ways", 8 if rows <= 8 else 16, block_n, stages=6 if block_n == 32 else 4)
     elif rows <= 128 or group < 128:
         block_m = min(max(8, rows_key(rows)), 64)
         tile = Tile("tile", block_m, 64, stages={8: 4, 16: 6, 32: 5}.get(block_m, 3))
-        tile = _with_split(tile, -(-rows // block_m) * -(-out // 64), chunks // 4, 2 * card.multiprocessors)
+        tile = _with_split(tile, -(-rows // block_m) * -(-out // 64), chunks // 4, 5 * card.multiprocessors // 2)
     elif rows < DENSE_FROM:
         tile = Tile("round", 128, 128 if rows * out >= 128 * 128 * card.multiprocessors else 64, stages=3, late=True)
         tile = _with_split(tile, -(-rows // 128) * -(-out // tile.block_n), chunks // 8, 2 * card.multiprocessors)
