@@ -1,5 +1,7 @@
 """AWQ, GPTQ and GGUF from the same codes, read back by decoders written from the formats' own descriptions."""
 
+import re
+
 import gguf
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json
-from grace.quant import read_quantization
+from grace.quant import read_quantization, save_quantization
 from grace.quant.export import export
 from grace.quant.names import quantised_module
 from grace.quant.pack import pack
@@ -81,6 +83,25 @@ def test_gptq(packed, tmp_path):
         assert torch.equal(tensors[f"{name}.scales"][group].T.float(), scales.float().repeat_interleave(32, 1))
     config = read_json(tmp_path / "gptq" / "config.json")["quantization_config"]
     assert (config["quant_method"], config["sym"], config["desc_act"]) == ("gptq", True, False)
+
+
+def test_decoder_linears_in_16_bits_are_named(tmp_path):
+    """Readers look for packed weights in every linear that the config does not name."""
+    student = make_student(tmp_path / "student")
+    stored, left = read_quantization(student), "model.language_model.layers.1.mlp.down_proj"
+    save_quantization(student, {n: stored[n] for n in stored.layers if n != left}, 4, 32, "lsq")
+    pack(student, tmp_path / "packed")
+    for format in ("awq", "gptq"):
+        export(tmp_path / "packed", format, tmp_path / format)
+        assert f"{left}.weight" in {
+            key.replace("language_model.model.", "model.language_model.")
+            for key in load_file(tmp_path / format / "model.safetensors")
+        }
+    awq, gptq = (read_json(tmp_path / f / "config.json")["quantization_config"] for f in ("awq", "gptq"))
+    assert [name for name in awq["modules_to_not_convert"] if name in left] == ["layers.1.mlp.down_proj"]
+    named = [rule.removeprefix("-:") for rule in gptq["dynamic"]]
+    assert any(re.match(rule, left) for rule in named)
+    assert not any(re.match(rule, left.replace("down", "up")) for rule in named)
 
 
 def test_gguf_is_read_back_by_the_gguf_package(packed, tmp_path):

@@ -36,7 +36,7 @@ def config(model: PackedModel) -> dict:
         "group_size": model.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector", "visual"],
+        "modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector", "visual", *model.unquantised()],
     }
 
 

@@ -5,6 +5,8 @@
 [in / group, out]; `g_idx` int32 [in] names each input's group.
 """
 
+import re
+
 import torch
 
 from grace.errors import GraceError
@@ -15,6 +17,8 @@ from grace.quant.packed import PackedModel, exact_fp16
 
 def config(model: PackedModel) -> dict:
     """`quantization_config`; `dynamic` with a leading minus names what stays in 16 bits."""
+    kept = ["lm_head.*", "vision_tower.*", "multi_modal_projector.*", "visual.*"]
+    kept += [f"{re.escape(name)}$" for name in model.unquantised()]
     return {
         "quant_method": "gptq",
         "bits": model.bits,
@@ -23,7 +27,7 @@ def config(model: PackedModel) -> dict:
         "sym": True,
         "checkpoint_format": "gptq",
         "lm_head": False,
-        "dynamic": {f"-:.*{part}.*": {} for part in ("lm_head", "vision_tower", "multi_modal_projector", "visual")},
+        "dynamic": {f"-:.*{pattern}": {} for pattern in kept},
     }
 
 

@@ -48,6 +48,11 @@ class PackedModel:
         kept = [key for key in tensors if key not in made]
         return cls(folder, config, weights["num_bits"], weights["group_size"], tensors, linears, kept)
 
+    def unquantised(self) -> list[str]:
+        """Decoder linears that stay in bf16, as the end of their name from `layers.` on, which all readers share."""
+        modules = sorted(module for key in self.kept if (module := quantised_module(key)))
+        return [module[module.rindex("layers.") :] for module in modules]
+
     def shape(self, key: str) -> tuple[int, int]:
         """[out, in] of a packed linear, checked against its packed tensors."""
         rows, columns = self.tensors[f"{key}_shape"].tolist()
