@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# bash workflow/setup.sh [test|cluster|s3 ...]: make .venv with the pinned packages, and extras where named.
+# bash workflow/setup.sh [test|cluster|s3|kernels ...]: make .venv with the pinned packages, and extras where named.
 # Safe to repeat: it installs only when the pins or the package's needs changed, or an extra is new.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 for extra in "$@"; do
   case "$extra" in
-    test | cluster | s3) ;;
-    *) echo "setup: no extra '$extra'; use test, cluster or s3" >&2; exit 2 ;;
+    test | cluster | s3 | kernels) ;;
+    *) echo "setup: no extra '$extra'; use test, cluster, s3 or kernels" >&2; exit 2 ;;
   esac
 done
 
