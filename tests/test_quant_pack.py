@@ -70,7 +70,7 @@ def test_plain_llava_class_loads_it_and_the_format_is_the_design_s(student, tmp_
         assert torch.equal((packed >> 4 * place) & 15, codes[:, place::8].int() + 8)
     assert torch.equal(tensors[f"{name}.weight_scale"], scales) and scales.dtype == torch.bfloat16
     assert tensors[f"{name}.weight_shape"].tolist() == [64, 96] and f"{name}.weight" not in tensors
-    assert "vision_tower.encoder.layers.0.self_attn.q_proj.weight" in tensors
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in tensors
     config = read_json(tmp_path / "packed" / "config.json")["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"] == {
         "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False,

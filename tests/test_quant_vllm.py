@@ -1,6 +1,6 @@
-"""Packed folders held against what vLLM's compressed-tensors reader expects (its source was read; vLLM is not run here).
+"""Packed folders held against what vLLM's compressed-tensors reader expects; `vllm_load.py` runs that reader itself.
 
-The rules below restate that reader (v0.11 and main of 2026): a linear is left unquantised where `ignore` names it or a
+The rules below restate it (v0.11 and main of 2026): a linear is left unquantised where `ignore` names it or a
 `re:` pattern matches from its start; joined linears (qkv, gate-up) must agree on that; the rest match the target
 `Linear`, whose weights must be a static symmetric group of 4 or 8 bits without activations (its WNA16 scheme); and that
 scheme registers weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group] in the model's dtype and
@@ -94,5 +94,7 @@ def test_every_linear_is_read_as_it_was_written(family, bits, tmp_path):
             assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (out, inputs * bits // 32))
             assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (out, inputs // weights.group_size))
             assert (shape.dtype, shape.tolist()) == (torch.int64, [out, inputs])
+    towers = [name for name in tensors if name.startswith("vision_tower.")]
+    assert bool(towers) == (family == "llava") and all(".vision_model." in name for name in towers)
     assert config["dtype"] == "bfloat16"
     assert not [name for name in tensors if "_packed" in name or "_scale" in name or "_shape" in name]

@@ -17,7 +17,7 @@ from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import model_card
 from grace.quant.checkpoint import SHARD_BYTES, Checkpoint, TensorSpec, copy_companions, copy_config, write_checkpoint
 from grace.quant.grid import dequantize, group_count
-from grace.quant.names import quantised_module
+from grace.quant.names import published, quantised_module
 from grace.quant.student import StoredQuantization, read_quantization
 
 # Linears that stay in bf16, by their names in memory: the head, the vision towers and projectors of every family.
@@ -98,8 +98,9 @@ def verify(model: Path, packed: Path) -> None:
         for key in source:
             advance(note=key)
             if key not in linears:
-                same = key in written and source.spec(key) == written.spec(key)
-                if not (same and torch.equal(_bytes(source[key]), _bytes(written[key]))):
+                name = published(key)
+                same = name in written and source.spec(key)._replace(name=name) == written.spec(name)
+                if not (same and torch.equal(_bytes(source[key]), _bytes(written[name]))):
                     raise GraceError(f"{packed}: {key} differs from {model}; pack it again")
                 continue
             codes, scales = stored[linears[key]]
@@ -120,10 +121,11 @@ def pack_student(model: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> S
     """Write the packed weights and config of student `model` into the existing `folder`, and verify them."""
     source, stored = Checkpoint.of_folder(model), read_quantization(model)
     linears, unquantised = _linears(model, source, stored)
-    specs, origin = [], {}
+    specs, kept, origin = [], {}, {}
     for key in source:
         if key not in linears:
-            specs.append(source.spec(key))
+            specs.append(source.spec(key)._replace(name=published(key)))
+            kept[published(key)] = key
             continue
         rows, columns = source.spec(key).shape
         groups = group_count(columns, stored.group_size, linears[key])
@@ -134,8 +136,8 @@ def pack_student(model: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> S
 
     def produce(name: str) -> torch.Tensor:
         advance(note=name)
-        if name not in origin:
-            return source[name]
+        if name in kept:
+            return source[kept[name]]
         codes, scales = stored[linears[origin[name]]]
         if name.endswith("_scale"):
             return scales
