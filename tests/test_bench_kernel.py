@@ -49,7 +49,10 @@ def folders(tmp_path_factory):
 
 def test_shapes_are_the_same_plain_and_packed(folders):
     plain, packed = folders
-    expected = {"model q|o": (64, 64), "model k|v": (32, 64), "model gate|up": (128, 64), "model down": (64, 128)}
+    expected = {
+        "model q|o": (64, 64), "model k|v": (32, 64), "model gate|up": (128, 64), "model down": (64, 128),
+        "model q+k+v": (128, 64), "model gate+up": (256, 64),
+    }  # fmt: skip
     assert decoder_shapes(plain) == expected
     assert decoder_shapes(packed) == expected
 
@@ -129,7 +132,7 @@ def test_verb_writes_table_and_machine(folders, tmp_path, monkeypatch):
     run.write_text(json.dumps({"family": "llava", "group_size": 32, "bench": {"rows": [1, 2], "repeats": 2}}))
     kernel(run, folders[1], tmp_path / "bench" / "kernel.csv")
     table = pandas.read_csv(tmp_path / "bench" / "kernel.csv")
-    assert list(table.columns) == COLUMNS and len(table) == 2 * 5
+    assert list(table.columns) == COLUMNS and len(table) == 2 * 7
     about = json.loads((tmp_path / "bench" / "kernel.json").read_text())
     assert about["machine"]["threads"] == torch.get_num_threads()
     assert about["ceilings"]["copy_bytes_per_second"] == 1e10

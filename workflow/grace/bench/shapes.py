@@ -12,10 +12,11 @@ _DECODER = re.compile(
 )
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 FIELD_SHAPES = {"llava-1.5-7b gate|up": (11008, 4096)}  # the largest single linear of the paper's model
+JOINED = (("q", "k", "v"), ("gate", "up"))  # what `grace.infer.fuse` multiplies as one
 
 
 def decoder_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """`{"model q|k|v|o": (out, in), ...}`: each different shape once, named by the linears that have it.
+    """`{"model q|k|v|o": (out, in), ..., "model q+k+v": (3 out, in)}`: different shapes once, then joined linears.
 
     Reads plain and packed folders; headers and `weight_shape`s alone, so a 7B model takes milliseconds.
     """
@@ -33,7 +34,12 @@ def decoder_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
             f"{folder}: no decoder linears (self_attn and mlp projections) found; is it a Llama-type model?"
         )
     order = ["q", "k", "v", "o", "gate", "up", "down"]
-    return {f"model {'|'.join(sorted(names, key=order.index))}": size for size, names in named.items()}
+    shapes = {f"model {'|'.join(sorted(names, key=order.index))}": size for size, names in named.items()}
+    sizes = {name: size for size, names in named.items() for name in names}
+    for parts in JOINED:
+        if all(part in sizes for part in parts):
+            shapes[f"model {'+'.join(parts)}"] = (sum(sizes[part][0] for part in parts), sizes[parts[0]][1])
+    return shapes
 
 
 def _linears(file: Path) -> list[tuple[str, tuple[int, int]]]:
