@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grace.config.load import load_experiment
+from grace.config.plan import Plan
+from grace.evaluate.verbs import MODULES
 from stub_tree import ROOT, Tree
 
 REPORT = ["build the page", "draw the figures", "write the metrics", "write the tables"]
@@ -90,6 +93,16 @@ def test_code_reruns_the_jobs_that_import_it(tree: Tree) -> None:
         with (tree.folder / "workflow/grace" / name).open("a") as file:
             file.write("# another comment\n")
     assert tree.planned() == REPORT
+
+
+@pytest.mark.parametrize("harness", MODULES)
+def test_evaluation_follows_the_code_of_the_chosen_harness(harness: str) -> None:
+    experiment = load_experiment(ROOT / "config.yaml")
+    evaluation = experiment.evaluation.model_copy(update={"harness": harness})
+    plan = Plan(experiment.model_copy(update={"evaluation": evaluation}))
+    assert plan.adapter == MODULES[harness]
+    assert any(path.endswith(f"{plan.adapter.rpartition('.')[2]}.py") for path in plan.code(plan.adapter))
+    assert "plan.adapter" in (ROOT / "rules/eval.smk").read_text()
 
 
 def test_touched_code_and_other_resources_rerun_nothing(tree: Tree) -> None:

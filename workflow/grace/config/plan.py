@@ -57,6 +57,11 @@ class Plan:
         self.folder = f"results/{experiment.experiment}"
         self.code = code_files
 
+    @property
+    def adapter(self) -> str:
+        """The module that asks benchmarks through the experiment's harness; `grace evaluate` imports it by name."""
+        return "grace.evaluate.harness_" + self.experiment.evaluation.harness.replace("-", "_")
+
     # Frozen parameters: one JSON string each, because Snakemake compares parameters as a nameless set of `repr()`.
 
     def frozen(self, job: str) -> str:

@@ -34,7 +34,7 @@ from grace.progress import progress
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
-_MODULES = {
+MODULES = {
     LM_EVAL: "grace.evaluate.harness_lm_eval",
     LMMS_EVAL: "grace.evaluate.harness_lmms_eval",
     VLMEVAL: "grace.evaluate.harness_vlmeval",
@@ -141,7 +141,7 @@ def _asking(
         loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
         runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
-        yield runner, importlib.import_module(_MODULES[settings.harness]).predictor(runner, settings, advance)
+        yield runner, importlib.import_module(MODULES[settings.harness]).predictor(runner, settings, advance)
 
 
 def _harness(settings) -> dict[str, str]:
