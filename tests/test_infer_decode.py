@@ -131,6 +131,8 @@ def test_a_session_that_is_too_small_is_refused(folder, prompts):
     with pytest.raises(GraceError, match="do not fit a session of 30"):
         next(stream(session, prompts, 20))
     session = Session(load_for_inference(folder), 3, prompts["input_ids"].shape[1] + 1)
+    with pytest.raises(GraceError, match="padded on the right; pad them on the left"):
+        session.prefill({**prompts, "attention_mask": prompts["attention_mask"].flip(1)})
     session.prefill(prompts)
     session.step()
     with pytest.raises(GraceError, match="slots of the session are full"):

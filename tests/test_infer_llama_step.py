@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from grace.errors import GraceError
 from grace.infer import llama_step
 from grace.infer.decode import Session, stream
 from grace.infer.fuse import fuse_dense
 from grace.infer.load import load_for_inference
 from grace.infer.prompt import build_prompts
 from grace.kernels import decode_step
+from grace.kernels.decode_attention import attend
 from grace.models import load_processor
 from infer_models import save_llava, save_packed
 from test_infer_decode import QUESTIONS, picture, qwen, qwen_inputs, theirs
@@ -40,14 +42,15 @@ def test_the_tokens_are_those_of_transformers(tmp_path, key_value_heads):
 @pytest.mark.parametrize("version", [2, 3])
 def test_qwen_with_biases_norms_of_heads_and_three_axes(version):
     model, inputs = qwen(version), qwen_inputs()
+    generator = torch.Generator().manual_seed(0)
     if version == 2:
         for layer in model.model.language_model.layers:
-            nn.init.normal_(layer.self_attn.q_proj.bias)
-            nn.init.normal_(layer.self_attn.k_proj.bias)
+            nn.init.normal_(layer.self_attn.q_proj.bias, generator=generator)
+            nn.init.normal_(layer.self_attn.k_proj.bias, generator=generator)
     else:
         for layer in model.model.language_model.layers:
-            nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2)
-            nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2)
+            nn.init.uniform_(layer.self_attn.q_norm.weight, 0.5, 2, generator=generator)
+            nn.init.uniform_(layer.self_attn.k_norm.weight, 0.5, 2, generator=generator)
     expected = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 11:]
     fuse_dense(model.model.language_model)
     assert torch.equal(answers(model, inputs, 8), expected)
@@ -60,6 +63,36 @@ def test_a_packed_model_says_the_same_fused_or_not(tmp_path):
     session = Session(model, 1, inputs["input_ids"].shape[1] + 8, fused=False)
     expected = torch.stack(list(stream(session, inputs, 8, stop=False)), dim=1)
     assert torch.equal(answers(model, inputs, 8), expected)
+
+
+def test_an_8_bit_cache_says_nearly_the_same(tmp_path):
+    """Logits of a step over int8 keys and values against those over 16-bit ones, and what the codes stand for."""
+    folder = save_llava(tmp_path / "plain", key_value_heads=2)
+    model = load_for_inference(folder, dtype=torch.float32)
+    prompts = build_prompts(load_processor(folder), [(picture(i), text) for i, text in enumerate(QUESTIONS)])
+    tokens = prompts["input_ids"].shape[1]
+    sessions = [Session(model, 3, tokens + 2, fused=True, cache_bits=bits) for bits in (16, 8)]
+    assert sessions[1].prefill(prompts).tolist() == sessions[0].prefill(prompts).tolist()
+    exact, codes = (session.cache.layers[-1] for session in sessions)
+    assert codes.keys.dtype == torch.int8 and codes.keys.shape == exact.keys.shape
+    for name in ("keys", "values"):
+        told = getattr(codes, name) * getattr(codes, name[:-1] + "_steps").unsqueeze(-1)
+        there = getattr(exact, name)
+        half = there.abs().amax(-1, keepdim=True) / 254
+        assert ((told - there).abs() <= half * 1.001).all() and (there[:, :, :tokens] != 0).any()
+    logits = []
+    for session in sessions:
+        seen = session.head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+        session.step()
+        seen.remove()
+    assert 0 < (logits[1] - logits[0]).norm() < 0.02 * logits[0].norm()
+
+
+def test_an_8_bit_cache_needs_the_fused_step(tmp_path):
+    model = load_for_inference(save_llava(tmp_path / "plain"))
+    for bits, fused in ((8, None), (8, False), (4, True)):
+        with pytest.raises(GraceError, match=f"a cache of {bits} bits: .*; use 16"):
+            Session(model, 1, 30, fused=fused, cache_bits=bits)
 
 
 def test_what_the_step_does_not_know(tmp_path):
@@ -85,24 +118,46 @@ def reference_attention(q, keys, values, seen, scale):
     return torch.einsum("bhl,bhld->bhd", weights, values)
 
 
+def rounded(x):
+    """int8 codes and step sizes of x [..., D], and what they stand for."""
+    steps = x.float().abs().amax(-1) / 127
+    codes = (x.float() / steps[..., None].clamp(min=1e-30) + 0.5).floor().to(torch.int8)
+    return codes, steps, codes * steps[..., None]
+
+
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "heads", "group", "width", "length", "now"),
-    [(1, 1, 1, 16, 200, 171), (2, 2, 3, 32, 100, 99), (3, 1, 7, 64, 70, 0), (2, 8, 1, 128, 140, 130)],
+    [
+        (1, 1, 1, 16, 200, 171),
+        (2, 2, 3, 32, 100, 99),
+        (3, 1, 7, 64, 70, 0),
+        (2, 8, 1, 128, 140, 130),
+        (1, 2, 1, 32, 9, 1),
+    ],
 )
-def test_attend(batch, heads, group, width, length, now, dtype):
+def test_attend(batch, heads, group, width, length, now, dtype, bits):
     generator = torch.Generator().manual_seed(length)
     rand = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     qkv = rand(batch, heads * (group + 2) * width)
     keys, values = rand(batch, heads, length, width), rand(batch, heads, length, width)
-    keys[:, :, now:], values[:, :, now:] = torch.nan, torch.nan  # nothing past the new token may be read
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    valid[0, : now // 3] = False
-    position, slot = valid[:, :now].sum(1), torch.tensor(now)
+    first = torch.zeros(batch, dtype=torch.int64)
+    first[0] = now // 3
+    position, slot = now - first, torch.tensor(now)
     angle = torch.outer(torch.arange(length), 10000.0 ** -(torch.arange(width // 2) / (width // 2))).repeat(1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    old = keys.clone(), values.clone()
-    out = decode_step.attend(qkv, keys, values, valid, cos, sin, position, slot, 0.3)
+    if bits == 8:
+        codes, steps, (keys, values) = zip(*(rounded(t) for t in (keys, values)), strict=True)
+        for s in steps:
+            s[:, :, now:] = torch.nan
+    else:
+        codes, steps = (keys, values), None
+        keys, values = keys.clone(), values.clone()
+        for t in codes:
+            t[:, :, now:] = torch.nan  # nothing past the new token may be read
+    old = [t.clone() for t in (*codes, *(steps or ()))]
+    out = attend(qkv, *codes, first, cos, sin, position, slot, 0.3, steps=steps)
 
     q, k, v = qkv.view(batch, -1, width).split([heads * group, heads, heads], 1)
     turn, lean = cos[position].double()[:, None], sin[position].double()[:, None]
@@ -113,12 +168,20 @@ def test_attend(batch, heads, group, width, length, now, dtype):
         return (t * turn + other * lean).to(dtype)
 
     near = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(keys[:, :, now], rotate(k), **near)
-    assert torch.equal(values[:, :, now], v)
-    for cache, before in zip((keys, values), old, strict=True):
+    new = [t[:, :, now].float() for t in codes]
+    if bits == 8:
+        new = [t * s[:, :, now, None] for t, s in zip(new, steps, strict=True)]
+        assert all(t[:, :, now].abs().amax(-1).eq(127).all() for t in codes)
+        near_new = {"rtol": 0, "atol": 0.5 * float(max(s[:, :, now].max() for s in steps)) + 2 * near["atol"]}
+    else:
+        near_new = near
+    torch.testing.assert_close(new[0], rotate(k).float(), **near_new)
+    torch.testing.assert_close(new[1], v.float(), **(near_new if bits == 8 else {"rtol": 0, "atol": 0}))
+    for cache, before in zip((*codes, *(steps or ())), old, strict=True):
         before[:, :, now] = cache[:, :, now]
         assert torch.equal(cache.nan_to_num(7), before.nan_to_num(7))
-    seen = valid[:, : now + 1]
+    keys[:, :, now], values[:, :, now] = rotate(k), v
+    seen = torch.arange(now + 1) >= first[:, None]
     expected = reference_attention(rotate(q), keys[:, :, : now + 1], values[:, :, : now + 1], seen, 0.3)
     assert (out.view(batch, -1, width) - expected).norm() < near["rtol"] * expected.norm()
 

@@ -12,6 +12,7 @@ from torch import nn
 from grace.infer.decode import Session, stream
 from grace.infer.fuse import fuse_dense
 from grace.kernels import decode_step
+from grace.kernels.decode_attention import attend
 
 CUDA = torch.device("cuda")
 
@@ -34,14 +35,14 @@ def check_attend() -> None:
         qkv = torch.randn(batch, heads * (group + 2) * width, device=CUDA).bfloat16()
         keys, values = torch.randn(2, batch, heads, length, width, device=CUDA).bfloat16()
         keys[:, :, now:], values[:, :, now:] = torch.nan, torch.nan
-        valid = torch.ones(batch, length, dtype=torch.bool, device=CUDA)
-        valid[0, : now // 3] = False
-        position, slot = valid[:, :now].sum(1), torch.tensor(now, device=CUDA)
+        first = torch.zeros(batch, dtype=torch.int64, device=CUDA)
+        first[0] = now // 3
+        position, slot = now - first, torch.tensor(now, device=CUDA)
         turns = 10000.0 ** -(torch.arange(width // 2, device=CUDA) / (width // 2))
         angle = torch.outer(torch.arange(length, device=CUDA), turns).repeat(1, 2)
         cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
         poison()
-        out = decode_step.attend(qkv, keys, values, valid, cos, sin, position, slot, 0.1)
+        out = attend(qkv, keys, values, first, cos, sin, position, slot, 0.1)
         q, k, _ = qkv.view(batch, -1, width).split([heads * group, heads, heads], 1)
         turn, lean = cos[position].double()[:, None], sin[position].double()[:, None]
         turned = [
@@ -49,7 +50,7 @@ def check_attend() -> None:
             for t in (q, k)
         ]
         close("  its key", keys[:, :, now], turned[1], 3e-3)
-        seen = valid[:, None, : now + 1]
+        seen = (torch.arange(now + 1, device=CUDA) >= first[:, None])[:, None]
         k, v = (t[:, :, : now + 1].double().repeat_interleave(group, 1) for t in (keys, values))
         logits = torch.einsum("bhd,bhld->bhl", turned[0].double(), k) * 0.1
         expected = torch.einsum("bhl,bhld->bhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import StaticCache
 
 from grace.errors import GraceError
+from grace.infer.cache import make_cache
 from grace.models import decoder, output_head
 
 CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a card
@@ -27,38 +27,46 @@ class Session:
         length: slots of the static cache per sequence.
         fused: whether to take the hand-fused step; None takes it on CUDA where the decoder is known to it.
         compile: on CUDA and without the fused step, whether to compile the step before capturing it.
+        cache_bits: 16 keeps keys and values in the model's dtype; 8 as int8 codes, which the fused step alone reads.
     """
 
     def __init__(
-        self, model: nn.Module, batch: int, length: int, fused: bool | None = None, compile: bool = True
+        self,
+        model: nn.Module,
+        batch: int,
+        length: int,
+        fused: bool | None = None,
+        compile: bool = True,
+        cache_bits: int = 16,
     ) -> None:
         self.model, self.batch, self.length = model, batch, length
         self.decoder, self.head = decoder(model), output_head(model)
-        embedding = model.get_input_embeddings().weight
-        self.device, self.dtype = embedding.device, embedding.dtype
         self.embed = model.get_input_embeddings()
+        self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.ends = _end_tokens(model)
-        text = model.config.get_text_config()
-        heads = text.num_key_value_heads
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        if fused is not False and (fused or self.device.type == "cuda"):
+            from grace.infer import llama_step  # here, because it imports triton
+
+            fused = fused or llama_step.knows(self.decoder)
+        if cache_bits != 16 and (cache_bits != 8 or not fused):
+            raise GraceError(
+                f"a cache of {cache_bits} bits: keys and values are kept in 16 bits, or, on a CUDA card and for "
+                f"the decoders of LLaVA, Qwen2-VL and Qwen3-VL, in 8; use 16"
+            )
+        self.cache_bits = cache_bits
         with self._memory():
-            self.cache.early_initialization(batch, heads, width, self.dtype, self.device)
+            self.cache = make_cache(model.config, batch, length, cache_bits, self.dtype, self.device)
         place = {"device": self.device, "dtype": torch.int64}
         self.slots = torch.arange(length, **place)
         self.token = torch.zeros(batch, 1, **place)
         self.position = torch.zeros(batch, **place)
         self.slot = torch.zeros((), **place)  # where the next key and value go
-        self.valid = torch.ones(batch, length, dtype=torch.bool, device=self.device)  # false on a prompt's padding
+        self.first = torch.zeros(batch, **place)  # the first slot that is not padding
         self.filled = 0  # what `slot` says, known without asking the device
         self.graph, step = None, self._step
-        if fused is not False and (fused or self.device.type == "cuda"):
-            from grace.infer import llama_step  # here, because it imports triton
-
-            fused = fused or llama_step.knows(self.decoder)
         if fused:
             self._step = step = llama_step.LlamaStep(
-                self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.valid
+                self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.first
             )
         elif compile and self.device.type == "cuda":
             step = torch.compile(self._step, dynamic=False)
@@ -81,11 +89,14 @@ class Session:
                 f"a session for {self.batch} sequences of {self.length} tokens got {batch} prompts of {tokens} tokens; "
                 f"make a larger session"
             )
+        if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise GraceError("prompts padded on the right; pad them on the left (the tokenizer's `padding_side`)")
         self._reset()
         positions = _positions(self.model, inputs, mask)
-        self.valid[:, :tokens] = mask
-        seen = self.slots[:tokens].unsqueeze(1) >= self.slots  # [tokens, length]: causal
-        seen = seen & self.valid.unsqueeze(1) | (self.slots[:tokens].unsqueeze(1) == self.slots)  # padding sees itself
+        self.first.copy_(mask.long().argmax(1))
+        slots = self.slots[:tokens] if self.cache_bits == 8 else self.slots  # 8 bits: a prompt sees itself, exactly
+        seen = self.slots[:tokens].unsqueeze(1) >= slots  # [tokens, slots]: causal
+        seen = seen & (slots >= self.first.unsqueeze(1)).unsqueeze(1) | (self.slots[:tokens].unsqueeze(1) == slots)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         with self._memory():
@@ -115,7 +126,7 @@ class Session:
         return self.token[:, 0].clone()
 
     def _step(self) -> None:
-        seen = self.valid & (self.slots <= self.slot)  # [batch, length]
+        seen = (self.slots >= self.first.unsqueeze(1)) & (self.slots <= self.slot)  # [batch, length]
         position = self.position.unsqueeze(1)
         if _has_grid_positions(self.model):
             position = position.expand(3, -1, -1)  # time, height and width agree on every token after the prompt
@@ -145,7 +156,7 @@ class Session:
         for layer in self.cache.layers:
             layer.cumulative_length.zero_()  # old keys need no erasing: the mask hides what a prompt has not written
         self.slot.zero_()
-        self.valid.fill_(True)
+        self.first.zero_()
 
     def _capture(self, step) -> torch.cuda.CUDAGraph:
         """Warm up (compile, tune, allocate) on a side stream, then capture one step."""

@@ -7,9 +7,11 @@ against them. Prefill, and every decoder that `knows` refuses, run transformers'
 import torch
 from torch import nn
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
 from grace.infer.fuse import Fused
 from grace.kernels import decode_step
+from grace.kernels.decode_attention import attend
 
 # Decoders whose layers are norm, attention with rotary embeddings, norm, gated MLP. The Qwen ones give every position
 # three axes, which agree for every token after a prompt.
@@ -43,7 +45,7 @@ class LlamaStep:
         token: int64 [batch, 1], the last token, replaced by the next.
         position: int64 [batch], its position in the sequence.
         slot: int64 [], its place in the cache.
-        valid: bool [batch, length], false on padding.
+        first: int64 [batch], the first slot that is not padding.
     """
 
     def __init__(
@@ -55,34 +57,38 @@ class LlamaStep:
         token: torch.Tensor,
         position: torch.Tensor,
         slot: torch.Tensor,
-        valid: torch.Tensor,
+        first: torch.Tensor,
     ) -> None:
         self.layers, self.norm, self.head = list(decoder.layers), decoder.norm, head
         self.table, self.cache = embedding.weight, cache
-        self.token, self.position, self.slot, self.valid = token.view(-1), position, slot, valid
+        self.token, self.position, self.slot, self.first = token.view(-1), position, slot, first
         self.stream = self.table.new_empty(len(position), self.table.shape[1])
-        self.cos, self.sin = rotary_table(decoder.rotary_emb, valid.shape[1], self.table.dtype)
+        self.cos, self.sin = rotary_table(decoder.rotary_emb, cache.get_max_length(), self.table.dtype)
 
     def __call__(self) -> None:
-        x, first = self.stream, self.layers[0].input_layernorm
+        x, layers = self.stream, self.layers
+        norm = layers[0].input_layernorm
         hidden = decode_step.add_norm(
-            x, first.weight, first.variance_epsilon, token=self.token, table=self.table
+            x, norm.weight, norm.variance_epsilon, token=self.token, table=self.table
         )  # [batch, d]
-        following = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
-        for layer, cached, next_norm in zip(self.layers, self.cache.layers, following, strict=True):
-            attention, mlp, middle = layer.self_attn, layer.mlp, layer.post_attention_layernorm
+        after = [*(layer.input_layernorm for layer in layers[1:]), self.norm]
+        for layer, cached, following in zip(layers, self.cache.layers, after, strict=True):
+            attention, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
             qkv = attention.q_proj.linear(hidden)  # [batch, (H + 2 KV) D]
-            gains = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-            mixed = decode_step.attend(
-                qkv, cached.keys, cached.values, self.valid, self.cos, self.sin, self.position, self.slot,
-                attention.scaling,
-                gains=gains and tuple(norm.weight for norm in gains), eps=gains[0].variance_epsilon if gains else 0.0,
-            )  # fmt: skip
-            out = attention.o_proj(mixed)
-            hidden = decode_step.add_norm(x, middle.weight, middle.variance_epsilon, delta=out)
+            out = attention.o_proj(self._attend(attention, qkv, cached))
+            hidden = decode_step.add_norm(x, norm.weight, norm.variance_epsilon, delta=out)
             out = mlp.down_proj(decode_step.silu_mul(mlp.gate_proj.linear(hidden)))
-            hidden = decode_step.add_norm(x, next_norm.weight, next_norm.variance_epsilon, delta=out)
+            hidden = decode_step.add_norm(x, following.weight, following.variance_epsilon, delta=out)
         decode_step.argmax(self.head(hidden), self.token, self.position, self.slot)
+
+    def _attend(self, attention: nn.Module, qkv: torch.Tensor, cached: StaticLayer) -> torch.Tensor:
+        norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
+        return attend(
+            qkv, cached.keys, cached.values, self.first, self.cos, self.sin, self.position, self.slot, attention.scaling,
+            steps=(cached.key_steps, cached.value_steps) if cached.keys.dtype == torch.int8 else None,
+            gains=tuple(norm.weight for norm in norms) or None,
+            eps=norms[0].variance_epsilon if norms else 0.0,
+        )  # fmt: skip
 
 
 def rotary_table(rotary: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
