@@ -161,10 +161,11 @@ def _bench(folder: Path) -> None:
     ]  # fmt: skip
     pd.DataFrame(kernel).to_csv(folder / "kernel.csv", index=False)
     decode = [
-        {"model": model, "precision": precision, "device": "cpu", "batch": batch, "prompt_tokens": 16, "new_tokens": 32, "prefill_ms": 3.0,
+        {"model": model, "precision": precision, "device": "cpu", "batch": batch, "cache": cache, "prompt_tokens": 16, "new_tokens": 32, "prefill_ms": 3.0,
          "tokens_per_second": speed * batch, "weight_mib": mib, "peak_mib": mib * 1.5}
-        for model, precision, speed, mib in (
-            ("teacher", "bf16", 300, 1.8), ("baseline/bf16/seed0", "bf16", 500, 0.6), ("grace/int4/seed0", "int4", 620, 0.3)
+        for model, precision, speed, mib, cache in (
+            ("teacher", "bf16", 300, 1.8, 16), ("baseline/bf16/seed0", "bf16", 500, 0.6, 16),
+            ("grace/int4/seed0", "int4", 620, 0.3, 16), ("grace/int4/seed0", "int4", 700, 0.3, 8),
         )
         for batch in (1, 8)
     ]  # fmt: skip

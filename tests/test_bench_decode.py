@@ -19,6 +19,7 @@ COLUMNS = [
     "precision",
     "device",
     "batch",
+    "cache",
     "prompt_tokens",
     "new_tokens",
     "prefill_ms",
@@ -74,7 +75,7 @@ def test_one_run_over_plain_and_packed(tmp_path):
     ]  # fmt: skip
     assert (table.prefill_ms > 0).all() and (table.tokens_per_second > 0).all()
     assert (table.peak_mib > table.weight_mib).all()
-    assert table.prompt_tokens.nunique() == 1
+    assert table.prompt_tokens.nunique() == 1 and (table.cache == 16).all()
     bf16, int4 = table.weight_mib[0], table.weight_mib[1]
     assert int4 < bf16
     about = json.loads((tmp_path / "bench" / "decode.json").read_text())

@@ -218,6 +218,19 @@ def test_metrics_are_plain_json_with_stable_names(results):
         found["scores"]["teacher"]["average"] - found["scores"]["baseline"]["bf16"]["average"], abs=0.011
     )
     assert found["decode"]["grace int4"]["batch8"]["tokens_per_second"] == 4960
+    assert found["decode"]["grace int4"]["batch8_cache8"]["tokens_per_second"] == 5600
+
+
+def test_the_cache_of_a_decoding_row_is_said(results):
+    bits = [line.heads[1] for line in deployment_table(results).lines if line.group == "Decoding"]
+    assert bits.count("int4, 8-bit cache") == bits.count("int4") == 2
+
+
+def test_decoding_tables_of_before_there_was_a_choice_of_cache(results_folder, tmp_path):
+    folder = shutil.copytree(results_folder, tmp_path / results_folder.name)
+    table = pd.read_csv(folder / "bench" / "decode.csv")
+    table[table.cache == 16].drop(columns="cache").to_csv(folder / "bench" / "decode.csv", index=False)
+    assert (read_results(folder).decode.cache == 16).all()
 
 
 def test_roles():

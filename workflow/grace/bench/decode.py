@@ -1,7 +1,9 @@
 """Decoding side by side: teacher, bf16 student and packed student, in one run and through one runner.
 
-Every model answers the same question about the same picture; rounds go over the models in turn. What is reported:
+Every model answers the same question about the same picture; rounds go over the models in turn. On a card, a packed
+model is measured twice: with keys and values in 16 bits, as bf16 models have them, and in 8. What is reported:
 
+- cache: bits of keys and values;
 - prefill_ms: median time from the processor's output to the first token, vision tower included;
 - tokens_per_second: batch size over the median time of one decoding step, all steps after the first token;
 - weight_mib: parameters and buffers of the whole model;
@@ -21,7 +23,7 @@ from PIL import Image
 
 from grace.bench import machine
 from grace.bench.memory import peak_bytes, weight_bytes
-from grace.infer.decode import Session, stream
+from grace.infer.decode import Session, stream, takes_8_bit_cache
 from grace.infer.load import load_for_inference, packed_bits
 from grace.infer.prompt import build_prompts
 from grace.models import load_processor, model_folder
@@ -39,25 +41,25 @@ def bench_decode(
 
     All models are held in memory together, which keeps the rounds interleaved.
     """
-    models = [_Model(folder, device) for folder in folders]
+    runs = [_Run(model, bits) for model in (_Model(folder, device) for folder in folders) for bits in model.caches]
     noise = np.random.default_rng(seed).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     table = []
-    with progress("decoding benchmark", len(batches) * len(models) * (repeats + 1)) as advance:
+    with progress("decoding benchmark", len(batches) * len(runs) * (repeats + 1)) as advance:
         for batch in batches:
-            for model in models:
-                model.prepare(picture, batch, new_tokens)
-                advance(note=f"{model.name}, batch {batch}")
+            for run in runs:
+                run.prepare(picture, batch, new_tokens)
+                advance(note=f"{run.model.name}, batch {batch}")
             for _ in range(repeats):
-                for model in models:
-                    model.measure(new_tokens)
-                    advance(note=f"{model.name}, batch {batch}")
-            table += [model.row(batch, new_tokens) for model in models]
+                for run in runs:
+                    run.measure(new_tokens)
+                    advance(note=f"{run.model.name}, batch {batch}")
+            table += [run.row(batch, new_tokens) for run in runs]
     return table
 
 
 class _Model:
-    """One folder in the benchmark: its network, the session of the current batch size and its measurements."""
+    """One folder in the benchmark, loaded."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.name, self.device = model_name(folder), device
@@ -66,20 +68,28 @@ class _Model:
         self.network = load_for_inference(folder, dtype=torch.bfloat16, device=str(device))
         self.processor = load_processor(folder)
         self.weights = weight_bytes(self.network)
+        self.caches = (16, 8) if bits == 4 and takes_8_bit_cache(self.network) else (16,)
+
+
+class _Run:
+    """A model with one kind of cache: the session of the current batch size and its measurements."""
+
+    def __init__(self, model: _Model, cache_bits: int) -> None:
+        self.model, self.cache_bits, self.device = model, cache_bits, model.device
 
     def prepare(self, picture: Image.Image, batch: int, new_tokens: int) -> None:
         """Make the session of one batch size, warm it up, and account for its memory."""
         self.session = None  # frees the last batch size's cache first
         self.prefill, self.step = [], []
-        self.inputs = build_prompts(self.processor, [(picture, QUESTION)] * batch)
+        self.inputs = build_prompts(self.model.processor, [(picture, QUESTION)] * batch)
         length = self.inputs["input_ids"].shape[1] + new_tokens
 
         def work() -> None:
-            self.session = Session(self.network, batch, length)
+            self.session = Session(self.model.network, batch, length, cache_bits=self.cache_bits)
             for _ in stream(self.session, self.inputs, 3, stop=False):
                 pass
 
-        self.peak = self.weights + peak_bytes(work, self.device)
+        self.peak = self.model.weights + peak_bytes(work, self.device)
 
     @torch.inference_mode()
     def measure(self, new_tokens: int) -> None:
@@ -95,15 +105,16 @@ class _Model:
     def row(self, batch: int, new_tokens: int) -> dict[str, Any]:
         step = statistics.median(self.step)
         return {
-            "model": self.name,
-            "precision": self.precision,
+            "model": self.model.name,
+            "precision": self.model.precision,
             "device": machine.device_name(self.device),
             "batch": batch,
+            "cache": self.cache_bits,
             "prompt_tokens": self.inputs["input_ids"].shape[1],
             "new_tokens": new_tokens,
             "prefill_ms": statistics.median(self.prefill) * 1e3,
             "tokens_per_second": batch / step if new_tokens > 1 else float("nan"),
-            "weight_mib": self.weights / MIB,
+            "weight_mib": self.model.weights / MIB,
             "peak_mib": self.peak / MIB,
         }
 

@@ -210,6 +210,15 @@ def generate(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: i
     return torch.stack(list(stream(session, inputs, new_tokens)), dim=1)
 
 
+def takes_8_bit_cache(model: nn.Module) -> bool:
+    """Whether a `Session` of this model, on its device, can keep keys and values in 8 bits."""
+    if model.get_input_embeddings().weight.device.type != "cuda":
+        return False
+    from grace.infer import llama_step  # here, because it imports triton
+
+    return llama_step.knows(decoder(model))
+
+
 def _has_grid_positions(model: nn.Module) -> bool:
     """Whether positions have time, height and width, as in Qwen2-VL and Qwen3-VL."""
     return hasattr(model.model, "get_rope_index")

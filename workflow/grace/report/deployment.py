@@ -48,7 +48,7 @@ def deployment_table(results: Results) -> Table:
 def _dense(measured: list[tuple[Row, dict]], record: dict) -> dict | None:
     """The bf16 student measured at the same batch: what ratios are taken against."""
     for row, other in measured:
-        if row == BASELINE and other["batch"] == record["batch"] and other["device"] == record["device"]:
+        if row == BASELINE and all(other[key] == record[key] for key in ("batch", "device")) and other["cache"] == 16:
             return other
     return None
 
@@ -65,7 +65,8 @@ def _decode_line(results: Results, row: Row, record: dict, dense: dict | None) -
         paper = paper_value(experiment, "deployment", role, row.precision, name)
         cells.append(Cell(ratio, paper=paper, digits=2))
     run = f"{what_was_run(experiment, results.seeds[row][:1])}; {record['device']}, {int(record.get('new_tokens', 0))} new tokens"
-    return Line([label(experiment, row), row.precision], cells, "Decoding", run)
+    bits = row.precision if record["cache"] == 16 else f"{row.precision}, {int(record['cache'])}-bit cache"
+    return Line([label(experiment, row), bits], cells, "Decoding", run)
 
 
 def _disk_lines(results: Results) -> list[Line]:
@@ -144,7 +145,8 @@ def _notes(results: Results) -> list[str]:
         return [f"{results.folder}/bench holds no measurements: run the benchmark rule."]
     notes = [
         "× throughput and × memory: over the bf16 baseline at the same batch, measured in the same run (of files: their size "
-        "over the baseline's). Weights: what is loaded; peak: weights, cache and activations. Decoder linears alone are packed: "
+        "over the baseline's). Weights: what is loaded; peak: weights, cache and activations. Keys and values are in 16 bits, "
+        "the baseline's too, except where “8-bit cache” stands. Decoder linears alone are packed: "
         "vision tower, embeddings and head stay in bf16. W4A16 product: the median speed-up over shapes of the packed product "
         "over the dense one, by activation rows (column “batch”).",
         f"“paper”: {ARXIV}'s INT4 model on a data-centre GPU with its own kernel, 3 times the throughput and 54% less memory; "

@@ -40,7 +40,8 @@ def metrics(results: Results) -> dict[str, Any]:
     decode = {}
     for row, record in decode_rows(results):
         numbers = {key: _significant(record[key]) for key in ("tokens_per_second", "weight_mib", "peak_mib")}
-        decode.setdefault(str(row), {})[f"batch{int(record['batch'])}"] = numbers
+        case = f"batch{int(record['batch'])}" + ("" if record["cache"] == 16 else f"_cache{int(record['cache'])}")
+        decode.setdefault(str(row), {})[case] = numbers
     if decode:
         found["decode"] = decode
     if results.kernel is not None:

@@ -11,8 +11,10 @@ LARGEST = 26  # radius of the largest bubble, in points
 
 
 def pareto(results: Results, plt):
-    """At the largest batch that was measured; the line joins the models that no other beats on both axes."""
-    measured = [(row, record) for row, record in decode_rows(results) if results.has_average(row)]
+    """At the largest batch that was measured, keys and values in 16 bits; the line joins the models that no other beats on both axes."""
+    measured = [
+        (row, record) for row, record in decode_rows(results) if results.has_average(row) and record["cache"] == 16
+    ]
     if not measured:
         return nothing(plt, f"{results.folder.name}: decoding was not measured (bench/decode.csv)")
     batch = max(record["batch"] for _, record in measured)

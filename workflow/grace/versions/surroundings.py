@@ -13,7 +13,10 @@ from grace.versions.listed import listed
 
 # what tells measurements apart, and what is compared: per file of bench/
 _KERNEL = (["backend", "device", "dtype", "shape", "m", "group_size"], ["microseconds", "speedup"])
-_DECODE = (["model", "precision", "device", "batch"], ["prefill_ms", "tokens_per_second", "weight_mib", "peak_mib"])
+_DECODE = (
+    ["model", "precision", "device", "batch", "cache"],
+    ["prefill_ms", "tokens_per_second", "weight_mib", "peak_mib"],
+)
 _SMALLER_IS_BETTER = {"microseconds", "prefill_ms", "weight_mib", "peak_mib"}
 _NOT_ENVIRONMENT = {"files", "benchmarks", "run", "model", "source", "identity"}
 MISSING = "(not set)"
@@ -88,6 +91,9 @@ def speed(a: Path, b: Path) -> pd.DataFrame | None:
         if not all(path.is_file() for path in paths):
             continue
         frames = [pd.read_csv(path) for path in paths]
+        for frame in frames if name == "decode" else ():
+            if "cache" not in frame:
+                frame["cache"] = 16  # tables of before there was another
         keys = [key for key in keys if all(key in frame for frame in frames)]
         merged = frames[0].merge(frames[1], on=keys, suffixes=(" A", " B"))
         for record in merged.to_dict("records"):
