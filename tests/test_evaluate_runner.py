@@ -107,7 +107,7 @@ class QwenProcessor:
 
 @pytest.mark.parametrize("version", [2, 3])
 def test_qwen_answers_through_transformers_as_one_question_alone(version):
-    from test_infer_decode import qwen
+    from infer_models import qwen
 
     made, words = qwen(version), processor().tokenizer
     made.config.image_token_id, made.config.vision_start_token_id, made.config.vision_end_token_id = 4, 150, 151

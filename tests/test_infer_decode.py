@@ -12,7 +12,7 @@ from grace.infer.fuse import fuse_dense
 from grace.infer.load import load_for_inference
 from grace.infer.prompt import build_prompts, open_picture
 from grace.models import load_model, load_processor
-from infer_models import save_llava, save_packed
+from infer_models import qwen, qwen_inputs, save_llava, save_packed
 
 QUESTIONS = ["what is this", "what colour is this red shirt", "is"]
 
@@ -72,46 +72,6 @@ def test_ends_early_when_every_row_has_ended(folder, prompts):
         stop = int(torch.isin(row, ends).nonzero()[0])
         assert torch.equal(row[: stop + 1], full[: stop + 1])
         assert (row[stop + 1 :] == ends[0]).all()
-
-
-def qwen(version: int) -> torch.nn.Module:
-    """A random Qwen2-VL or Qwen3-VL (with deepstack) of two to three layers."""
-    import transformers
-
-    kind = f"Qwen{version}VL"
-    text = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=version, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=160, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0, head_dim=16,
-        rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-    )  # fmt: skip
-    vision = {
-        2: dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
-        3: dict(
-            depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14,
-            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
-        ),
-    }[version]  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(
-        text_config=text, vision_config=vision, image_token_id=3, vision_start_token_id=4, vision_end_token_id=5,
-        video_token_id=6,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    return model
-
-
-def qwen_inputs() -> dict[str, torch.Tensor]:
-    """Two prompts of 11 tokens, the first one padded, each with a picture of 2 x 2 visual tokens."""
-    ids = torch.tensor([[0, 0, 1, 4, 3, 3, 3, 3, 5, 20, 21], [1, 22, 25, 4, 3, 3, 3, 3, 5, 30, 31]])
-    return {
-        "input_ids": ids,
-        "attention_mask": (ids != 0).long(),
-        "pixel_values": torch.randn(32, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0)),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
-        "mm_token_type_ids": (ids == 3).int(),
-    }
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -18,8 +18,8 @@ from grace.infer.prompt import build_prompts
 from grace.kernels import decode_step
 from grace.kernels.decode_attention import attend
 from grace.models import load_processor
-from infer_models import save_llava, save_packed
-from test_infer_decode import QUESTIONS, picture, qwen, qwen_inputs, theirs
+from infer_models import qwen, qwen_inputs, save_llava, save_packed
+from test_infer_decode import QUESTIONS, picture, theirs
 
 COMPILE = Path(__file__).with_name("decode_step_compile.py")
 

@@ -2,10 +2,11 @@
 
     python tests/gpu/bench_decode.py MODEL [MODEL ...] --out decode.json [--batches 1,8,32] [--new-tokens 128]
     python tests/gpu/bench_decode.py --random llava-1.5-7b --out decode.json
+    python tests/gpu/bench_decode.py --random qwen2-vl-2b --out decode.json
 
-Folders may be plain or packed. `--random` makes LLaVA-1.5-7B in its real shape with random weights, plain and rounded
-to nearest in groups of 128, in memory: speed and memory do not depend on what the weights are. Prints one line per
-model and batch, and the INT4 : bf16 ratios of this run.
+Folders may be plain or packed. `--random` makes a model in its real shape with random weights, plain and rounded to
+nearest in groups of 128, in memory: speed and memory do not depend on what the weights are. Both are measured with keys
+and values in 16 bits and in 8. Prints one line per model, batch and cache, and the INT4 : bf16 ratios of this run.
 """
 
 import argparse
@@ -30,27 +31,45 @@ GROUP = 128
 MIB = 2**20
 
 
-def random_llava(device: torch.device) -> nn.Module:
-    """LLaVA-1.5-7B's shape in bf16 with random weights, made on the card."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+def random_model(name: str, device: torch.device) -> nn.Module:
+    """A published model's shape in bf16 with random weights, made on the card."""
+    import transformers
 
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064), image_token_id=32000)
+    if name == "llava-1.5-7b":
+        vision = transformers.CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+            patch_size=14,
+        )  # fmt: skip
+        text = transformers.LlamaConfig(vocab_size=32064)
+        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
+        build = transformers.LlavaForConditionalGeneration
+    else:
+        text = dict(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        )  # fmt: skip
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 1536})
+        build = transformers.Qwen2VLForConditionalGeneration
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+            return build(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
+
+
+def prompts(model: nn.Module, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random tokens; for LLaVA with a random picture of 576 tokens among them."""
+    generator = torch.Generator(device).manual_seed(0)
+    ids = torch.randint(5, 30000, (batch, PROMPT), device=device, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.model_type == "llava":
+        ids[:, 1:577] = model.config.image_token_id
+        inputs["pixel_values"] = torch.randn(batch, 3, 336, 336, device=device, generator=generator)
+    return inputs
 
 
 def round_in_place(model: nn.Module, device: torch.device) -> None:
@@ -66,21 +85,18 @@ def round_in_place(model: nn.Module, device: torch.device) -> None:
 
 
 def measure(
-    model: nn.Module, name: str, batches: list[int], new_tokens: int, repeats: int, device: torch.device, kernels: bool
-) -> list:
-    """Rows like decode.csv's for a model without a processor: random tokens and a random picture."""
-    generator = torch.Generator(device).manual_seed(0)
+    model: nn.Module, name: str, precision: str, batches: list[int], caches: tuple[int, ...], new_tokens: int,
+    repeats: int, device: torch.device, kernels: bool,
+) -> list:  # fmt: skip
+    """Rows like decode.csv's for a model without a processor."""
     rows, weights = [], weight_bytes(model)
-    for batch in batches:
-        ids = torch.randint(5, 30000, (batch, PROMPT), device=device, generator=generator)
-        ids[:, 1:577] = model.config.image_token_id
-        pixels = torch.randn(batch, 3, 336, 336, device=device, generator=generator)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    for batch, bits in [(batch, bits) for batch in batches for bits in caches]:
+        inputs = prompts(model, batch, device)
         held: list[Session] = []
 
-        def prefill(inputs=inputs, held=held, batch=batch) -> None:
+        def prefill(inputs=inputs, held=held, batch=batch, bits=bits) -> None:
             if not held:
-                held.append(Session(model, batch, PROMPT + new_tokens))
+                held.append(Session(model, batch, PROMPT + new_tokens, cache_bits=bits))
             with torch.inference_mode():
                 held[0].prefill(inputs)
 
@@ -100,27 +116,30 @@ def measure(
         step = sorted(steps)[len(steps) // 2]
         rows.append(
             {
-                "model": "llava-1.5-7b (random)", "precision": name, "device": torch.cuda.get_device_name(device),
-                "batch": batch, "prompt_tokens": PROMPT, "new_tokens": new_tokens,
+                "model": f"{name} (random)", "precision": precision, "device": torch.cuda.get_device_name(device),
+                "batch": batch, "cache": bits, "prompt_tokens": PROMPT, "new_tokens": new_tokens,
                 "prefill_ms": sorted(prefills)[len(prefills) // 2], "step_ms": step,
                 "tokens_per_second": batch / step * 1e3,
-                "read_mib": read_bytes(model, batch, PROMPT + new_tokens // 2) / MIB, "weight_mib": weights / MIB, "peak_mib": peak / MIB,
+                "read_mib": read_bytes(model, batch, PROMPT + new_tokens // 2, bits) / MIB,
+                "weight_mib": weights / MIB, "peak_mib": peak / MIB,
             }
         )  # fmt: skip
+        print(*(f"{v:.2f}" if isinstance(v, float) else v for v in rows[-1].values()), sep=" | ", flush=True)
         if kernels:
             prefill()
-            print_kernels(held[0], f"{name}, batch {batch}, {step:.3f} ms")
+            print_kernels(held[0], f"{precision}, batch {batch}, {bits}-bit cache, {step:.3f} ms")
         held.clear()
         gc.collect()
         torch.cuda.empty_cache()
     return rows
 
 
-def read_bytes(model: nn.Module, batch: int, tokens: int) -> int:
+def read_bytes(model: nn.Module, batch: int, tokens: int, cache_bits: int) -> int:
     """What a step cannot do without reading: the layers, the head, and keys and values of `tokens` per sequence."""
     text = model.config.get_text_config()
-    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    cache = 2 * text.num_hidden_layers * width * batch * tokens * output_head(model).weight.itemsize
+    head = text.hidden_size // text.num_attention_heads
+    vector = head * output_head(model).weight.itemsize if cache_bits == 16 else head + 4  # bytes of a key or a value
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * batch * tokens * vector
     return weight_bytes(decoder(model).layers) + output_head(model).weight.nbytes + cache
 
 
@@ -143,14 +162,14 @@ def print_kernels(session: Session, what: str) -> None:
 
 def read_bandwidth(device: torch.device) -> float:
     """Bytes/s of a plain reduction over 4 GiB: what reading weights can reach."""
-    source = torch.ones(2**30, dtype=torch.int32, device=device)
+    source = torch.ones(2**30, dtype=torch.float32, device=device)
     return source.nbytes / interleaved_medians({"read": [source.sum]}, 5, device)["read"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--random", choices=["llava-1.5-7b"])
+    parser.add_argument("--random", choices=["llava-1.5-7b", "qwen2-vl-2b"])
     parser.add_argument("--out", type=Path, default=Path("decode.json"))
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -167,25 +186,34 @@ def main() -> None:
     if chosen.models:
         rows = bench_decode(chosen.models, batches, chosen.new_tokens, chosen.repeats, device)
     else:
-        model = random_llava(device)
+        model = random_model(chosen.random, device)
         fuse_dense(decoder(model))
-        rows = measure(model, "bf16", batches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
+        how = ((16, 8), chosen.new_tokens, chosen.repeats, device, chosen.kernels)
+        rows = measure(model, chosen.random, "bf16", batches, *how)
         round_in_place(model, device)
         gc.collect()
         torch.cuda.empty_cache()
-        rows += measure(model, "int4", batches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
+        rows += measure(model, chosen.random, "int4", batches, *how)
     write_json(chosen.out, {"machine": describe(device), "ceilings": limits, "rows": rows})
     for row in rows:
-        print(*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), sep=" | ")
+        what = f"{row['precision']}, batch {row['batch']}, {row['cache']}-bit cache"
         if "read_mib" in row:
             floor = row["read_mib"] * MIB / limits["read_bytes_per_second"] * 1e3
-            print(f"  reading alone takes {floor:.2f} ms: {100 * floor / row['step_ms']:.0f}% of the step")
-    for batch in batches:
-        speed = {row["precision"]: row for row in rows if row["batch"] == batch}
-        if {"bf16", "int4"} <= speed.keys():
-            fast = speed["int4"]["tokens_per_second"] / speed["bf16"]["tokens_per_second"]
-            less = 1 - speed["int4"]["peak_mib"] / speed["bf16"]["peak_mib"]
-            print(f"batch {batch}: INT4 decodes {fast:.2f} x bf16, peak memory -{100 * less:.0f}%")
+            print(
+                f"{what}: reading alone takes {floor:.2f} ms, {100 * floor / row['step_ms']:.0f}% of {row['step_ms']:.3f}"
+            )
+        else:
+            print(what, *(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), sep=" | ")
+    speed = {(row["precision"], row["batch"], row["cache"]): row for row in rows}
+    for (precision, batch, cache), row in speed.items():
+        if precision == "int4" and ("bf16", batch, 16) in speed:
+            dense = speed["bf16", batch, 16]
+            fast = row["tokens_per_second"] / dense["tokens_per_second"]
+            less = 1 - row["peak_mib"] / dense["peak_mib"]
+            print(
+                f"batch {batch}: INT4 with a cache of {cache} bits decodes {fast:.2f} x bf16 with one of 16, "
+                f"peak memory -{100 * less:.1f}%"
+            )
 
 
 if __name__ == "__main__":

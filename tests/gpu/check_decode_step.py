@@ -1,18 +1,29 @@
 """Check the hand-fused decoding step on a CUDA card: each kernel against float64, the step against transformers' layers.
 
-    python tests/gpu/check_decode_step.py
+    python tests/gpu/check_decode_step.py [kernels attend attend-8-bit tokens qwen chat qwen-2b]
 
 Fresh random data on every run, outputs poisoned before they are written. Prints one line per check; fails at the first
 that is off.
 """
 
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
+from bench_decode import prompts, random_model, round_in_place
 from torch import nn
 
+from grace.infer.cache import round_to_int8
+from grace.infer.chat import chat
 from grace.infer.decode import Session, stream
 from grace.infer.fuse import fuse_dense
 from grace.kernels import decode_step
 from grace.kernels.decode_attention import attend
+from grace.models import decoder, load_processor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from infer_models import qwen, qwen_inputs, save_llava, save_packed
 
 CUDA = torch.device("cuda")
 
@@ -28,33 +39,46 @@ def poison() -> None:
     torch.full((2**22,), torch.nan, device=CUDA)
 
 
-def check_attend() -> None:
+def check_attend(bits: int) -> None:
     for batch, heads, group, width, length, now in (
         (1, 32, 1, 128, 768, 640), (32, 32, 1, 128, 256, 200), (2, 2, 6, 128, 1024, 1023), (3, 4, 7, 64, 64, 0),
+        (5, 4, 1, 64, 64, 0), (1, 2, 6, 128, 768, 700),
     ):  # fmt: skip
         qkv = torch.randn(batch, heads * (group + 2) * width, device=CUDA).bfloat16()
-        keys, values = torch.randn(2, batch, heads, length, width, device=CUDA).bfloat16()
-        keys[:, :, now:], values[:, :, now:] = torch.nan, torch.nan
+        cache = torch.randn(2, batch, heads, length, width, device=CUDA).bfloat16()
+        keys, values = cache
+        stored, steps = (keys.clone(), values.clone()), None
+        if bits == 8:
+            stored, steps = zip(*(round_to_int8(t) for t in (keys, values)), strict=True)
+            keys, values = (c.double() * s[..., None].double() for c, s in zip(stored, steps, strict=True))
+        for t in steps or stored:
+            t[:, :, now:] = torch.nan
         first = torch.zeros(batch, dtype=torch.int64, device=CUDA)
         first[0] = now // 3
         position, slot = now - first, torch.tensor(now, device=CUDA)
         turns = 10000.0 ** -(torch.arange(width // 2, device=CUDA) / (width // 2))
         angle = torch.outer(torch.arange(length, device=CUDA), turns).repeat(1, 2)
         cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
-        poison()
-        out = attend(qkv, keys, values, first, cos, sin, position, slot, 0.1)
-        q, k, _ = qkv.view(batch, -1, width).split([heads * group, heads, heads], 1)
+        q, k, v = qkv.view(batch, -1, width).split([heads * group, heads, heads], 1)
         turn, lean = cos[position].double()[:, None], sin[position].double()[:, None]
-        turned = [
+        q, k = (
             (t.double() * turn + torch.cat((-t[..., width // 2 :], t[..., : width // 2]), -1) * lean).bfloat16()
             for t in (q, k)
-        ]
-        close("  its key", keys[:, :, now], turned[1], 3e-3)
+        )
+        poison()
+        out = attend(qkv, *stored, first, cos, sin, position, slot, 0.1, steps=steps)
+        new = [t[:, :, now].double() for t in stored]
+        if bits == 8:
+            new = [t * s[:, :, now, None].double() for t, s in zip(new, steps, strict=True)]
+        close("  its key", new[0], k, 3e-3 if bits == 16 else 8e-3)
+        close("  its value", new[1], v, 1e-9 if bits == 16 else 8e-3)
+        keys[:, :, now], values[:, :, now] = k, v
         seen = (torch.arange(now + 1, device=CUDA) >= first[:, None])[:, None]
-        k, v = (t[:, :, : now + 1].double().repeat_interleave(group, 1) for t in (keys, values))
-        logits = torch.einsum("bhd,bhld->bhl", turned[0].double(), k) * 0.1
-        expected = torch.einsum("bhl,bhld->bhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)
-        close(f"attend {batch} x {heads} x {group} x {width}, {now} tokens", out, expected.flatten(1), 6e-3)
+        keys, values = (t[:, :, : now + 1].double().repeat_interleave(group, 1) for t in (keys, values))
+        logits = torch.einsum("bhd,bhld->bhl", q.double(), keys) * 0.1
+        expected = torch.einsum("bhl,bhld->bhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), values)
+        name = f"attend {batch} x {heads} x {group} x {width}, {now} tokens, {bits} bits"
+        close(name, out, expected.flatten(1), 6e-3)
 
 
 def check_small_kernels() -> None:
@@ -113,8 +137,79 @@ def check_tokens() -> None:
         print(f"tokens, {key_value_heads} key-value heads: those of transformers")
 
 
+def check_qwen_tokens() -> None:
+    """The same for Qwen2-VL (biases, three axes of positions) and Qwen3-VL (norms of heads, deepstack), tiny."""
+    for version in (2, 3):
+        model = qwen(version).to(CUDA).requires_grad_(False)
+        model.generation_config.eos_token_id = None  # random weights end by chance
+        inputs = {name: value.to(CUDA) for name, value in qwen_inputs().items()}
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, 11:]
+        fuse_dense(decoder(model))
+        for fused in (True, False):
+            session = Session(model, 2, 32, fused=fused, compile=False)
+            ours = torch.stack(list(stream(session, inputs, 12, stop=False)), dim=1)
+            assert torch.equal(ours, expected), (ours, expected)
+        print(f"tokens, Qwen{version}-VL: those of transformers")
+
+
+def check_real_qwen() -> None:
+    """Qwen2-VL-2B's decoder shape, random weights: one step's logits, by the fused step and by transformers' layers."""
+    model = random_model("qwen2-vl-2b", CUDA)
+    fuse_dense(decoder(model))
+    for layer in decoder(model).layers:
+        nn.init.normal_(layer.self_attn.q_proj.linear.bias)
+    for precision in ("bf16", "int4"):
+        logits = []
+        for fused, bits in ((True, 16), (True, 8), (False, 16)):
+            kept: list[torch.Tensor] = []
+            seen = model.lm_head.register_forward_hook(lambda module, inputs, y, kept=kept: kept.append(y))
+            session = Session(model, 3, 700, fused=fused, compile=False, cache_bits=bits)
+            seen.remove()  # the last call was the captured one: its output is written by every replay
+            with torch.inference_mode():
+                session.prefill(prompts(model, 3, CUDA))
+                session.step()
+            logits.append(kept[-1].flatten(0, -2).clone())
+            del session
+        close(f"Qwen2-VL-2B's shape, {precision}: logits of a step", logits[0], logits[2], 6e-2)
+        close(f"Qwen2-VL-2B's shape, {precision}, 8-bit cache: logits of a step", logits[1], logits[2], 6e-2)
+        if precision == "bf16":
+            round_in_place(model, CUDA)
+
+
+def check_chat() -> None:
+    """`grace chat` on the card: its first word is the one that transformers' own layers give (later ones may tie in bf16)."""
+    from PIL import Image
+
+    from grace.infer.load import load_for_inference
+    from grace.infer.prompt import build_prompts, open_picture
+
+    with TemporaryDirectory() as place:
+        plain = save_llava(Path(place) / "plain")
+        Image.effect_noise((120, 80), 90).convert("RGB").save(Path(place) / "noise.png")
+        for folder in (plain, save_packed(plain, Path(place) / "packed")):
+            picture, question = Path(place) / "noise.png", "what is this"
+            text = chat(folder, picture, question, device="cuda", new_tokens=12)
+            model = load_for_inference(folder, device="cuda")
+            inputs = build_prompts(load_processor(folder), [(open_picture(picture), question)])
+            session = Session(model, 1, inputs["input_ids"].shape[1] + 12, fused=False, compile=False)
+            tokens = torch.cat(list(stream(session, inputs, 12)))
+            told = load_processor(folder).tokenizer.decode(tokens, skip_special_tokens=True)
+            assert text and text.split()[0] == told.split()[0], (text, told)
+            print(f"chat, {folder.name}: {text!r}; transformers' layers: {told!r}")
+
+
+CHECKS = {
+    "kernels": check_small_kernels,
+    "attend": lambda: check_attend(16),
+    "attend-8-bit": lambda: check_attend(8),
+    "tokens": check_tokens,
+    "qwen": check_qwen_tokens,
+    "chat": check_chat,
+    "qwen-2b": check_real_qwen,
+}
+
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
-    check_small_kernels()
-    check_attend()
-    check_tokens()
+    for name in sys.argv[1:] or CHECKS:
+        CHECKS[name]()
+    print("all passed")
