@@ -35,15 +35,15 @@ def main() -> None:
             (7, 128, 1, False),
             (6, 64, 16, True),
         ):
-            rows = 1 if group == 1 else 16
+            rows = decode_attention.query_rows(group, split)
             shape = decode_attention.shape(rows, split, codes)
             warps = shape.pop("num_warps")
             done = build(
-                decode_attention.attend_kernel, card, "bf16", warps, KV=4, G=group, ROWS=rows, D=width, SPLIT=split, PADDED=split,
+                decode_attention.attend_kernel, card, "bf16", warps, KV=4, G=group, ROWS=rows, D=width, SPLIT=split,
                 NORM=group == 6, CODES=codes, PDL=pdl, OPERANDS=tl.bfloat16, **shape,
             )  # fmt: skip
             ptx = done.asm["ptx"]
-            assert ("mma" in ptx) == (group > 1) and ("griddepcontrol.wait" in ptx) == pdl
+            assert ("mma" in ptx) == (rows > 1) and ("griddepcontrol.wait" in ptx) == pdl
             assert "cp.async" in ptx
         for first in (True, False):
             build(decode_step.add_norm_kernel, card, "bf16", BLOCK=4096, EMBED=first, HAS_DELTA=not first, PDL=pdl)

@@ -1,8 +1,8 @@
 """Attention of one new token per sequence over a static cache, in 16 bits or in 8, as one Triton kernel.
 
 It rotates (and norms) the new queries and keys, keeps the new key and value in the cache, and attends to the slots in
-use alone. Where a key-value head has one query, every row of a block of slots keeps a softmax of its own and the rows
-are joined at the end: no value crosses a warp until then. Where it has several, blocks are multiplied by tensor cores.
+use alone. Blocks of slots are multiplied by tensor cores, except where a key-value head has one query and a program all
+its slots: there every row of a block keeps a softmax of its own, and no value crosses a warp before the end.
 
 An 8-bit cache holds int8 codes and one fp32 step size per token and head: key = code * step. The steps multiply logits
 and weights of the softmax instead of keys and values, so codes go into the products as they are. The new token attends
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace.kernels.dependent import launch_options, locks, multiprocessors, wait
+from grace.kernels.dependent import launch_options, locks, multiprocessors, start_next, wait, waited
 
 LOG2_E = 1.4426950408889634
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -47,20 +47,43 @@ def _keep(cache, steps, slot, d, value, D: tl.constexpr, CODES: tl.constexpr):
 
 
 @triton.jit
-def _by_rows(
-    q, keys, values, key_steps, value_steps, begin, stop, d, SCALE,
-    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, CODES: tl.constexpr,
+def _new_token(
+    mine, h, q_gain, k_gain, d, half, turn, lean, EPS,
+    KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """One query [D] and the slots begin..stop: maximum [1], sum of weights [1] and weighted values [1, D], all fp32."""
+    """The first query of key-value head h, its new key, both rotated, and its new value, each [D] in fp32."""
+    q = _rotated(mine + h * G * D, q_gain, d, half, turn, lean, EPS, D, NORM, dtype)
+    k = _rotated(mine + (KV * G + h) * D, k_gain, d, half, turn, lean, EPS, D, NORM, dtype)
+    return q, k, tl.load(mine + (KV * G + KV + h) * D + d).to(tl.float32)
+
+
+@triton.jit
+def _by_rows(
+    mine, h, q_gain, k_gain, d, half, turn, lean, EPS, keys, values, key_steps, value_steps, begin, stop, SCALE,
+    KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+    CODES: tl.constexpr, PDL: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """One query and the slots begin..stop: maximum [1], sum of weights [1] and weighted values [1, D], all fp32.
+
+    Also returns the new token's logit [1] and value [D]. The wait stands in the first pass of the loop: the copies of
+    the first blocks go before the loop, and so are under way while the product that makes the query still runs.
+    """
     rows = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), -1e30, tl.float32)  # finite, so that differences stay numbers
     weight = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, D), tl.float32)
+    q = tl.zeros((D,), tl.float32)
+    k_new = tl.zeros((D,), tl.float32)
+    v_new = tl.zeros((D,), tl.float32)
     for first in tl.range(begin, stop, BLOCK, num_stages=STAGES):
         at = first + rows
         inside = at < stop
         k = tl.load(keys + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
         v = tl.load(values + at[:, None] * D + d[None, :], mask=inside[:, None], other=0.0)
+        if first == begin:
+            q, k_new, v_new = _new_token(
+                mine + waited(PDL), h, q_gain, k_gain, d, half, turn, lean, EPS, KV, 1, D, NORM, dtype
+            )
         logits = tl.sum(k.to(tl.float32) * q[None, :], 1) * SCALE
         if CODES:
             logits *= tl.load(key_steps + at, mask=inside, other=0.0)
@@ -73,9 +96,15 @@ def _by_rows(
             p *= tl.load(value_steps + at, mask=inside, other=0.0)
         acc = acc * fade[:, None] + p[:, None] * v.to(tl.float32)
         top = peak
+    if begin >= stop:
+        q, k_new, v_new = _new_token(
+            mine + waited(PDL), h, q_gain, k_gain, d, half, turn, lean, EPS, KV, 1, D, NORM, dtype
+        )
     best = tl.max(top, 0, keep_dims=True)
     share = tl.exp2(top - best)
-    return best, tl.sum(weight * share, 0, keep_dims=True), tl.sum(acc * share[:, None], 0, keep_dims=True)
+    weight = tl.sum(weight * share, 0, keep_dims=True)
+    acc = tl.sum(acc * share[:, None], 0, keep_dims=True)
+    return best, weight, acc, tl.sum(q * k_new, 0, keep_dims=True) * SCALE, k_new, v_new
 
 
 @triton.jit
@@ -138,7 +167,6 @@ def attend_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
-    PADDED: tl.constexpr,  # SPLIT rounded up to a power of two
     NORM: tl.constexpr,
     CODES: tl.constexpr,
     PDL: tl.constexpr,
@@ -148,8 +176,8 @@ def attend_kernel(
 
     One program per sequence, key-value head and one of SPLIT stretches of the slots; the last to finish joins them, in
     their order, so that the result does not depend on who that was (as flash-decoding does with a second kernel).
-    `slot`, `position`, `first` and all slots before the new one were settled when the step began, and are read before
-    the wait.
+    `slot`, `position`, `first` and all slots before the new one were settled when the step began, so they may be read
+    before the wait.
     """
     part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = out.dtype.element_ty
@@ -169,17 +197,16 @@ def attend_kernel(
     stop = tl.minimum(begin + each, now)
     turn = tl.load(cos + place * D + d).to(tl.float32)
     lean = tl.load(sin + place * D + d).to(tl.float32) * tl.where(d < D // 2, -1.0, 1.0)
-    wait(PDL)
     mine = qkv + b.to(tl.int64) * (KV * G + 2 * KV) * D
-    k_new = _rotated(mine + (KV * G + h) * D, k_gain, d, half, turn, lean, EPS, D, NORM, dtype)
-    v_new = tl.load(mine + (KV * G + KV + h) * D + d).to(tl.float32)
     if ROWS == 1:
-        q = _rotated(mine + h * D, q_gain, d, half, turn, lean, EPS, D, NORM, dtype)
-        fresh = tl.sum(q * k_new, 0, keep_dims=True) * SCALE  # [1]
-        top, weight, acc = _by_rows(
-            q, keys, values, key_steps, value_steps, begin, stop, d, SCALE, D, BLOCK, STAGES, CODES
-        )
+        start_next(PDL)
+        top, weight, acc, fresh, k_new, v_new = _by_rows(
+            mine, h, q_gain, k_gain, d, half, turn, lean, EPS, keys, values, key_steps, value_steps, begin, stop,
+            SCALE, KV, D, BLOCK, STAGES, NORM, CODES, PDL, dtype,
+        )  # fmt: skip
     else:
+        wait(PDL)
+        _, k_new, v_new = _new_token(mine, h, q_gain, k_gain, d, half, turn, lean, EPS, KV, G, D, NORM, dtype)
         head = (tl.minimum(g, G - 1) + h * G)[:, None] * D  # rows past G repeat the last query
         q = _rotated(
             mine, q_gain, head + d[None, :], head + half[None, :], turn[None, :], lean[None, :], EPS, D, NORM, dtype
@@ -212,31 +239,20 @@ def attend_kernel(
         done = tl.atomic_add(locks + group, 1, sem="acq_rel")
         if done == SPLIT - 1:
             tl.debug_barrier()
-            if ROWS == 1:
-                other = tl.arange(0, PADDED)
-                there = other < SPLIT
-                tops = tl.load(part_max + piece + other, mask=there, other=-1e30, cache_modifier=".cg")
-                weights = tl.load(part_weight + piece + other, mask=there, other=0.0, cache_modifier=".cg")
-                at = (piece + other)[:, None] * D + d[None, :]
-                sums = tl.load(part_sum + at, mask=there[:, None], other=0.0, cache_modifier=".cg")
-                share = tl.exp2(tops - tl.max(tops, 0))
-                weight = tl.sum(share * weights, 0, keep_dims=True)
-                total = tl.sum(share[:, None] * sums, 0, keep_dims=True)
-            else:
-                top = tl.full((ROWS,), -1e30, tl.float32)
-                for other in tl.static_range(SPLIT):  # unrolled: the loads wait together
-                    at = part_max + piece + other * ROWS + g
-                    top = tl.maximum(top, tl.load(at, mask=g < G, other=-1e30, cache_modifier=".cg"))
-                total = tl.zeros((ROWS, D), tl.float32)
-                weight = tl.zeros((ROWS,), tl.float32)
-                for other in tl.static_range(SPLIT):
-                    rows = piece + other * ROWS + g
-                    peak = tl.load(part_max + rows, mask=g < G, other=-1e30, cache_modifier=".cg")
-                    share = tl.exp2(peak - top)
-                    weight += share * tl.load(part_weight + rows, mask=g < G, other=1.0, cache_modifier=".cg")
-                    at = rows[:, None] * D + d[None, :]
-                    sums = tl.load(part_sum + at, mask=real, other=0.0, cache_modifier=".cg")
-                    total += share[:, None] * sums
+            top = tl.full((ROWS,), -1e30, tl.float32)
+            for other in tl.static_range(SPLIT):  # unrolled: the loads wait together
+                at = part_max + piece + other * ROWS + g
+                top = tl.maximum(top, tl.load(at, mask=g < G, other=-1e30, cache_modifier=".cg"))
+            total = tl.zeros((ROWS, D), tl.float32)
+            weight = tl.zeros((ROWS,), tl.float32)
+            for other in tl.static_range(SPLIT):
+                rows = piece + other * ROWS + g
+                peak = tl.load(part_max + rows, mask=g < G, other=-1e30, cache_modifier=".cg")
+                share = tl.exp2(peak - top)
+                weight += share * tl.load(part_weight + rows, mask=g < G, other=1.0, cache_modifier=".cg")
+                at = rows[:, None] * D + d[None, :]
+                sums = tl.load(part_sum + at, mask=real, other=0.0, cache_modifier=".cg")
+                total += share[:, None] * sums
             tl.store(to, (total / weight[:, None]).to(dtype), mask=real)
             tl.store(locks + group, 0)
 
@@ -272,8 +288,8 @@ def attend(
     """
     batch, heads, length, width = keys.shape
     group = qkv.shape[1] // width // heads - 2
-    rows = query_rows(group)
     split = parts(batch * heads, multiprocessors(keys.device))
+    rows = query_rows(group, split)
     out = qkv.new_empty(batch, heads * group * width)
     places = batch * heads * split * rows
     sums = torch.empty(places * width if split > 1 else 1, dtype=torch.float32, device=qkv.device)
@@ -283,22 +299,21 @@ def attend(
     attend_kernel[(split, heads, batch)](
         qkv, keys, values, key_steps, value_steps, first, cos, sin, q_gain, k_gain, position, slot, out,
         sums, tops, weights, locks(qkv.device, batch * heads), length, scale * LOG2_E, eps,
-        KV=heads, G=group, ROWS=rows, D=width, SPLIT=split, PADDED=triton.next_power_of_2(split),
-        NORM=gains is not None, CODES=steps is not None, OPERANDS=_OPERANDS[qkv.dtype] if qkv.is_cuda else tl.float32,
+        KV=heads, G=group, ROWS=rows, D=width, SPLIT=split, NORM=gains is not None, CODES=steps is not None,
+        OPERANDS=_OPERANDS[qkv.dtype] if qkv.is_cuda else tl.float32,
         **shape(rows, split, steps is not None), **launch_options(qkv.device),
     )  # fmt: skip
     return out
 
 
-def query_rows(group: int) -> int:
-    """Rows of a program's queries: one, or as many as a matrix product takes."""
-    return 1 if group == 1 else max(16, triton.next_power_of_2(group))
+def query_rows(group: int, split: int) -> int:
+    """Rows of a program's queries: one, or as many as a matrix product takes; the latter where stretches are short."""
+    return 1 if group == split == 1 else max(16, triton.next_power_of_2(group))
 
 
 def shape(rows: int, split: int, codes: bool) -> dict:
     """Slots of a block, stages of the pipeline and warps of a program; what an H100 measured to be fastest."""
-    small = codes and split == 1 if rows == 1 else split > 1
-    return {"BLOCK": 32 if small else 64, "STAGES": 3, "num_warps": 4}
+    return {"BLOCK": 32 if split > 1 or (rows == 1 and codes) else 64, "STAGES": 3, "num_warps": 4}
 
 
 def parts(groups: int, multiprocessors: int) -> int:

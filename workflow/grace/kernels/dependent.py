@@ -26,6 +26,27 @@ def wait(PDL: tl.constexpr, FIRST: tl.constexpr = False):
             tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """Let the next kernel start."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def waited(PDL: tl.constexpr):
+    """0, once the last kernel has ended; loads from an address that it is added to follow the wait.
+
+    For loops whose asynchronous copies may go ahead of the wait: Triton from 3.9 on lets none pass `gdc_wait`.
+    """
+    nothing = tl.program_id(0) * 0
+    if PDL:
+        nothing = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.b32 $0, 0;", "=r,r", [nothing], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return nothing
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Of a card; where Triton interprets on a CPU, a number that makes both one and several parts occur."""
