@@ -1,6 +1,7 @@
 """The decoding benchmark: one run over plain and packed folders, and what memory is counted."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -8,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from grace.bench import decode as bench
 from grace.bench.decode import model_name
 from grace.bench.memory import peak_bytes, weight_bytes
 from grace.bench.verbs import decode
+from grace.infer.decode import Session
 from infer_models import save_llava, save_packed
 
 CPU = torch.device("cpu")
@@ -80,3 +83,14 @@ def test_one_run_over_plain_and_packed(tmp_path):
     assert int4 < bf16
     about = json.loads((tmp_path / "bench" / "decode.json").read_text())
     assert "live tensors" in about["peak_mib"] and about["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_a_packed_model_is_measured_with_both_caches_where_it_can_be(tmp_path, monkeypatch):
+    """As on a card: the fused step, here in Triton's interpreter, with keys and values in 16 bits and in 8."""
+    plain = save_llava(tmp_path / "teacher" / "model")
+    packed = save_packed(plain, tmp_path / "students" / "grace" / "int4" / "seed0" / "packed")
+    monkeypatch.setattr(bench, "takes_8_bit_cache", lambda network: True)
+    monkeypatch.setattr(bench, "Session", partial(Session, fused=True))
+    rows = bench.bench_decode([plain, packed], [2], new_tokens=3, repeats=1, device=CPU)
+    assert [(row["precision"], row["cache"]) for row in rows] == [("bf16", 16), ("int4", 16), ("int4", 8)]
+    assert rows[2]["peak_mib"] < rows[1]["peak_mib"]
