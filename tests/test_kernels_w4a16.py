@@ -61,6 +61,7 @@ def check(y: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
         (40, 384, 128, 5, Tile("round", 16, 32, split=2)),
         (160, 256, 256, 20, Tile("round", 16, 32, split=2, resident=1)),
         (48, 320, 64, 5, Tile("round", 16, 32)),  # groups that it cannot take: dequantised instead
+        (48, 256, 128, 5, Tile("hopper", 128, 128)),  # not this card's: what the rule says without it
     ],
 )
 def test_against_float64(dtype, out, inputs, group, rows, tile, monkeypatch):

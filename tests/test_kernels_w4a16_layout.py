@@ -1,5 +1,7 @@
 """The layouts of 4-bit weights and the CPU product: bit-exact packing, and products against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from grace.errors import GraceError
 from grace.kernels import cpu
 from grace.kernels.w4a16_layout import CHUNK, dequantise, pack_int4, pair_steps, shuffle, unpack_int4, unshuffle
-from grace.kernels.w4a16_table import DENSE, Card, Tile, choose, read_table, rows_key, rule, with_entry
+from grace.kernels.w4a16_table import DENSE, HOPPER_FROM, Card, Tile, choose, read_table, rows_key, rule, with_entry
 
 
 def problem(out: int, inputs: int, group: int, rows: int, seed: int, dtype: torch.dtype):
@@ -103,6 +105,39 @@ def test_rule_fits_the_card(rows, out, chunks, group):
         assert tile.kind != "ways" or rows <= tile.block_m
 
 
+HOPPER = Card("a Hopper card", 132, 227 << 10, hopper=True)
+
+
+@given(
+    rows=st.integers(HOPPER_FROM + 1, 5000), out=st.integers(1, 5000).map(lambda n: 8 * n), chunks=st.integers(1, 100)
+)
+def test_rule_takes_hopper_where_it_runs(rows, out, chunks):
+    tile = rule(rows, out, 128 * chunks, 128, HOPPER)
+    assert tile.kind == "hopper" and tile.shared() <= HOPPER.shared and (tile.split == 1 or 4 * tile.split <= chunks)
+    for case in ((rows, out, 128 * chunks, 64, HOPPER), (rows, out + 4, 128 * chunks, 128, HOPPER)):
+        assert rule(*case).kind != "hopper"
+    assert rule(rows, out, 128 * chunks, 128, CARD).kind != "hopper"
+
+
+def test_rule_fills_a_hopper_card():
+    assert rule(4096, 22016, 4096, 128, HOPPER).split == 1 or rule(4096, 22016, 4096, 128, HOPPER).resident
+    few = rule(256, 4096, 4096, 128, HOPPER)
+    assert 100 <= -(-256 // few.block_m) * -(-4096 // few.block_n) * few.split <= 132
+    tail = rule(256, 22016, 4096, 128, HOPPER)
+    assert tail.split > 1 and tail.resident
+
+
+def test_measured_hopper_entries_are_left_where_hopper_does_not_run(monkeypatch):
+    table, tile = {"cards": {}}, Tile("hopper", 128, 256, stages=3)
+    with_entry(table, HOPPER.name, "bfloat16", 128, (4096, 4096), 256, tile)
+    with_entry(table, HOPPER.name, "bfloat16", 128, (4100, 4096), 256, tile)
+    monkeypatch.setattr("grace.kernels.w4a16_table.read_table", lambda: table)
+    assert choose.__wrapped__(256, 4096, 4096, 128, "bfloat16", HOPPER) == tile
+    without = replace(HOPPER, hopper=False)
+    assert choose.__wrapped__(256, 4096, 4096, 128, "bfloat16", without) == rule(256, 4096, 4096, 128, CARD)
+    assert choose.__wrapped__(256, 4100, 4096, 128, "bfloat16", HOPPER).kind == "round"
+
+
 def test_measured_entries_come_first(monkeypatch):
     table, tile = {"cards": {}}, Tile("tile", 16, 32, 2, 4, 5)
     with_entry(table, "a card", "bfloat16", 128, (4096, 4096), 3, tile)
@@ -118,7 +153,9 @@ def test_shipped_entries_are_tiles():
     for dtypes in read_table()["cards"].values():
         for shapes in dtypes.values():
             for entries in shapes.values():
-                assert all(Tile(**entry).kind in ("ways", "tile", "round", "dense") for entry in entries.values())
+                assert all(
+                    Tile(**entry).kind in ("ways", "tile", "round", "hopper", "dense") for entry in entries.values()
+                )
 
 
 def test_step_sizes_in_pairs():

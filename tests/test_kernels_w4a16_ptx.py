@@ -86,3 +86,13 @@ def test_weights_are_rounded_once(kind, name):
     for nibble, register in enumerate(found, start=2 * (name == "SECOND")):
         expected = (codes(words, nibble).float() * steps.float()).to(dtype)
         assert torch.equal(register.view(dtype).view(-1, 2), expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_all_weights_of_a_word_are_those_of_its_halves(kind):
+    words = random_words(4096, 3)
+    steps = (torch.rand(4096, 2, generator=torch.Generator().manual_seed(4)) + 1e-3).to(TYPES[kind])
+    operands = [words, steps.view(torch.int32).flatten()]
+    halves = [run(getattr(kernels, f"_{half}_{kind.upper()}").value, operands, 2) for half in ("FIRST", "SECOND")]
+    whole = run(getattr(kernels, f"WEIGHTS_{kind.upper()}").value, operands, 4)
+    assert all(torch.equal(one, other) for one, other in zip(whole, halves[0] + halves[1], strict=True))

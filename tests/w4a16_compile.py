@@ -1,13 +1,19 @@
 """Compiles the W4A16 kernels for CUDA cards without one; run by test_kernels_w4a16.py in a process of its own."""
 
 import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from grace.kernels.w4a16_table import Tile
+from grace.kernels.w4a16_hopper import DENSE_LAYOUT, WORDS_LAYOUT, hopper_kernel
+from grace.kernels.w4a16_table import HOPPER_TILES, Tile
 from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory that a program may have
@@ -42,6 +48,49 @@ def product(card: int, dtype: str, group: int, tile: Tile, **changes):
     return build(kernel, card, dtype, tile.warps, tile.stages, **(common | more | changes))
 
 
+def hopper(dtype: str, tile: Tile, **changes):
+    """The kernel of `tile`, of kind "hopper", as `grace.kernels.w4a16_hopper.product` would compile it."""
+    blocks = {
+        "x": (dtype, [tile.block_m, 64], DENSE_LAYOUT),
+        "words": ("i16", [tile.block_n // 2, 32], WORDS_LAYOUT),
+        "y": (dtype, [tile.block_m, tile.block_n // 2], DENSE_LAYOUT),
+    }
+    constants = {
+        "GROUP": 128, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "BAND": 8,
+        "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True, "MODE": "turns", "UNROLL": 1,
+    } | changes  # fmt: skip
+    names = hopper_kernel.arg_names
+    kinds = {name: POINTERS.get(name, "i32" if name.isupper() else f"*{dtype}") for name in names}
+    kinds |= {name: f"tensordesc<{kind}{shape},{layout!r}>" for name, (kind, shape, layout) in blocks.items()}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): ALIGNED for i, n in enumerate(names) if kinds[n].startswith("*") or n == "PADDED"}
+    source = GluonASTSource(hopper_kernel, kinds, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def check_hopper(dtype: str, tile: Tile, **changes) -> None:
+    """Products wait for each other only where the kernel says so, nothing spills to memory, and the tile fits."""
+    done = hopper(dtype, tile, **changes)
+    assert 0 <= tile.shared() - done.metadata.shared < 1024 and tile.shared() <= SHARED[90], tile
+    ptx = done.asm["ptx"]
+    assert all(part in ptx for part in ("setmaxnreg", "0x000f000f", "griddepcontrol", "stmatrix", "bar.arrive"))
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        said = subprocess.run(
+            [assembler(), "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    assert "serialized" not in said, said
+    spilled = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
+    assert spilled <= 64, said  # a few of a split tile's end, outside of every loop over inputs
+
+
+def assembler() -> str:
+    """The ptxas that Triton calls for Hopper."""
+    return get_ptxas(90).path
+
+
 def conversions_in_loops(ttgir: str) -> int:
     """Conversions of layouts in the bodies of loops, of data: those of a few addresses cost little."""
     bodies = re.findall(r"scf\.for.*?scf\.yield", ttgir, re.S)
@@ -65,6 +114,10 @@ def main() -> None:
     product(90, "bf16", 64, Tile("tile", 16, 64), EVEN_M=False, EVEN_N=False)
     product(80, "fp16", 128, Tile("round", 64, 128, stages=3), HAS_BIAS=True)
     assert "0x000f000f" not in product(80, "bf16", 32, Tile("tile", 16, 64), PTX=False).asm["ptx"]
+    for (block_m, block_n), (stages, _) in HOPPER_TILES.items():
+        for split in (1, 2):
+            check_hopper("bf16", Tile("hopper", block_m, block_n, split, stages=stages), HAS_BIAS=split == 2)
+    check_hopper("fp16", Tile("hopper", 128, 128, 2, stages=4), GROUP=256, HAS_BIAS=True)
     build(dequantise_kernel, 90, "bf16", 4, 3, GROUP=128, BLOCK_N=64, PTX=True, STEP_TYPE=tl.float16)
 
 

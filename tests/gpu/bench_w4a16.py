@@ -53,6 +53,11 @@ TILES = [
     Tile("tile", 64, 64, split=2, stages=3),
     Tile("round", 128, 128, stages=3, late=True),
     Tile("round", 64, 128, split=3, stages=3, resident=2),
+    Tile("hopper", 64, 128, stages=8),
+    Tile("hopper", 64, 256, split=2, stages=6),
+    Tile("hopper", 128, 128, split=3, stages=4),
+    Tile("hopper", 128, 256, stages=3),
+    Tile("hopper", 256, 128, split=2, stages=2, resident=1),
     DENSE,
 ]
 

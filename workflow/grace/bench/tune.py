@@ -24,10 +24,11 @@ from grace.errors import GraceError
 from grace.files import read_json, write_json
 from grace.kernels.w4a16 import card, launch, pack
 from grace.kernels.w4a16_layout import dequantise
-from grace.kernels.w4a16_table import DENSE, SHIPPED, Card, Tile, with_entry
+from grace.kernels.w4a16_table import DENSE, SHIPPED, Card, Tile, hopper_tiles, takes_hopper, with_entry
 from grace.progress import progress
 
 TOLERANCE = 1e-2
+HOPPER_CANDIDATES = 10  # of the kind "hopper", by estimated time
 FINALISTS = 6  # measured again, side by side
 Shape = tuple[int, int]  # out, in
 
@@ -41,6 +42,8 @@ def candidates(rows: int, out: int, inputs: int, group: int, here: Card) -> Iter
         fits = tile.shared() <= here.shared and tile.split <= max(most, 1)
         if fits and (tile.split == 1 or tile.resident or programs <= 10 * here.multiprocessors):
             yield tile
+    if rows >= 64 and takes_hopper(out, group, here):
+        yield from hopper_tiles(rows, out, inputs, here)[:HOPPER_CANDIDATES]
     if rows >= 512:
         yield DENSE
 
@@ -114,6 +117,14 @@ def compile_ahead(jobs: Iterable[tuple], workers: int) -> None:
             pass
 
 
+def _kernel(tile: Tile, shape: Shape, rows: int) -> tuple:
+    """What tells the kernels of two tiles apart."""
+    if tile.kind == "hopper":
+        return tile.block_m, tile.block_n, tile.split > 1
+    even_rows = tile.block_m <= rows and rows % tile.block_m == 0
+    return tile, even_rows, shape[0] % 128 == 0, shape[1] // 128 % tile.warps == 0
+
+
 def _compile(job: tuple) -> None:
     (out, inputs), rows, group, dtype, tile, with_bias, ptx = (*job, False, True)[:7]
     zeros = partial(torch.zeros, dtype=dtype, device="cuda")
@@ -142,13 +153,7 @@ def main() -> None:
     here = card(device)[0]
     tried = {(s, m): list(candidates(m, *s, chosen.group, here)) for s in shapes for m in rows}
     # tiles of the same kernels are compiled once: what specialises them is whether sizes are whole numbers of tiles
-    jobs = {
-        (tile, tile.block_m <= m and m % tile.block_m == 0, s[0] % 128 == 0, s[1] // 128 % tile.warps == 0): (
-            (s, m, chosen.group, dtype, tile)
-        )
-        for (s, m), tiles in tried.items()
-        for tile in tiles
-    }
+    jobs = {_kernel(tile, s, m): (s, m, chosen.group, dtype, tile) for (s, m), tiles in tried.items() for tile in tiles}
     print(f"compiling {len(jobs)} kernels", flush=True)
     compile_ahead(list(jobs.values()), chosen.workers)
     table = read_json(chosen.out if chosen.out.exists() else SHIPPED)

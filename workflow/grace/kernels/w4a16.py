@@ -13,7 +13,9 @@ they use programmatic dependent launch: weights may be fetched while the kernel 
 be written by a kernel that starts its successor early.
 """
 
+from dataclasses import replace
 from functools import cache
+from types import ModuleType
 
 import torch
 import triton
@@ -21,7 +23,7 @@ import triton.language as tl
 
 from grace.errors import GraceError
 from grace.kernels.w4a16_layout import CHUNK, TILE, pair_steps, shuffle
-from grace.kernels.w4a16_table import Card, Tile, choose
+from grace.kernels.w4a16_table import Card, Tile, choose, rule, takes_hopper
 from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
 GROUPS = (32, 64, 128, 256)
@@ -106,13 +108,18 @@ def launch(
     ptx = x.is_cuda if ptx is None else ptx
     chunks, outs, _ = words.shape
     x = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.shape[1])) if x.shape[1] % CHUNK else x.contiguous()
+    here, early = card(x.device)
+    if tile.kind == "hopper":
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # the copy engine's blocks
+        if takes_hopper(outs, group_size, here) and scales.dtype == x.dtype and words.data_ptr() % 16 == 0:
+            return hopper().product(x, words, scales, bias, group_size, tile, here.multiprocessors, _locks(x.device))
+        tile = rule(len(x), outs, x.shape[1], group_size, replace(here, hopper=False))
     rounds = tile.kind == "round" and group_size % CHUNK == 0 and scales.dtype == x.dtype
     if tile.kind == "dense" or (tile.kind == "round" and not rounds):
         return _dense(x, words, scales, bias, group_size, ptx)
     rows = len(x)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
-    here, early = card(x.device)
     wave = here.multiprocessors * tile.resident
     whole = tiles // wave * wave if wave and tile.split > 1 else 0
     if tile.split > 1 and tiles - whole > LOCKS:
@@ -190,7 +197,19 @@ def card(device: torch.device) -> tuple[Card, bool]:
     if device.type != "cuda":
         return Card("interpreter", 4, 1 << 20), False
     about = torch.cuda.get_device_properties(device)
-    return Card(about.name, about.multi_processor_count, about.shared_memory_per_block_optin), about.major >= 9
+    runs_hopper = about.major == 9 and hopper() is not None
+    shared = about.shared_memory_per_block_optin
+    return Card(about.name, about.multi_processor_count, shared, runs_hopper), about.major >= 9
+
+
+@cache
+def hopper() -> ModuleType | None:
+    """`w4a16_hopper`, or None where this Triton's Gluon does not have what it takes."""
+    try:
+        from grace.kernels import w4a16_hopper
+    except (ImportError, AttributeError):
+        return None
+    return w4a16_hopper
 
 
 @cache

@@ -8,6 +8,17 @@ from pathlib import Path
 SHIPPED = Path(__file__).with_name("w4a16_configs.json")
 MOST_PARTS = 8  # splits of the inputs of one tile
 DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
+HOPPER_FROM = 64  # rows above which the rule takes "hopper" where it can
+HOPPER_TILES = {  # rows, outputs of a tile -> stages, microseconds per chunk of 128 inputs on an H100
+    (64, 128): (8, 0.55),
+    (64, 256): (6, 0.9),
+    (128, 128): (4, 0.8),
+    (128, 256): (3, 1.4),
+    (256, 128): (2, 1.45),
+}
+HOPPER_SPLITS = [(1, 0)] + [(split, resident) for split in (2, 3, 4, 6, 8) for resident in (0, 1)]
+TILE_TIME = 2.0  # microseconds to begin and end a tile or a part of one
+JOIN_TIME = 5e-5  # microseconds to add up parts: per number of a tile and part
 
 
 @dataclass(frozen=True)
@@ -15,15 +26,16 @@ class Tile:
     """One configuration of the product.
 
     Attributes:
-        kind: "ways" or "tile" (see `w4a16_triton`), "round" for the tile kernel with rounded weights, or "dense" for
-            dequantise, then the dense product; the other fields are then without meaning.
+        kind: "ways" or "tile" (see `w4a16_triton`), "round" for the tile kernel with rounded weights, "hopper" (see
+            `w4a16_hopper`), or "dense" for dequantise, then the dense product, where the other fields have no meaning.
         block_m: rows of a tile.
         block_n: outputs of a tile.
         split: parts of its inputs, each a program.
-        warps: warps of a program.
+        warps: warps of a program; 4 of each group for "hopper".
         stages: depth of the pipeline of asynchronous copies.
         late: whether the next kernel may start only after the loop (programmatic dependent launch).
         resident: programs that a multiprocessor holds; if not 0, only the last, incomplete wave of tiles is split.
+            "hopper" always has one.
     """
 
     kind: str
@@ -37,6 +49,8 @@ class Tile:
 
     def shared(self) -> int:
         """Bytes of shared memory that the pipeline takes, about: activations, words and step sizes."""
+        if self.kind == "hopper":  # and the results on their way out; step sizes come without
+            return self.stages * (256 * self.block_m + 64 * self.block_n) + 2 * self.block_m * self.block_n + 512
         chunks = self.warps if self.kind == "ways" else 1
         buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
         return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
@@ -47,11 +61,13 @@ DENSE = Tile("dense")
 
 @dataclass(frozen=True)
 class Card:
-    """What the choice depends on: name, multiprocessors, bytes of shared memory that a program may have."""
+    """What the choice depends on: name, multiprocessors, bytes of shared memory that a program may have, and whether
+    the kind "hopper" runs there."""
 
     name: str
     multiprocessors: int
     shared: int
+    hopper: bool = False
 
 
 def rows_key(rows: int) -> int:
@@ -68,9 +84,15 @@ def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: Card)
     """
     here = read_table()["cards"].get(card.name, {})
     measured = (here.get(f"{dtype}/{group}") or here.get(f"bfloat16/{group}", {})).get(f"{out}x{inputs}", {})
-    if str(rows_key(rows)) in measured:
-        return Tile(**measured[str(rows_key(rows))])
-    return rule(rows, out, inputs, group, card)
+    tile = Tile(**measured[str(rows_key(rows))]) if str(rows_key(rows)) in measured else None
+    if tile is None or (tile.kind == "hopper" and not takes_hopper(out, group, card)):
+        return rule(rows, out, inputs, group, card)
+    return tile
+
+
+def takes_hopper(out: int, group: int, card: Card) -> bool:
+    """Whether the kind "hopper" serves such a layer on `card`: groups of whole chunks, rows of results of 16 bytes."""
+    return card.hopper and group % 128 == 0 and out % 8 == 0
 
 
 def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
@@ -79,6 +101,8 @@ def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
     if rows <= 16 and chunks <= 32 and out <= (32 if rows <= 8 else 16) * card.multiprocessors:
         block_n = 32 if out >= 16 * card.multiprocessors else 16
         tile = Tile("ways", 8 if rows <= 8 else 16, block_n, stages=6 if block_n == 32 else 4)
+    elif rows > HOPPER_FROM and takes_hopper(out, group, card):
+        return hopper_tiles(rows, out, inputs, card)[0]
     elif rows <= 128 or group < 128:
         block_m = min(max(8, rows_key(rows)), 64)
         tile = Tile("tile", block_m, 64, stages={8: 4, 16: 6, 32: 5}.get(block_m, 3))
@@ -89,6 +113,24 @@ def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
     else:
         return DENSE
     return _that_fits(tile, card)
+
+
+def hopper_tiles(rows: int, out: int, inputs: int, card: Card) -> list[Tile]:
+    """The "hopper" tiles for a product, the shortest estimated time first: waves of tiles, waves of parts, joining."""
+    chunks, programs, times = -(-inputs // 128), card.multiprocessors, {}
+    for (block_m, block_n), (stages, chunk_time) in HOPPER_TILES.items():
+        tiles = -(-rows // block_m) * -(-out // block_n)
+        for split, resident in HOPPER_SPLITS:
+            whole = tiles if split == 1 else tiles // programs * programs * resident
+            if split > 1 and (whole == tiles or chunks < 4 * split or whole < programs * resident):
+                continue
+            waves, part_waves = -(-whole // programs), -(-(tiles - whole) * split // programs)
+            time = waves * chunks * chunk_time + part_waves * -(-chunks // split) * chunk_time
+            time += (waves + part_waves) * TILE_TIME + (JOIN_TIME * block_m * block_n * split if split > 1 else 0)
+            tile = Tile("hopper", block_m, block_n, split, stages=stages, resident=resident)
+            if tile.shared() <= card.shared:
+                times[tile] = time
+    return sorted(times, key=times.get)
 
 
 def _with_split(tile: Tile, tiles: int, most: int, programs: int) -> Tile:

@@ -55,6 +55,7 @@ _CODES_BF16 = _assembly("bf16", (0, 1, 2, 3), scaled=False)
 _CODES_FP16 = _assembly("fp16", (0, 1, 2, 3), scaled=False)
 _FIRST_BF16, _SECOND_BF16 = _assembly("bf16", (0, 1), scaled=True), _assembly("bf16", (2, 3), scaled=True)
 _FIRST_FP16, _SECOND_FP16 = _assembly("fp16", (0, 1), scaled=True), _assembly("fp16", (2, 3), scaled=True)
+WEIGHTS_BF16, WEIGHTS_FP16 = (_assembly(kind, (0, 1, 2, 3), scaled=True) for kind in ("bf16", "fp16"))
 
 
 @triton.jit

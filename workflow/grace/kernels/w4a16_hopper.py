@@ -1,0 +1,406 @@
+"""The W4A16 product for many rows on Hopper, in Gluon: warps that load, and two groups of warps that take turns.
+
+y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program is persistent: it works on
+tile after tile of BLOCK_N outputs and BLOCK_M rows, with three kinds of warps.
+
+`_fetch_tiles`   one warp asks the copy engine (TMA) for chunks of activations and packed words, as many ahead as there
+                 are stages of shared memory.
+`_multiply`      two warpgroups with half of the tile's outputs each. While the tensor cores multiply for one of them, the
+                 other unpacks its next chunk from shared memory into the registers that are its left operand. Both know
+                 whose turn it is by two named barriers. Without turns they would multiply at the same time, then unpack at
+                 the same time, and the tensor cores would wait.
+
+Triton's `tile_kernel` with ROUND leaves 15 to 20% of the tensor cores' time to unpacking, stores and loads. Where the last
+wave of tiles would not fill the card, its inputs are split over programs, as `w4a16_triton` does it.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from grace.kernels.w4a16_layout import CHUNK, TILE
+from grace.kernels.w4a16_table import Tile
+from grace.kernels.w4a16_triton import _FIRST_BF16, _SECOND_BF16, WEIGHTS_BF16, WEIGHTS_FP16
+
+# Triton 3.6 and 3.9 call these differently.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+DENSE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # activations and results: rows of 128 bytes, swizzled
+WORDS_LAYOUT = gl.NVMMASharedLayout(64, 16, 2)  # packed words: 64 bytes per output
+BAND = 8  # row tiles that programs of a wave share
+MODES = {4: "turns", 5: "early", 6: "free", 8: "ahead"}
+
+
+@gluon.jit
+def _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND: gl.constexpr, UNROLL: gl.constexpr):
+    """Item -> its tile, the tile's place in rows and outputs, its part of the inputs, first and last chunk.
+
+    Tiles go BAND by BAND of row tiles, so that programs of a wave share activations and weights in L2.
+    """
+    tile, part = item, item * 0
+    first, last = CHUNKS * 0, CHUNKS
+    if item >= WHOLE:
+        tile, part = WHOLE + (item - WHOLE) // SPLIT, (item - WHOLE) % SPLIT
+        first, last = CHUNKS // UNROLL * part // SPLIT * UNROLL, CHUNKS // UNROLL * (part + 1) // SPLIT * UNROLL
+    band, inside = tile // (BAND * n_tiles), tile % (BAND * n_tiles)
+    width = gl.minimum(m_tiles - band * BAND, BAND)
+    return tile, band * BAND + inside % width, inside // width, part, first, last
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """The next stage of the ring, and the parity of its barriers."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def _fetch_tiles(
+    x, words, x_s, words_s, full, empty, N, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PDL: gl.constexpr,
+    UNROLL: gl.constexpr,
+):  # fmt: skip
+    """Fill stages with the chunks of every tile of this program, as soon as both warpgroups have emptied them."""
+    HALF: gl.constexpr = BLOCK_N // 2
+    stage, phase = 0, 1
+    if PDL:
+        gdc_wait()
+    for item in range(gl.program_id(0), ITEMS, gl.num_programs(0)):
+        _tile, tile_m, tile_n, _part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+        for chunk in range(first, last):
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), BLOCK_M * 256 + BLOCK_N * 64)
+            for side in gl.static_range(2):  # past the last output, words of the next chunk: never stored
+                at = chunk * N + tile_n * BLOCK_N + side * HALF
+                _load(words, [at, 0], full.index(stage), words_s.index(2 * stage + side))
+                _load(x, [tile_m * BLOCK_M, chunk * 128 + side * 64], full.index(stage), x_s.index(2 * stage + side))
+            stage, phase = _next(stage, phase, STAGES)
+    if PDL:
+        gdc_launch_dependents()
+
+
+@gluon.jit
+def _steps(pairs, like, DTYPE: gl.constexpr):
+    """int32 pairs of step sizes [H / 2] -> step sizes [H, 32] where `like` has the words of their outputs."""
+    low = (pairs & 65535).to(gl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    steps = gl.join(low, high).reshape((pairs.shape[0] // 8, 8, 2)).permute((0, 2, 1)).reshape((like.shape[0],))
+    steps = gl.convert_layout(steps, gl.SliceLayout(1, like.type.layout), assert_trivial=True)
+    wide, _ = gl.broadcast(gl.expand_dims(steps, 1), like)
+    return wide
+
+
+@gluon.jit
+def _unpack(words, steps, DTYPE: gl.constexpr):
+    """int16 words [H, 32], step sizes [H, 32] -> the weights of the chunk's four slices of 32 inputs, each [H, 32]."""
+    if gl.bfloat16 == DTYPE:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(
+            WEIGHTS_BF16, "=&r,=&r,=&r,=&r,r,r", [words, steps],
+            dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(
+            WEIGHTS_FP16, "=&r,=&r,=&r,=&r,r,r", [words, steps],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+    return w0, w1, w2, w3
+
+
+@gluon.jit
+def _unpack_half(words, steps, SECOND: gl.constexpr, DTYPE: gl.constexpr):
+    w0, w1 = gl.inline_asm_elementwise(
+        _SECOND_BF16 if SECOND else _FIRST_BF16,
+        "=&r,=&r,r,r",
+        [words, steps],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+    return w0, w1
+
+
+@gluon.jit
+def _barrier_8_or_9(SYNC: gl.constexpr, FIRST: gl.constexpr):
+    """Arrive at the named barrier 8 (FIRST) or 9, and wait for the other warpgroup's arrival if SYNC."""
+    if SYNC:
+        if FIRST:
+            gl.inline_asm_elementwise("bar.sync 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        if FIRST:
+            gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _take_turn(SIDE: gl.constexpr):
+    _barrier_8_or_9(True, SIDE == 0)
+
+
+@gluon.jit
+def _pass_turn(SIDE: gl.constexpr):
+    _barrier_8_or_9(False, SIDE == 1)
+
+
+@gluon.jit
+def _sums_in_turns(
+    acc, x_s, words_s, full, empty, stage, phase, pairs_at, stride, first, last, SIDE: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, MODE: gl.constexpr,
+):  # fmt: skip
+    """The products of chunks first to last, added to acc; and the next stage and parity."""
+    sizes = gl.load(pairs_at + first * 128 // GROUP * stride)
+    for chunk in range(first, last):
+        mbarrier.wait(full.index(stage), phase)
+        packed = words_s.index(2 * stage + SIDE).load(FACTOR)
+        w0, w1, w2, w3 = _unpack(packed, _steps(sizes, packed, DTYPE), DTYPE)
+        sizes = gl.load(pairs_at + gl.minimum(chunk + 1, last - 1) * 128 // GROUP * stride)
+        mbarrier.wait(full.index(stage), phase)  # passes at once; ptxas moves no unpacking past such a branch
+        x0, x1 = x_s.index(2 * stage), x_s.index(2 * stage + 1)
+        if MODE != "free":
+            _take_turn(SIDE)
+        acc = _products(w0, w1, x0, acc)
+        acc = warpgroup_mma(w2, x1.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
+        if MODE == "early":
+            _pass_turn(SIDE)
+        acc = warpgroup_mma(w3, x1.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
+        if MODE == "turns":
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            _pass_turn(SIDE)  # the other's first product is queued while the last of these runs
+        acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = _next(stage, phase, STAGES)
+    return acc, stage, phase
+
+
+@gluon.jit
+def _products(w0, w1, x_s, acc):
+    acc = warpgroup_mma(w0, x_s.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(w1, x_s.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _sums_ahead(
+    acc, x_s, words_s, full, empty, stage, phase, pairs_at, stride, first, last, SIDE: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, UNROLL: gl.constexpr,
+):  # fmt: skip
+    sizes = gl.load(pairs_at + first * 128 // GROUP * stride)
+    mbarrier.wait(full.index(stage), phase)
+    packed = words_s.index(2 * stage + SIDE).load(FACTOR)
+    steps = _steps(sizes, packed, DTYPE)
+    w0, w1 = _unpack_half(packed, steps, False, DTYPE)
+    for pair in range(first, last, UNROLL):
+        for u in gl.static_range(UNROLL):
+            chunk = pair + u
+            sizes = gl.load(pairs_at + gl.minimum(chunk + 1, last - 1) * 128 // GROUP * stride)
+            acc = _products(w0, w1, x_s.index(2 * stage), acc)
+            if u > 0:
+                acc = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[acc]))
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=chunk > first)
+            w2, w3 = _unpack_half(packed, steps, True, DTYPE)
+            acc = _products(w2, w3, x_s.index(2 * stage + 1), acc)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[acc]))
+            stage, phase = _next(stage, phase, STAGES)
+            mbarrier.wait(full.index(stage), phase, pred=chunk + 1 < last)
+            packed = words_s.index(2 * stage + SIDE).load(FACTOR)
+            steps = _steps(sizes, packed, DTYPE)
+            w0, w1 = _unpack_half(packed, steps, False, DTYPE)
+            if u == UNROLL - 1:
+                mbarrier.wait(full.index(stage), phase, pred=chunk + 1 < last)
+                acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
+    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
+    return acc, stage, phase
+
+
+@gluon.jit
+def _multiply(
+    pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty,
+    N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles, SIDE: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PARTS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, MODE: gl.constexpr, UNROLL: gl.constexpr,
+):  # fmt: skip
+    """One half (SIDE) of the outputs of every tile of this program."""
+    HALF: gl.constexpr = BLOCK_N // 2
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    FACTOR: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(  # a thread's pairs are of the outputs that it unpacks
+        [[32]] if HALF == 128 else [], [[0], [0], [1], [2], [4]], [[8], [16]], [], [HALF // 2]
+    )
+    stage, phase = 0, 0
+    if SIDE == 1 and MODE != "free" and MODE != "ahead":
+        _pass_turn(SIDE)
+    for item in range(gl.program_id(0), ITEMS, gl.num_programs(0)):
+        tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+        out = tile_n * BLOCK_N + SIDE * HALF
+        pairs_at = pairs + gl.minimum(out // 2 + gl.arange(0, HALF // 2, PAIRS), PADDED // 2 - 1)
+        acc = warpgroup_mma_init(gl.zeros((HALF, BLOCK_M), gl.float32, SUMS))
+        if MODE == "ahead":
+            acc, stage, phase = _sums_ahead(
+                acc, x_s, words_s, full, empty, stage, phase, pairs_at, PADDED // 2, first, last,
+                SIDE, GROUP, STAGES, FACTOR, DTYPE, UNROLL,
+            )  # fmt: skip
+        else:
+            acc, stage, phase = _sums_in_turns(
+                acc, x_s, words_s, full, empty, stage, phase, pairs_at, PADDED // 2, first, last,
+                SIDE, GROUP, STAGES, FACTOR, DTYPE, MODE,
+            )  # fmt: skip
+        total = warpgroup_mma_wait(0, deps=[acc])
+        if PARTS:
+            if item >= WHOLE:
+                lock = (tile - WHOLE) * 2 + SIDE
+                _store_part(
+                    total, bias, y, partial, locks, y_s.index(SIDE), lock, part, SPLIT, tile_m * BLOCK_M, out, N,
+                    HAS_BIAS,
+                )  # fmt: skip
+            else:
+                _store(total, bias, y, y_s.index(SIDE), tile_m * BLOCK_M, out, N, HAS_BIAS)
+        else:
+            _store(total, bias, y, y_s.index(SIDE), tile_m * BLOCK_M, out, N, HAS_BIAS)
+    if SIDE == 0 and MODE != "free" and MODE != "ahead":
+        _take_turn(SIDE)  # the other's last pass
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store(total, bias, y, y_s, row, out, N, HAS_BIAS: gl.constexpr):
+    """Add the bias to finished sums [outputs, rows], turn them over in shared memory and let them be written to y."""
+    if HAS_BIAS:
+        outs = out + gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))
+        total += gl.expand_dims(gl.load(bias + outs, mask=outs < N, other=0.0).to(gl.float32), 1)
+    tma.store_wait(0)  # the tile before has left y_s
+    y_s.permute((1, 0)).store(total.to(y.dtype))
+    fence_async_shared()
+    _write(y, [row, out], y_s)
+
+
+@gluon.jit
+def _store_part(total, bias, y, partial, locks, y_s, lock, part, SPLIT, row, out, N, HAS_BIAS: gl.constexpr):
+    """Leave the sums of one of SPLIT parts of the inputs; whoever comes last adds all in their order and stores y.
+
+    Parts lie in `partial` register by register, so that a warp moves whole cache lines: output bits 4 and 5 are warps,
+    bits 0 to 2 and row bits 1 and 2 lanes, output bit 3 and row bit 0 the four registers of 16 bytes.
+    """
+    H: gl.constexpr = total.shape[0]
+    R: gl.constexpr = total.shape[1]
+    flat = total.reshape((H // 64, 4, 2, 8, R // 8, 4, 2)).permute((0, 4, 1, 3, 5, 2, 6)).reshape((H * R,))
+    parts = partial + lock.to(gl.int64) * SPLIT * (H * R) + gl.arange(0, H * R, flat.type.layout)
+    gl.store(parts + part * (H * R), flat, cache_modifier=".cg")
+    _barrier()  # every thread's sums are written before one thread says so
+    done = gl.atomic_add(locks + lock, 1, sem="acq_rel")
+    if done == SPLIT - 1:
+        _barrier()
+        flat = gl.load(parts, cache_modifier=".cg")
+        for other in range(1, SPLIT):
+            flat += gl.load(parts + other * (H * R), cache_modifier=".cg")
+        whole = flat.reshape((H // 64, R // 8, 4, 8, 4, 2, 2)).permute((0, 2, 5, 3, 1, 4, 6)).reshape((H, R))
+        _store(gl.convert_layout(whole, total.type.layout, assert_trivial=True), bias, y, y_s, row, out, N, HAS_BIAS)
+        gl.store(locks + lock, 0)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "CHUNKS", "WHOLE", "ITEMS", "SPLIT"])
+def hopper_kernel(
+    x,  # descriptor of [M, K] bf16 or fp16, K = 128 CHUNKS, blocks of BLOCK_M x 64
+    words,  # descriptor of [CHUNKS * N, 32] int16, the layout of w4a16_layout.shuffle, blocks of BLOCK_N / 2 x 32
+    pairs,  # [groups, PADDED / 2] int32, the layout of w4a16_layout.pair_steps, in x's type
+    bias,  # [N], or anything without HAS_BIAS
+    y,  # descriptor of [M, N], blocks of BLOCK_M x BLOCK_N / 2
+    partial,  # fp32 [tiles, 2, SPLIT, BLOCK_N / 2 * BLOCK_M]: sums of parts of the inputs
+    locks,  # int32 [tiles, 2], zero before and after: how many parts of half a tile are done
+    M,
+    N,
+    PADDED,  # N rounded up to a multiple of 128
+    CHUNKS,
+    WHOLE,  # tiles whose inputs are not split: they go first
+    ITEMS,  # WHOLE, and SPLIT parts of each other tile
+    SPLIT,
+    GROUP: gl.constexpr,  # a multiple of 128
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,  # 128 or 256
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+    PARTS: gl.constexpr,  # whether there are tiles whose inputs are split
+    HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
+    MODE: gl.constexpr,
+    UNROLL: gl.constexpr,
+):
+    """y = x W^T + bias."""
+    DTYPE: gl.constexpr = x.dtype
+    x_s = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M, 64], x.layout)
+    words_s = gl.allocate_shared_memory(gl.int16, [2 * STAGES, BLOCK_N // 2, 32], words.layout)
+    y_s = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, BLOCK_N // 2], y.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    m_tiles, n_tiles = (M + BLOCK_M - 1) // BLOCK_M, (N + BLOCK_N - 1) // BLOCK_N
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty, N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT,
+                m_tiles, n_tiles, 0, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE, MODE, UNROLL,
+            )),
+            (_multiply, (
+                pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty, N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT,
+                m_tiles, n_tiles, 1, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE, MODE, UNROLL,
+            )),
+            (_fetch_tiles, (
+                x, words, x_s, words_s, full, empty, N, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles, BLOCK_M, BLOCK_N,
+                STAGES, BAND, PDL, UNROLL,
+            )),
+        ],
+        [4, 1],  # warps of the second warpgroup and of the one that loads, beside the first's four
+        [240, 24],  # registers of their threads; the first warpgroup gets what is left, 240
+    )  # fmt: skip
+
+
+def product(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+    tile: Tile,
+    multiprocessors: int,
+    locks: torch.Tensor,
+) -> torch.Tensor:
+    """y [M, N] for x [M, 128 chunks] and what `w4a16.pack` made, if `takes` it; two of `locks` for each split tile."""
+    (chunks, outs, _), rows, half = words.shape, len(x), tile.block_n // 2
+    y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
+    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
+    mode = MODES[tile.warps]
+    unroll = 2 if mode == "ahead" and chunks % 2 == 0 else 1
+    split = min(tile.split, chunks // unroll)
+    whole = tiles if split == 1 else tiles // multiprocessors * multiprocessors if tile.resident else 0
+    items = whole + (tiles - whole) * split
+    parts = (tiles - whole) * split * tile.block_m * tile.block_n
+    hopper_kernel[(min(multiprocessors, items),)](
+        TensorDescriptor(x, [rows, chunks * CHUNK], [chunks * CHUNK, 1], [tile.block_m, 64], DENSE_LAYOUT),
+        TensorDescriptor(words, [chunks * outs, 32], [32, 1], [half, 32], WORDS_LAYOUT),
+        scales.view(torch.int32), scales if bias is None else bias,
+        TensorDescriptor(y, [rows, outs], [outs, 1], [tile.block_m, half], DENSE_LAYOUT),
+        torch.empty(max(parts, 1), dtype=torch.float32, device=x.device), locks,
+        rows, outs, outs + -outs % TILE, chunks, whole, items, split,
+        GROUP=group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, BAND=BAND,
+        PARTS=parts > 0, HAS_BIAS=bias is not None, PDL=True, MODE=mode, UNROLL=unroll, num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+    return y
