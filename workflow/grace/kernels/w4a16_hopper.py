@@ -96,6 +96,15 @@ def _fetch_tiles(
 
 
 @gluon.jit
+def _pairs_at(pairs, out, PADDED, HALF: gl.constexpr):
+    """Where the pairs of step sizes of outputs out to out + HALF lie, by the threads that unpack these outputs."""
+    OWNERS: gl.constexpr = gl.DistributedLinearLayout(
+        [[32]] if HALF == 128 else [], [[0], [0], [1], [2], [4]], [[8], [16]], [], [HALF // 2]
+    )
+    return pairs + gl.minimum(out // 2 + gl.arange(0, HALF // 2, OWNERS), PADDED // 2 - 1)
+
+
+@gluon.jit
 def _steps(pairs, like, DTYPE: gl.constexpr):
     """int32 pairs of step sizes [H / 2] -> step sizes [H, 32] where `like` has the words of their outputs."""
     low = (pairs & 65535).to(gl.int16).to(DTYPE, bitcast=True)
@@ -162,11 +171,10 @@ def _pass_turn(SIDE: gl.constexpr):
 
 @gluon.jit
 def _sums_in_turns(
-    acc, x_s, words_s, full, empty, stage, phase, pairs_at, stride, first, last, SIDE: gl.constexpr,
+    acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, stride, first, last, SIDE: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, MODE: gl.constexpr,
 ):  # fmt: skip
     """The products of chunks first to last, added to acc; and the next stage and parity."""
-    sizes = gl.load(pairs_at + first * 128 // GROUP * stride)
     for chunk in range(first, last):
         mbarrier.wait(full.index(stage), phase)
         packed = words_s.index(2 * stage + SIDE).load(FACTOR)
@@ -198,10 +206,9 @@ def _products(w0, w1, x_s, acc):
 
 @gluon.jit
 def _sums_ahead(
-    acc, x_s, words_s, full, empty, stage, phase, pairs_at, stride, first, last, SIDE: gl.constexpr,
+    acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, stride, first, last, SIDE: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
-    sizes = gl.load(pairs_at + first * 128 // GROUP * stride)
     mbarrier.wait(full.index(stage), phase)
     packed = words_s.index(2 * stage + SIDE).load(FACTOR)
     steps = _steps(sizes, packed, DTYPE)
@@ -240,39 +247,47 @@ def _multiply(
     HALF: gl.constexpr = BLOCK_N // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout(  # a thread's pairs are of the outputs that it unpacks
-        [[32]] if HALF == 128 else [], [[0], [0], [1], [2], [4]], [[8], [16]], [], [HALF // 2]
-    )
     stage, phase = 0, 0
     if SIDE == 1 and MODE != "free" and MODE != "ahead":
         _pass_turn(SIDE)
-    for item in range(gl.program_id(0), ITEMS, gl.num_programs(0)):
-        tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
-        out = tile_n * BLOCK_N + SIDE * HALF
-        pairs_at = pairs + gl.minimum(out // 2 + gl.arange(0, HALF // 2, PAIRS), PADDED // 2 - 1)
+    item = gl.program_id(0)
+    tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+    pairs_at = _pairs_at(pairs, tile_n * BLOCK_N + SIDE * HALF, PADDED, HALF)
+    sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2))
+    while item < ITEMS:
         acc = warpgroup_mma_init(gl.zeros((HALF, BLOCK_M), gl.float32, SUMS))
         if MODE == "ahead":
             acc, stage, phase = _sums_ahead(
-                acc, x_s, words_s, full, empty, stage, phase, pairs_at, PADDED // 2, first, last,
+                acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, PADDED // 2, first, last,
                 SIDE, GROUP, STAGES, FACTOR, DTYPE, UNROLL,
             )  # fmt: skip
         else:
             acc, stage, phase = _sums_in_turns(
-                acc, x_s, words_s, full, empty, stage, phase, pairs_at, PADDED // 2, first, last,
+                acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, PADDED // 2, first, last,
                 SIDE, GROUP, STAGES, FACTOR, DTYPE, MODE,
             )  # fmt: skip
         total = warpgroup_mma_wait(0, deps=[acc])
+        out, row, lock, here, mine = (
+            tile_n * BLOCK_N + SIDE * HALF,
+            tile_m * BLOCK_M,
+            (tile - WHOLE) * 2 + SIDE,
+            item,
+            part,
+        )
+        item += gl.num_programs(0)  # its first step sizes come while this one is stored
+        tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+        pairs_at = _pairs_at(pairs, tile_n * BLOCK_N + SIDE * HALF, PADDED, HALF)
+        sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2), mask=item < ITEMS, other=0)
         if PARTS:
-            if item >= WHOLE:
-                lock = (tile - WHOLE) * 2 + SIDE
+            if here >= WHOLE:
                 _store_part(
-                    total, bias, y, partial, locks, y_s.index(SIDE), lock, part, SPLIT, tile_m * BLOCK_M, out, N,
+                    total, bias, y, partial, locks, y_s.index(SIDE), lock, mine, SPLIT, row, out, N,
                     HAS_BIAS,
                 )  # fmt: skip
             else:
-                _store(total, bias, y, y_s.index(SIDE), tile_m * BLOCK_M, out, N, HAS_BIAS)
+                _store(total, bias, y, y_s.index(SIDE), row, out, N, HAS_BIAS)
         else:
-            _store(total, bias, y, y_s.index(SIDE), tile_m * BLOCK_M, out, N, HAS_BIAS)
+            _store(total, bias, y, y_s.index(SIDE), row, out, N, HAS_BIAS)
     if SIDE == 0 and MODE != "free" and MODE != "ahead":
         _take_turn(SIDE)  # the other's last pass
     tma.store_wait(0)
