@@ -57,7 +57,7 @@ def hopper(dtype: str, tile: Tile, **changes):
     }
     constants = {
         "GROUP": 128, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "BAND": 8,
-        "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True, "MODE": "turns", "UNROLL": 1,
+        "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True,
     } | changes  # fmt: skip
     names = hopper_kernel.arg_names
     kinds = {name: POINTERS.get(name, "i32" if name.isupper() else f"*{dtype}") for name in names}
@@ -73,7 +73,7 @@ def check_hopper(dtype: str, tile: Tile, **changes) -> None:
     done = hopper(dtype, tile, **changes)
     assert 0 <= tile.shared() - done.metadata.shared < 1024 and tile.shared() <= SHARED[90], tile
     ptx = done.asm["ptx"]
-    assert all(part in ptx for part in ("setmaxnreg", "0x000f000f", "griddepcontrol", "stmatrix", "bar.arrive"))
+    assert all(part in ptx for part in ("setmaxnreg", "0x000f000f", "griddepcontrol", "stmatrix"))
     with TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)

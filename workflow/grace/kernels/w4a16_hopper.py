@@ -1,17 +1,15 @@
-"""The W4A16 product for many rows on Hopper, in Gluon: warps that load, and two groups of warps that take turns.
+"""The W4A16 product for many rows on Hopper, in Gluon: a warp that loads, and two warpgroups that unpack and multiply.
 
-y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program is persistent: it works on
-tile after tile of BLOCK_N outputs and BLOCK_M rows, with three kinds of warps.
+y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program stays on its multiprocessor
+and works on item after item: a tile of BLOCK_N outputs and BLOCK_M rows, or a part of the inputs of one where the last
+wave of tiles would not fill the card.
 
-`_fetch_tiles`   one warp asks the copy engine (TMA) for chunks of activations and packed words, as many ahead as there
-                 are stages of shared memory.
-`_multiply`      two warpgroups with half of the tile's outputs each. While the tensor cores multiply for one of them, the
-                 other unpacks its next chunk from shared memory into the registers that are its left operand. Both know
-                 whose turn it is by two named barriers. Without turns they would multiply at the same time, then unpack at
-                 the same time, and the tensor cores would wait.
-
-Triton's `tile_kernel` with ROUND leaves 15 to 20% of the tensor cores' time to unpacking, stores and loads. Where the last
-wave of tiles would not fill the card, its inputs are split over programs, as `w4a16_triton` does it.
+`_fetch_tiles`  one warp, which lets the copy engine (TMA) bring chunks of activations and packed words into a ring of
+                STAGES in shared memory.
+`_multiply`     two warpgroups, each with half of the outputs. A chunk's words go from shared memory to the registers
+                that are the tensor core's left operand, are unpacked there and multiplied. Each warpgroup waits for its
+                own products before it unpacks again; meanwhile the other's run. (Named barriers that made them take
+                turns, and unpacking the next half chunk while the last is multiplied, were not faster.)
 """
 
 import torch
@@ -31,9 +29,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grace.kernels.w4a16_layout import CHUNK, TILE
 from grace.kernels.w4a16_table import Tile
-from grace.kernels.w4a16_triton import _FIRST_BF16, _SECOND_BF16, WEIGHTS_BF16, WEIGHTS_FP16
+from grace.kernels.w4a16_triton import WEIGHTS_BF16, WEIGHTS_FP16
 
-# Triton 3.6 and 3.9 call these differently.
+# As Triton 3.9 calls them, or 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -41,11 +39,10 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 DENSE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # activations and results: rows of 128 bytes, swizzled
 WORDS_LAYOUT = gl.NVMMASharedLayout(64, 16, 2)  # packed words: 64 bytes per output
 BAND = 8  # row tiles that programs of a wave share
-MODES = {4: "turns", 5: "early", 6: "free", 8: "ahead"}
 
 
 @gluon.jit
-def _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND: gl.constexpr, UNROLL: gl.constexpr):
+def _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND: gl.constexpr):
     """Item -> its tile, the tile's place in rows and outputs, its part of the inputs, first and last chunk.
 
     Tiles go BAND by BAND of row tiles, so that programs of a wave share activations and weights in L2.
@@ -54,7 +51,7 @@ def _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND: gl.constexpr, UNR
     first, last = CHUNKS * 0, CHUNKS
     if item >= WHOLE:
         tile, part = WHOLE + (item - WHOLE) // SPLIT, (item - WHOLE) % SPLIT
-        first, last = CHUNKS // UNROLL * part // SPLIT * UNROLL, CHUNKS // UNROLL * (part + 1) // SPLIT * UNROLL
+        first, last = CHUNKS * part // SPLIT, CHUNKS * (part + 1) // SPLIT
     band, inside = tile // (BAND * n_tiles), tile % (BAND * n_tiles)
     width = gl.minimum(m_tiles - band * BAND, BAND)
     return tile, band * BAND + inside % width, inside // width, part, first, last
@@ -74,7 +71,6 @@ def _next(stage, phase, STAGES: gl.constexpr):
 def _fetch_tiles(
     x, words, x_s, words_s, full, empty, N, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PDL: gl.constexpr,
-    UNROLL: gl.constexpr,
 ):  # fmt: skip
     """Fill stages with the chunks of every tile of this program, as soon as both warpgroups have emptied them."""
     HALF: gl.constexpr = BLOCK_N // 2
@@ -82,7 +78,7 @@ def _fetch_tiles(
     if PDL:
         gdc_wait()
     for item in range(gl.program_id(0), ITEMS, gl.num_programs(0)):
-        _tile, tile_m, tile_n, _part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+        _tile, tile_m, tile_n, _part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND)
         for chunk in range(first, last):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), BLOCK_M * 256 + BLOCK_N * 64)
@@ -132,49 +128,21 @@ def _unpack(words, steps, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _unpack_half(words, steps, SECOND: gl.constexpr, DTYPE: gl.constexpr):
-    w0, w1 = gl.inline_asm_elementwise(
-        _SECOND_BF16 if SECOND else _FIRST_BF16,
-        "=&r,=&r,r,r",
-        [words, steps],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-    return w0, w1
+def _product(weights, x_s, AT: gl.constexpr, acc):
+    """acc + weights [H, 32] times 32 inputs of the activations [rows, 64], from AT on; it runs on until waited for."""
+    return warpgroup_mma(weights, x_s.slice(AT, 32, 1).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
-def _barrier_8_or_9(SYNC: gl.constexpr, FIRST: gl.constexpr):
-    """Arrive at the named barrier 8 (FIRST) or 9, and wait for the other warpgroup's arrival if SYNC."""
-    if SYNC:
-        if FIRST:
-            gl.inline_asm_elementwise("bar.sync 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.sync 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
-        if FIRST:
-            gl.inline_asm_elementwise("bar.arrive 8, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-        else:
-            gl.inline_asm_elementwise("bar.arrive 9, 256; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _take_turn(SIDE: gl.constexpr):
-    _barrier_8_or_9(True, SIDE == 0)
-
-
-@gluon.jit
-def _pass_turn(SIDE: gl.constexpr):
-    _barrier_8_or_9(False, SIDE == 1)
-
-
-@gluon.jit
-def _sums_in_turns(
+def _add_products(
     acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, stride, first, last, SIDE: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, MODE: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """The products of chunks first to last, added to acc; and the next stage and parity."""
+    """The products of chunks first to last, added to acc; and the next stage and parity.
+
+    They are waited for before the next chunk is unpacked: ptxas would do so after each one if any ran on into the next
+    round of this loop, and registers that a running product reads must not be written.
+    """
     for chunk in range(first, last):
         mbarrier.wait(full.index(stage), phase)
         packed = words_s.index(2 * stage + SIDE).load(FACTOR)
@@ -182,57 +150,11 @@ def _sums_in_turns(
         sizes = gl.load(pairs_at + gl.minimum(chunk + 1, last - 1) * 128 // GROUP * stride)
         mbarrier.wait(full.index(stage), phase)  # passes at once; ptxas moves no unpacking past such a branch
         x0, x1 = x_s.index(2 * stage), x_s.index(2 * stage + 1)
-        if MODE != "free":
-            _take_turn(SIDE)
-        acc = _products(w0, w1, x0, acc)
-        acc = warpgroup_mma(w2, x1.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
-        if MODE == "early":
-            _pass_turn(SIDE)
-        acc = warpgroup_mma(w3, x1.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
-        if MODE == "turns":
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-            _pass_turn(SIDE)  # the other's first product is queued while the last of these runs
+        acc = _product(w1, x0, 32, _product(w0, x0, 0, acc))
+        acc = _product(w3, x1, 32, _product(w2, x1, 0, acc))
         acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
         mbarrier.arrive(empty.index(stage))
         stage, phase = _next(stage, phase, STAGES)
-    return acc, stage, phase
-
-
-@gluon.jit
-def _products(w0, w1, x_s, acc):
-    acc = warpgroup_mma(w0, x_s.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
-    return warpgroup_mma(w1, x_s.slice(32, 32, 1).permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
-def _sums_ahead(
-    acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, stride, first, last, SIDE: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, FACTOR: gl.constexpr, DTYPE: gl.constexpr, UNROLL: gl.constexpr,
-):  # fmt: skip
-    mbarrier.wait(full.index(stage), phase)
-    packed = words_s.index(2 * stage + SIDE).load(FACTOR)
-    steps = _steps(sizes, packed, DTYPE)
-    w0, w1 = _unpack_half(packed, steps, False, DTYPE)
-    for pair in range(first, last, UNROLL):
-        for u in gl.static_range(UNROLL):
-            chunk = pair + u
-            sizes = gl.load(pairs_at + gl.minimum(chunk + 1, last - 1) * 128 // GROUP * stride)
-            acc = _products(w0, w1, x_s.index(2 * stage), acc)
-            if u > 0:
-                acc = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[acc]))
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=chunk > first)
-            w2, w3 = _unpack_half(packed, steps, True, DTYPE)
-            acc = _products(w2, w3, x_s.index(2 * stage + 1), acc)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(2, deps=[acc]))
-            stage, phase = _next(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase, pred=chunk + 1 < last)
-            packed = words_s.index(2 * stage + SIDE).load(FACTOR)
-            steps = _steps(sizes, packed, DTYPE)
-            w0, w1 = _unpack_half(packed, steps, False, DTYPE)
-            if u == UNROLL - 1:
-                mbarrier.wait(full.index(stage), phase, pred=chunk + 1 < last)
-                acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
-    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
     return acc, stage, phase
 
 
@@ -241,55 +163,38 @@ def _multiply(
     pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty,
     N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles, SIDE: gl.constexpr, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PARTS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, MODE: gl.constexpr, UNROLL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One half (SIDE) of the outputs of every tile of this program."""
     HALF: gl.constexpr = BLOCK_N // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    to = y_s.index(SIDE)
     stage, phase = 0, 0
-    if SIDE == 1 and MODE != "free" and MODE != "ahead":
-        _pass_turn(SIDE)
     item = gl.program_id(0)
-    tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+    tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND)
     pairs_at = _pairs_at(pairs, tile_n * BLOCK_N + SIDE * HALF, PADDED, HALF)
     sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2))
     while item < ITEMS:
         acc = warpgroup_mma_init(gl.zeros((HALF, BLOCK_M), gl.float32, SUMS))
-        if MODE == "ahead":
-            acc, stage, phase = _sums_ahead(
-                acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, PADDED // 2, first, last,
-                SIDE, GROUP, STAGES, FACTOR, DTYPE, UNROLL,
-            )  # fmt: skip
-        else:
-            acc, stage, phase = _sums_in_turns(
-                acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, PADDED // 2, first, last,
-                SIDE, GROUP, STAGES, FACTOR, DTYPE, MODE,
-            )  # fmt: skip
+        acc, stage, phase = _add_products(
+            acc, x_s, words_s, full, empty, stage, phase, sizes, pairs_at, PADDED // 2, first, last,
+            SIDE, GROUP, STAGES, FACTOR, DTYPE,
+        )  # fmt: skip
         total = warpgroup_mma_wait(0, deps=[acc])
-        out, row, lock, here, mine = (
-            tile_n * BLOCK_N + SIDE * HALF,
-            tile_m * BLOCK_M,
-            (tile - WHOLE) * 2 + SIDE,
-            item,
-            part,
-        )
+        out, row, lock = tile_n * BLOCK_N + SIDE * HALF, tile_m * BLOCK_M, (tile - WHOLE) * 2 + SIDE
+        this, this_part = item, part
         item += gl.num_programs(0)  # its first step sizes come while this one is stored
-        tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND, UNROLL)
+        tile, tile_m, tile_n, part, first, last = _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND)
         pairs_at = _pairs_at(pairs, tile_n * BLOCK_N + SIDE * HALF, PADDED, HALF)
         sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2), mask=item < ITEMS, other=0)
         if PARTS:
-            if here >= WHOLE:
-                _store_part(
-                    total, bias, y, partial, locks, y_s.index(SIDE), lock, mine, SPLIT, row, out, N,
-                    HAS_BIAS,
-                )  # fmt: skip
+            if this >= WHOLE:
+                _store_part(total, bias, y, partial, locks, to, lock, this_part, SPLIT, row, out, N, HAS_BIAS)
             else:
-                _store(total, bias, y, y_s.index(SIDE), row, out, N, HAS_BIAS)
+                _store(total, bias, y, to, row, out, N, HAS_BIAS)
         else:
-            _store(total, bias, y, y_s.index(SIDE), row, out, N, HAS_BIAS)
-    if SIDE == 0 and MODE != "free" and MODE != "ahead":
-        _take_turn(SIDE)  # the other's last pass
+            _store(total, bias, y, to, row, out, N, HAS_BIAS)
     tma.store_wait(0)
 
 
@@ -353,8 +258,6 @@ def hopper_kernel(
     PARTS: gl.constexpr,  # whether there are tiles whose inputs are split
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
-    MODE: gl.constexpr,
-    UNROLL: gl.constexpr,
 ):
     """y = x W^T + bias."""
     DTYPE: gl.constexpr = x.dtype
@@ -372,15 +275,15 @@ def hopper_kernel(
         [
             (_multiply, (
                 pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty, N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT,
-                m_tiles, n_tiles, 0, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE, MODE, UNROLL,
+                m_tiles, n_tiles, 0, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE,
             )),
             (_multiply, (
                 pairs, bias, y, partial, locks, x_s, words_s, y_s, full, empty, N, PADDED, CHUNKS, WHOLE, ITEMS, SPLIT,
-                m_tiles, n_tiles, 1, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE, MODE, UNROLL,
+                m_tiles, n_tiles, 1, GROUP, BLOCK_M, BLOCK_N, STAGES, BAND, PARTS, HAS_BIAS, DTYPE,
             )),
             (_fetch_tiles, (
                 x, words, x_s, words_s, full, empty, N, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles, BLOCK_M, BLOCK_N,
-                STAGES, BAND, PDL, UNROLL,
+                STAGES, BAND, PDL,
             )),
         ],
         [4, 1],  # warps of the second warpgroup and of the one that loads, beside the first's four
@@ -402,9 +305,7 @@ def product(
     (chunks, outs, _), rows, half = words.shape, len(x), tile.block_n // 2
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
-    mode = MODES[tile.warps]
-    unroll = 2 if mode == "ahead" and chunks % 2 == 0 else 1
-    split = min(tile.split, chunks // unroll)
+    split = min(tile.split, chunks)
     whole = tiles if split == 1 else tiles // multiprocessors * multiprocessors if tile.resident else 0
     items = whole + (tiles - whole) * split
     parts = (tiles - whole) * split * tile.block_m * tile.block_n
@@ -416,6 +317,6 @@ def product(
         torch.empty(max(parts, 1), dtype=torch.float32, device=x.device), locks,
         rows, outs, outs + -outs % TILE, chunks, whole, items, split,
         GROUP=group_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, STAGES=tile.stages, BAND=BAND,
-        PARTS=parts > 0, HAS_BIAS=bias is not None, PDL=True, MODE=mode, UNROLL=unroll, num_warps=4, launch_pdl=True,
+        PARTS=parts > 0, HAS_BIAS=bias is not None, PDL=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return y
