@@ -108,12 +108,11 @@ def test_rule_fits_the_card(rows, out, chunks, group):
 HOPPER = Card("a Hopper card", 132, 227 << 10, hopper=True)
 
 
-@given(
-    rows=st.integers(HOPPER_FROM + 1, 5000), out=st.integers(1, 5000).map(lambda n: 8 * n), chunks=st.integers(1, 100)
-)
-def test_rule_takes_hopper_where_it_runs(rows, out, chunks):
+@given(rows=st.integers(65, 5000), out=st.integers(1, 5000).map(lambda n: 8 * n), chunks=st.integers(1, 100))
+def test_rule_takes_hopper_for_large_products_where_it_runs(rows, out, chunks):
     tile = rule(rows, out, 128 * chunks, 128, HOPPER)
-    assert tile.kind == "hopper" and tile.shared() <= HOPPER.shared and (tile.split == 1 or 4 * tile.split <= chunks)
+    assert (tile.kind == "hopper") == (rows * out * chunks >= HOPPER_FROM)
+    assert tile.kind != "hopper" or (tile.shared() <= HOPPER.shared and (tile.split == 1 or 4 * tile.split <= chunks))
     for case in ((rows, out, 128 * chunks, 64, HOPPER), (rows, out + 4, 128 * chunks, 128, HOPPER)):
         assert rule(*case).kind != "hopper"
     assert rule(rows, out, 128 * chunks, 128, CARD).kind != "hopper"
