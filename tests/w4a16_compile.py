@@ -78,17 +78,12 @@ def check_hopper(dtype: str, tile: Tile, **changes) -> None:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         said = subprocess.run(
-            [assembler(), "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     assert "serialized" not in said, said
     spilled = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
     assert spilled <= 64, said  # a few of a split tile's end, outside of every loop over inputs
-
-
-def assembler() -> str:
-    """The ptxas that Triton calls for Hopper."""
-    return get_ptxas(90).path
 
 
 def conversions_in_loops(ttgir: str) -> int:
