@@ -11,6 +11,7 @@ and values in 16 bits and in 8. Prints one line per model, batch and cache, and 
 
 import argparse
 import gc
+import statistics
 from pathlib import Path
 
 import torch
@@ -113,12 +114,12 @@ def measure(
             end.synchronize()
             prefills.append(begin.elapsed_time(first))
             steps.append(first.elapsed_time(end) / (new_tokens - 1))
-        step = sorted(steps)[len(steps) // 2]
+        step = statistics.median(steps)
         rows.append(
             {
                 "model": f"{name} (random)", "precision": precision, "device": torch.cuda.get_device_name(device),
                 "batch": batch, "cache": bits, "prompt_tokens": PROMPT, "new_tokens": new_tokens,
-                "prefill_ms": sorted(prefills)[len(prefills) // 2], "step_ms": step,
+                "prefill_ms": statistics.median(prefills), "step_ms": step,
                 "tokens_per_second": batch / step * 1e3,
                 "read_mib": read_bytes(model, batch, PROMPT + new_tokens // 2, bits) / MIB,
                 "weight_mib": weights / MIB, "peak_mib": peak / MIB,
