@@ -104,6 +104,18 @@ def test_truncated_weights_are_named(folders, tmp_path):
         load_for_inference(folder)
 
 
+@pytest.mark.parametrize("wrong", [16, 48])
+def test_a_wrong_group_size_is_named_with_the_right_one(folders, tmp_path, wrong):
+    folder = tmp_path / "packed"
+    shutil.copytree(folders[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    right, weights["group_size"] = weights["group_size"], wrong
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraceError, match=rf"config\.json: group_size {wrong} does not fit .*; set it to {right}"):
+        load_for_inference(folder)
+
+
 def test_other_quantisations_are_refused(folders, tmp_path):
     folder = shutil.copytree(folders[1], tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
