@@ -170,3 +170,10 @@ def write_model(folder, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> N
     model(dtype, seed).save_pretrained(folder)
     processor().save_pretrained(folder)
     write_manifest(folder)
+
+
+def write_asked(folder):
+    """A model, and two benchmarks to ask it: `colour` and `presence`."""
+    write_model(folder / "model")
+    write_benchmark(folder / "data/benchmarks/colour.parquet", rows(12))
+    write_benchmark(folder / "data/benchmarks/presence.parquet", rows(12, ("yes", "no"), 1))

@@ -129,6 +129,18 @@ def save_packed(plain: Path, folder: Path, group_size: int = 32) -> Path:
     return folder
 
 
+def llava_7b(layers: int = 32) -> "transformers.LlavaConfig":  # noqa: F821
+    """LLaVA-1.5-7B's config."""
+    import transformers
+
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14,
+    )  # fmt: skip
+    text = transformers.LlamaConfig(vocab_size=32064, num_hidden_layers=layers)
+    return transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
+
+
 def qwen(version: int) -> torch.nn.Module:
     """A random Qwen2-VL or Qwen3-VL (with deepstack) of two to three layers."""
     import transformers

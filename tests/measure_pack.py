@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import infer_models
 from grace.files import whole_folder
 from grace.quant.checkpoint import TensorSpec, write_checkpoint
 from grace.quant.grid import dequantize
@@ -31,14 +32,9 @@ POOL = 1 << 26  # random codes that all layers are cut from
 
 def llava_7b(layers: int):
     """(config, {key on disk: shape}) of LLaVA-1.5-7B."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-        patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(vocab_size=32064, num_hidden_layers=layers)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
+    config = infer_models.llava_7b(layers)
     config.architectures = ["LlavaForConditionalGeneration"]
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)

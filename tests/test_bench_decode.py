@@ -89,7 +89,7 @@ def test_a_packed_model_is_measured_with_both_caches_where_it_can_be(tmp_path, m
     """As on a card: the fused step, here in Triton's interpreter, with keys and values in 16 bits and in 8."""
     plain = save_llava(tmp_path / "teacher" / "model")
     packed = save_packed(plain, tmp_path / "students" / "grace" / "int4" / "seed0" / "packed")
-    monkeypatch.setattr(bench, "takes_8_bit_cache", lambda network: True)
+    monkeypatch.setattr(bench, "takes_fused_step", lambda network: True)
     monkeypatch.setattr(bench, "Session", partial(Session, fused=True))
     rows = bench.bench_decode([plain, packed], [2], new_tokens=3, repeats=1, device=CPU)
     assert [(row["precision"], row["cache"]) for row in rows] == [("bf16", 16), ("int4", 16), ("int4", 8)]

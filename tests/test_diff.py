@@ -189,6 +189,15 @@ def git(folder, *arguments):
     subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True)
 
 
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository without commits."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    return folder
+
+
 def commit_results(repository, source, message):
     target = repository / "results" / "demo"
     shutil.rmtree(target, ignore_errors=True)
@@ -199,10 +208,7 @@ def commit_results(repository, source, message):
     git(repository, "commit", "-m", message)
 
 
-def test_two_git_revisions(results_folder, version, tmp_path):
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    git(repository, "init", "-q")
+def test_two_git_revisions(results_folder, version, repository):
     commit_results(repository, results_folder, "one")
     for seed in (0, 1):
         edit(version, spoil(20), seed=seed)
@@ -216,12 +222,9 @@ def test_two_git_revisions(results_folder, version, tmp_path):
         diff("HEAD~1", "HEAD", experiment="other", repository=repository)
 
 
-def test_revisions_whose_predictions_dvc_keeps(results_folder, version, tmp_path):
+def test_revisions_whose_predictions_dvc_keeps(results_folder, version, repository, tmp_path):
     from dvc.repo import Repo
 
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    git(repository, "init", "-q")
     with Repo.init(str(repository)) as dvc:
         students = repository / "results" / "demo" / "students"
         for turn, source in enumerate((results_folder, version)):
@@ -247,10 +250,7 @@ def test_revisions_whose_predictions_dvc_keeps(results_folder, version, tmp_path
         diff("HEAD~2", "HEAD~1", repository=repository)
 
 
-def test_snakemake_diff_holds_the_results_against_the_last_commit(results_folder, version, tmp_path):
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    git(repository, "init", "-q")
+def test_snakemake_diff_holds_the_results_against_the_last_commit(results_folder, version, repository):
     commit_results(repository, results_folder, "one")
     for seed in (0, 1):
         edit(repository / "results/demo", spoil(20), seed=seed)

@@ -11,7 +11,7 @@ import pytest
 from lmms_eval.tasks import TaskManager
 
 import grace.evaluate.harness_lmms_eval as harness
-from evaluate_models import picture, rows, write_benchmark, write_model
+from evaluate_models import picture, rows, write_asked, write_benchmark
 from grace.errors import GraceError
 from grace.evaluate.answer import Answer
 from grace.evaluate.metrics import METRICS
@@ -25,9 +25,7 @@ IMAGE = datasets.Image()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("lmms")
-    write_model(made / "model")
-    write_benchmark(made / "data/benchmarks/colour.parquet", rows(12))
-    write_benchmark(made / "data/benchmarks/presence.parquet", rows(12, ("yes", "no"), 1))
+    write_asked(made)
     _local(made, "pope", [
         {"question_id": str(i), "question": "is the dress red", "answer": ("yes", "no")[i % 2], "image_source": f"{i // 2}",
          "category": "random", "image": _image(i // 2)} for i in range(8)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import grace.evaluate.verbs as verbs
-from evaluate_models import rows, write_benchmark, write_model
+from evaluate_models import rows, write_asked, write_benchmark, write_model
 from grace.errors import GraceError
 from grace.evaluate.predictions import SCHEMA, model_hash
 from grace.files import sha256, write_json, write_manifest
@@ -20,9 +20,7 @@ NAMES = ("colour", "presence", "pairs")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
-    write_model(folder / "model")
-    write_benchmark(folder / "data/benchmarks/colour.parquet", rows(12))
-    write_benchmark(folder / "data/benchmarks/presence.parquet", rows(12, ("yes", "no"), 1))
+    write_asked(folder)
     write_benchmark(folder / "data/benchmarks/pairs.parquet", rows(12, ("yes", "no"), 2))
     return folder
 

@@ -10,7 +10,7 @@ import yaml
 
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
-from grace.evaluate.verbs import MODULES
+from grace.evaluate.registry import ADAPTERS
 from stub_tree import ROOT, Tree
 
 REPORT = ["build the page", "draw the figures", "write the metrics", "write the tables"]
@@ -95,14 +95,21 @@ def test_code_reruns_the_jobs_that_import_it(tree: Tree) -> None:
     assert tree.planned() == REPORT
 
 
-@pytest.mark.parametrize("harness", MODULES)
+@pytest.mark.parametrize("harness", ADAPTERS)
 def test_evaluation_follows_the_code_of_the_chosen_harness(harness: str) -> None:
     experiment = load_experiment(ROOT / "config.yaml")
     evaluation = experiment.evaluation.model_copy(update={"harness": harness})
     plan = Plan(experiment.model_copy(update={"evaluation": evaluation}))
-    assert plan.adapter == MODULES[harness]
+    assert plan.adapter == ADAPTERS[harness]
     assert any(path.endswith(f"{plan.adapter.rpartition('.')[2]}.py") for path in plan.code(plan.adapter))
     assert "plan.adapter" in (ROOT / "rules/eval.smk").read_text()
+
+
+def test_a_tuned_tile_reruns_no_training() -> None:
+    plan = Plan(load_experiment(ROOT / "config.yaml"))
+    for verb in ("train.verbs", "teacher.verbs", "quant.pack"):
+        assert not any("w4a16_table" in path for path in plan.code(f"grace.{verb}"))
+    assert any(path.endswith("w4a16_table/configs.json") for path in plan.code("grace.bench.verbs"))
 
 
 def test_touched_code_and_other_resources_rerun_nothing(tree: Tree) -> None:

@@ -12,6 +12,7 @@ and values in 16 bits and in 8. Prints one line per model, batch and cache, and 
 import argparse
 import gc
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
 from grace.models import decoder, output_head
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from infer_models import llava_7b
+
 PROMPT = 640  # tokens: 576 of the picture and a question
 GROUP = 128
 MIB = 2**20
@@ -37,12 +41,7 @@ def random_model(name: str, device: torch.device) -> nn.Module:
     import transformers
 
     if name == "llava-1.5-7b":
-        vision = transformers.CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
-            patch_size=14,
-        )  # fmt: skip
-        text = transformers.LlamaConfig(vocab_size=32064)
-        config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
+        config = llava_7b()
         build = transformers.LlavaForConditionalGeneration
     else:
         text = dict(

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evaluate_models import picture, rows, write_benchmark, write_model
+from evaluate_models import picture, write_asked
 from grace.evaluate import harness_vlmeval
 from grace.evaluate.predictions import read_rows
 from grace.evaluate.verbs import evaluate
@@ -63,9 +63,7 @@ TABLES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("vlmeval")
-    write_model(made / "model")
-    write_benchmark(made / "data/benchmarks/colour.parquet", rows(12))
-    write_benchmark(made / "data/benchmarks/presence.parquet", rows(12, ("yes", "no"), 1))
+    write_asked(made)
     for name, table in TABLES.items():
         pd.DataFrame(table).to_csv(made / f"data/benchmarks/{name}.tsv", sep="\t", index=False)
     return made

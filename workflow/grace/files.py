@@ -39,21 +39,29 @@ def _no_space(error: Exception) -> str | None:
 
 
 @contextmanager
-def whole_file(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `target` when the block ends well, and vanishes when it does not."""
-    target = Path(target)
-    part = _temporary(target)
+def _naming(target: Path) -> Iterator[None]:
+    """Say which file or folder could not be written, and what to do."""
     try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.chmod(0o644)  # some libraries make files that only their owner can read
-        os.replace(part, target)
+        yield
     except Exception as error:
         reason = _no_space(error)
         if reason is None:
             raise
         raise GraceError(f"{target}: could not be written ({reason}); free space and run again") from error
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `target` when the block ends well, and vanishes when it does not."""
+    target = Path(target)
+    part = _temporary(target)
+    try:
+        with _naming(target):
+            yield part
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            part.chmod(0o644)  # some libraries make files that only their owner can read
+            os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
 
@@ -68,14 +76,10 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
     part = _temporary(target)
     part.mkdir()
     try:
-        yield part
-        write_manifest(part, **about)
-        _put(part, target)
-    except Exception as error:
-        reason = _no_space(error)
-        if reason is None:
-            raise
-        raise GraceError(f"{target}: could not be written ({reason}); free space and run again") from error
+        with _naming(target):
+            yield part
+            write_manifest(part, **about)
+            _put(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

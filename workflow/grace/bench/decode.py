@@ -23,7 +23,7 @@ from PIL import Image
 
 from grace.bench import machine
 from grace.bench.memory import peak_bytes, weight_bytes
-from grace.infer.decode import Session, stream, takes_8_bit_cache
+from grace.infer.decode import Session, stream, takes_fused_step
 from grace.infer.load import load_for_inference, packed_bits
 from grace.infer.prompt import build_prompts
 from grace.models import load_processor, model_folder
@@ -68,7 +68,7 @@ class _Model:
         self.network = load_for_inference(folder, dtype=torch.bfloat16, device=str(device))
         self.processor = load_processor(folder)
         self.weights = weight_bytes(self.network)
-        self.caches = (16, 8) if bits == 4 and takes_8_bit_cache(self.network) else (16,)
+        self.caches = (16, 8) if bits == 4 and takes_fused_step(self.network) else (16,)
 
 
 class _Run:

@@ -6,13 +6,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from grace.errors import GraceError
+from grace.infer.fuse import GROUPS
 
 _DECODER = re.compile(
     r"(?:^|\.)(?:language_model|model)\.layers\.\d+\.(?:self_attn|mlp)\.([a-z]+)_proj\.(weight|weight_shape)$"
 )
 _VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 FIELD_SHAPES = {"llava-1.5-7b gate|up": (11008, 4096)}  # the largest single linear of the paper's model
-JOINED = (("q", "k", "v"), ("gate", "up"))  # what `grace.infer.fuse` multiplies as one
 
 
 def decoder_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
@@ -36,7 +36,8 @@ def decoder_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
     order = ["q", "k", "v", "o", "gate", "up", "down"]
     shapes = {f"model {'|'.join(sorted(names, key=order.index))}": size for size, names in named.items()}
     sizes = {name: size for size, names in named.items() for name in names}
-    for parts in JOINED:
+    for names in GROUPS.values():  # what decoding multiplies as one
+        parts = [name.removesuffix("_proj") for name in names]
         if all(part in sizes for part in parts):
             shapes[f"model {'+'.join(parts)}"] = (sum(sizes[part][0] for part in parts), sizes[parts[0]][1])
     return shapes

@@ -18,6 +18,7 @@ from grace.config.runs import (
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Section
+from grace.evaluate.registry import ADAPTERS
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
 
@@ -60,7 +61,7 @@ class Plan:
     @property
     def adapter(self) -> str:
         """The module that asks benchmarks through the experiment's harness; `grace evaluate` imports it by name."""
-        return "grace.evaluate.harness_" + self.experiment.evaluation.harness.replace("-", "_")
+        return ADAPTERS[self.experiment.evaluation.harness]
 
     # Frozen parameters: one JSON string each, because Snakemake compares parameters as a nameless set of `repr()`.
 

@@ -18,6 +18,12 @@ from dataclasses import dataclass, field
 from grace.errors import GraceError
 
 LM_EVAL, LMMS_EVAL, VLMEVAL = "lm-eval", "lmms-eval", "vlmeval"
+ADAPTERS = {
+    LM_EVAL: "grace.evaluate.harness_lm_eval",
+    LMMS_EVAL: "grace.evaluate.harness_lmms_eval",
+    VLMEVAL: "grace.evaluate.harness_vlmeval",
+}
+"""The modules that ask through them; none is imported before it is used."""
 HARNESS_VERSIONS = {
     LM_EVAL: "0.4.13",
     LMMS_EVAL: "0.7.3",

@@ -25,7 +25,7 @@ from grace.evaluate.predictions import (
     summary,
     write_predictions,
 )
-from grace.evaluate.registry import LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.evaluate.registry import ADAPTERS, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
 from grace.evaluate.share import Share
 from grace.evaluate.text import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.files import MANIFEST, read_json, sha256, write_json
@@ -34,11 +34,6 @@ from grace.progress import progress
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
-MODULES = {
-    LM_EVAL: "grace.evaluate.harness_lm_eval",
-    LMMS_EVAL: "grace.evaluate.harness_lmms_eval",
-    VLMEVAL: "grace.evaluate.harness_vlmeval",
-}
 _PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
 _INSTALL = {
     LM_EVAL: "pip install 'lm-eval>=0.4.13'",
@@ -141,7 +136,7 @@ def _asking(
         loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
         runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
-        yield runner, importlib.import_module(MODULES[settings.harness]).predictor(runner, settings, advance)
+        yield runner, importlib.import_module(ADAPTERS[settings.harness]).predictor(runner, settings, advance)
 
 
 def _harness(settings) -> dict[str, str]:

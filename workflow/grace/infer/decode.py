@@ -44,10 +44,7 @@ class Session:
         self.embed = model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
         self.ends = _end_tokens(model)
-        if fused is not False and (fused or self.device.type == "cuda"):
-            from grace.infer import llama_step  # here, because it imports triton
-
-            fused = fused or llama_step.knows(self.decoder)
+        fused = takes_fused_step(model) if fused is None else fused
         if cache_bits != 16 and (cache_bits != 8 or not fused):
             raise GraceError(
                 f"a cache of {cache_bits} bits: keys and values are kept in 16 bits, or, on a CUDA card and for "
@@ -65,6 +62,8 @@ class Session:
         self.filled = 0  # what `slot` says, known without asking the device
         self.graph, step = None, self._step
         if fused:
+            from grace.infer import llama_step  # here, because it imports triton
+
             self._step = step = llama_step.LlamaStep(
                 self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.first
             )
@@ -210,8 +209,8 @@ def generate(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: i
     return torch.stack(list(stream(session, inputs, new_tokens)), dim=1)
 
 
-def takes_8_bit_cache(model: nn.Module) -> bool:
-    """Whether a `Session` of this model, on its device, can keep keys and values in 8 bits."""
+def takes_fused_step(model: nn.Module) -> bool:
+    """Whether a `Session` of this model, on its device, takes the hand-fused step: it alone reads an 8-bit cache."""
     if model.get_input_embeddings().weight.device.type != "cuda":
         return False
     from grace.infer import llama_step  # here, because it imports triton

@@ -16,7 +16,7 @@ from grace.infer.fuse import GROUPS, fuse_dense, install
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.w4a16_layout import unpack_int4
 from grace.models import decoder, load_model, model_folder
-from grace.quant.checkpoint import Checkpoint
+from grace.quant.packed import PackedModel
 
 OLDEST_CARD = (8, 0)  # compute capability with bf16 tensor cores
 
@@ -44,7 +44,9 @@ def load_for_inference(
     check_device(device, folder)
     try:
         if packed_bits(config, folder) == 4:
-            check_groups(config, folder)
+            packed = PackedModel.open(folder)
+            for key in packed.linears if packed.group_size > 0 else ():
+                packed.shape(key)  # held against config.json before anything is loaded
             model = _load_packed(folder, dtype)
             _swap(model, dtype, device, fuse)
         else:
@@ -76,22 +78,6 @@ def packed_bits(config: dict, folder: Path) -> int | None:
             f"{folder / 'config.json'}: quantization_config is not symmetric integer `pack-quantized` of "
             f"compressed-tensors with one group; pack the model with `grace pack`"
         ) from None
-
-
-def check_groups(config: dict, folder: Path) -> None:
-    """Raise a `GraceError` where config.json's group size is not that of the step sizes in the files."""
-    (group,) = config["quantization_config"]["config_groups"].values()
-    size, tensors = group["weights"].get("group_size") or -1, Checkpoint.of_folder(folder)  # -1: one per output
-    for key in tensors:
-        stem = key.removesuffix(".weight_scale")
-        if stem == key or f"{stem}.weight_shape" not in tensors:
-            continue
-        inputs, found = int(tensors[f"{stem}.weight_shape"][1]), tensors.spec(key).shape[-1]
-        if (found * size if size > 0 else inputs) != inputs:
-            raise GraceError(
-                f"{folder / 'config.json'}: group_size {size} does not fit {stem}, whose {inputs} inputs have {found} "
-                f"step sizes; set it to {inputs // max(found, 1)}, or pack the model again"
-            )
 
 
 def check_safetensors(folder: Path) -> None:

@@ -120,12 +120,11 @@ def launch(
     rows = len(x)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
-    wave = here.multiprocessors * tile.resident
-    whole = tiles // wave * wave if wave and tile.split > 1 else 0
-    if tile.split > 1 and tiles - whole > LOCKS:
+    whole = tile.unsplit(tiles, here.multiprocessors)
+    if tiles - whole > LOCKS:
         raise GraceError(f"W4A16: {tiles} tiles cannot be split; use split = 1 for {rows} rows and {outs} outputs")
-    parts = (tiles - whole) * tile.split * tile.block_m * tile.block_n if tile.split > 1 else 1
-    partial = torch.empty(parts, dtype=torch.float32, device=x.device)
+    parts = (tiles - whole) * tile.split * tile.block_m * tile.block_n
+    partial = torch.empty(max(parts, 1), dtype=torch.float32, device=x.device)
     operands = (x, words, scales.view(torch.int32), scales if bias is None else bias, y, partial, _locks(x.device))
     sizes = (rows, outs, outs + -outs % TILE, chunks)
     options = {

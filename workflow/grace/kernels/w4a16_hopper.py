@@ -12,6 +12,8 @@ wave of tiles would not fill the card.
                 turns, and unpacking the next half chunk while the last is multiplied, were not faster.)
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -305,8 +307,8 @@ def product(
     (chunks, outs, _), rows, half = words.shape, len(x), tile.block_n // 2
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
-    split = min(tile.split, chunks)
-    whole = tiles if split == 1 else tiles // multiprocessors * multiprocessors if tile.resident else 0
+    tile = replace(tile, split=min(tile.split, chunks))
+    split, whole = tile.split, tile.unsplit(tiles, multiprocessors)
     items = whole + (tiles - whole) * split
     parts = (tiles - whole) * split * tile.block_m * tile.block_n
     hopper_kernel[(min(multiprocessors, items),)](

@@ -9,7 +9,7 @@ import torch
 from grace.errors import GraceError
 from grace.quant.bits import pack_codes, unpack_codes
 from grace.quant.checkpoint import TensorSpec
-from grace.quant.packed import PackedModel, exact_fp16
+from grace.quant.packed import OUTSIDE, PackedModel, exact_fp16
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -36,7 +36,7 @@ def config(model: PackedModel) -> dict:
         "group_size": model.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", "vision_tower", "multi_modal_projector", "visual", *model.unquantised()],
+        "modules_to_not_convert": ["lm_head", *OUTSIDE, *model.unquantised()],
     }
 
 

@@ -23,7 +23,7 @@ from gguf import (
 
 from grace.errors import GraceError
 from grace.progress import progress
-from grace.quant.packed import PackedModel, exact_fp16
+from grace.quant.packed import OUTSIDE, PackedModel, exact_fp16
 
 BLOCK, BLOCK_BYTES = 32, 18
 ARCHITECTURES = {
@@ -72,7 +72,7 @@ def _describe(writer: GGUFWriter, text: dict, arch: MODEL_ARCH) -> None:
 
 def _plain_name(key: str) -> str | None:
     """A text tensor's name as a plain causal language model has it; None for the vision side."""
-    if any(part in key for part in ("vision_tower", "multi_modal_projector", "visual")):
+    if any(part in key for part in OUTSIDE):
         return None
     for prefix in ("language_model.model.", "model.language_model.", "language_model.", "model."):
         key = key.removeprefix(prefix)

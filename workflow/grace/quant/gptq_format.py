@@ -12,12 +12,12 @@ import torch
 from grace.errors import GraceError
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.checkpoint import TensorSpec
-from grace.quant.packed import PackedModel, exact_fp16
+from grace.quant.packed import OUTSIDE, PackedModel, exact_fp16
 
 
 def config(model: PackedModel) -> dict:
     """`quantization_config`; `dynamic` with a leading minus names what stays in 16 bits."""
-    kept = ["lm_head.*", "vision_tower.*", "multi_modal_projector.*", "visual.*"]
+    kept = [f"{part}.*" for part in ("lm_head", *OUTSIDE)]
     kept += [f"{re.escape(name)}$" for name in model.unquantised()]
     return {
         "quant_method": "gptq",

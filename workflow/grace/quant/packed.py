@@ -9,8 +9,10 @@ from grace.errors import GraceError
 from grace.files import read_json
 from grace.quant.bits import unpack_codes, words_per_row
 from grace.quant.checkpoint import Checkpoint
-from grace.quant.grid import code_range, group_count
+from grace.quant.grid import code_range
 from grace.quant.names import quantised_module
+
+OUTSIDE = ("vision_tower", "multi_modal_projector", "visual")  # in the names of what is not the language model
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class PackedModel:
 
     Attributes:
         config: config.json.
+        group_size: inputs per step size; -1 where an output has one.
         linears: {key of the dense weight, such as `...q_proj.weight`: module name in memory}.
         kept: keys of the tensors that are not quantised.
     """
@@ -40,13 +43,14 @@ class PackedModel:
             raise GraceError(
                 f"{folder}: not a packed model (config.json has no pack-quantized quantization_config); pack it first"
             )
-        weights = settings["config_groups"]["group_0"]["weights"]
+        (group,) = settings["config_groups"].values()
+        weights = group["weights"]
         code_range(weights["num_bits"])
         dense = [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]
         linears = {key: module for key in dense if (module := quantised_module(key))}
         made = {f"{key}_{kind}" for key in linears for kind in ("packed", "scale", "shape")}
         kept = [key for key in tensors if key not in made]
-        return cls(folder, config, weights["num_bits"], weights["group_size"], tensors, linears, kept)
+        return cls(folder, config, weights["num_bits"], weights.get("group_size") or -1, tensors, linears, kept)
 
     def unquantised(self) -> list[str]:
         """Decoder linears that stay in bf16, as the end of their name from `layers.` on, which all readers share."""
@@ -56,9 +60,13 @@ class PackedModel:
     def shape(self, key: str) -> tuple[int, int]:
         """[out, in] of a packed linear, checked against its packed tensors."""
         rows, columns = self.tensors[f"{key}_shape"].tolist()
-        expected = (rows, words_per_row(columns, self.bits))
-        groups = (rows, group_count(columns, self.group_size, key))
-        if self.tensors.spec(f"{key}_packed").shape != expected or self.tensors.spec(f"{key}_scale").shape != groups:
+        expected, steps = (rows, words_per_row(columns, self.bits)), self.tensors.spec(f"{key}_scale").shape
+        if steps[1] * self.group_size != columns:
+            raise GraceError(
+                f"{self.folder / 'config.json'}: group_size {self.group_size} does not fit {key}, whose {columns} inputs "
+                f"have {steps[1]} step sizes; set it to {columns // max(steps[1], 1)}, or pack the model again"
+            )
+        if self.tensors.spec(f"{key}_packed").shape != expected or steps[0] != rows:
             raise GraceError(
                 f"{self.folder}: {key} does not have the shape that {self.bits} bits in groups of {self.group_size} give; "
                 "correct config.json or pack it again"

@@ -167,9 +167,12 @@ class Results:
     def decode(self) -> pd.DataFrame | None:
         """bench/decode.csv, or None where the decoding benchmark was not run."""
         frame = _bench(self.folder / "bench" / "decode.csv", DECODE_COLUMNS)
-        if frame is not None and "cache" not in frame:
-            frame["cache"] = 16  # bits of keys and values, in tables of before there was another
-        return frame
+        return None if frame is None else with_cache_bits(frame)
+
+
+def with_cache_bits(decode: pd.DataFrame) -> pd.DataFrame:
+    """bench/decode.csv with its column `cache`, bits of keys and values: 16 in tables of before there was another."""
+    return decode if "cache" in decode else decode.assign(cache=16)
 
 
 def read_results(folder: str | Path, partial: bool = False) -> Results:

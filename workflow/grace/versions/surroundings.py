@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from grace.files import MANIFEST, read_json
+from grace.report.read import with_cache_bits
 from grace.versions.listed import listed
 
 # what tells measurements apart, and what is compared: per file of bench/
@@ -91,9 +92,7 @@ def speed(a: Path, b: Path) -> pd.DataFrame | None:
         if not all(path.is_file() for path in paths):
             continue
         frames = [pd.read_csv(path) for path in paths]
-        for frame in frames if name == "decode" else ():
-            if "cache" not in frame:
-                frame["cache"] = 16  # tables of before there was another
+        frames = list(map(with_cache_bits, frames)) if name == "decode" else frames
         keys = [key for key in keys if all(key in frame for frame in frames)]
         merged = frames[0].merge(frames[1], on=keys, suffixes=(" A", " B"))
         for record in merged.to_dict("records"):

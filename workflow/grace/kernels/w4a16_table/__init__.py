@@ -1,11 +1,14 @@
-"""Which tile serves which product: a table of measured configurations, and a rule for what it does not hold."""
+"""Which tile serves which product: a table of measured configurations, and a rule for what it does not hold.
+
+A package of its own, so that a new entry of the table re-runs the jobs that use it and not all that use a kernel.
+"""
 
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-SHIPPED = Path(__file__).with_name("w4a16_configs.json")
+SHIPPED = Path(__file__).with_name("configs.json")
 MOST_PARTS = 8  # splits of the inputs of one tile
 DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
 # Fitted to 500 measurements on an H100, which they meet to 11%; the first of `hopper_tiles` was 1.5% from the fastest.
@@ -55,6 +58,13 @@ class Tile:
         chunks = self.warps if self.kind == "ways" else 1
         buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
         return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
+
+    def unsplit(self, tiles: int, multiprocessors: int) -> int:
+        """How many of so many tiles are not split: all where `split` is 1, those of whole waves with `resident`."""
+        if self.split == 1:
+            return tiles
+        wave = multiprocessors * self.resident
+        return tiles // wave * wave if wave else 0
 
 
 DENSE = Tile("dense")
@@ -122,13 +132,13 @@ def hopper_tiles(rows: int, out: int, inputs: int, card: Card) -> list[Tile]:
     for (block_m, block_n), (stages, chunk_time) in HOPPER_TILES.items():
         tiles = -(-rows // block_m) * -(-out // block_n)
         for split, resident in HOPPER_SPLITS:
-            whole = tiles if split == 1 else tiles // programs * programs * resident
+            tile = Tile("hopper", block_m, block_n, split, stages=stages, resident=resident)
+            whole = tile.unsplit(tiles, programs)
             if split > 1 and (whole == tiles or chunks < 4 * split or whole < programs * resident):
                 continue
             waves, part_waves = -(-whole // programs), -(-(tiles - whole) * split // programs)
             time = waves * chunks * chunk_time + part_waves * -(-chunks // split) * chunk_time
             time += (waves + part_waves) * TILE_TIME + (JOIN_TIME * block_m * block_n * split if split > 1 else 0)
-            tile = Tile("hopper", block_m, block_n, split, stages=stages, resident=resident)
             if tile.shared() <= card.shared:
                 times[tile] = time
     return sorted(times, key=times.get)
