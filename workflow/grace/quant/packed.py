@@ -43,7 +43,7 @@ class PackedModel:
             raise GraceError(
                 f"{folder}: not a packed model (config.json has no pack-quantized quantization_config); pack it first"
             )
-        (group,) = settings["config_groups"].values()
+        group = next(iter(settings["config_groups"].values()))
         weights = group["weights"]
         code_range(weights["num_bits"])
         dense = [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]
