@@ -14,7 +14,7 @@ import torch
 import triton
 
 from grace.errors import GraceError
-from grace.kernels.w4a16 import _locks, dequantised, launch, pack, serves, w4a16
+from grace.kernels.w4a16 import _locks, dequantised, hopper, launch, pack, serves, w4a16
 from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import DENSE, Tile
 
@@ -120,7 +120,7 @@ def test_operator_is_known_to_the_compiler():
     torch.library.opcheck(torch.ops.grace.w4a16.default, (x, *pack(codes, scales), bias, 128))
 
 
-def test_refusals_name_what_is_wrong():
+def test_refusals_name_what_is_wrong(monkeypatch):
     codes, scales, x, _, _ = problem(16, 96, 16, 1, torch.bfloat16)
     with pytest.raises(GraceError, match="groups of 32, 64, 128, 256"):
         pack(codes, scales)
@@ -129,6 +129,12 @@ def test_refusals_name_what_is_wrong():
         pack(codes, scales.float())
     with pytest.raises(GraceError, match="17 rows do not fit one tile of 8"):
         launch(x.expand(17, 128), *pack(codes, scales), None, 128, Tile("ways", 8, 16))
+    monkeypatch.setattr("grace.kernels.w4a16.LOCKS", 1)
+    with pytest.raises(GraceError, match="2 tiles cannot be split, at most 1; use split = 1 for 1 rows and 16"):
+        launch(x, *pack(codes, scales), None, 128, Tile("ways", 8, 8, split=2))
+    with pytest.raises(GraceError, match="3 tiles cannot be split, at most 2"):  # a tile of this kind takes two locks
+        locks, (words, steps) = torch.zeros(5, dtype=torch.int32), pack(*problem(384, 256, 128, 1, torch.bfloat16)[:2])
+        hopper().product(x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 1, locks)
     with pytest.raises(GraceError, match="do not fit 128 inputs"):
         w4a16(x.float(), *pack(codes, scales), None, 128, 128)
     with pytest.raises(GraceError, match="do not fit 128 inputs"):

@@ -119,10 +119,7 @@ def launch(
         return _dense(x, words, scales, bias, group_size, ptx)
     rows = len(x)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
-    whole = tile.unsplit(tiles, here.multiprocessors)
-    if tiles - whole > LOCKS:
-        raise GraceError(f"W4A16: {tiles} tiles cannot be split; use split = 1 for {rows} rows and {outs} outputs")
+    tiles, whole = tile.divide(rows, outs, here.multiprocessors, LOCKS)
     parts = (tiles - whole) * tile.split * tile.block_m * tile.block_n
     partial = torch.empty(max(parts, 1), dtype=torch.float32, device=x.device)
     operands = (x, words, scales.view(torch.int32), scales if bias is None else bias, y, partial, _locks(x.device))

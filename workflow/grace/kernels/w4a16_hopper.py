@@ -15,7 +15,6 @@ wave of tiles would not fill the card.
 from dataclasses import replace
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -306,9 +305,8 @@ def product(
     """y [M, N] for x [M, 128 chunks] and what `w4a16.pack` made, if `takes` it; two of `locks` for each split tile."""
     (chunks, outs, _), rows, half = words.shape, len(x), tile.block_n // 2
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outs, tile.block_n)
     tile = replace(tile, split=min(tile.split, chunks))
-    split, whole = tile.split, tile.unsplit(tiles, multiprocessors)
+    split, (tiles, whole) = tile.split, tile.divide(rows, outs, multiprocessors, len(locks) // 2)
     items = whole + (tiles - whole) * split
     parts = (tiles - whole) * split * tile.block_m * tile.block_n
     hopper_kernel[(min(multiprocessors, items),)](

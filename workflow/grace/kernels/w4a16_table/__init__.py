@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from grace.errors import GraceError
+
 SHIPPED = Path(__file__).with_name("configs.json")
 MOST_PARTS = 8  # splits of the inputs of one tile
 DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
@@ -65,6 +67,21 @@ class Tile:
             return tiles
         wave = multiprocessors * self.resident
         return tiles // wave * wave if wave else 0
+
+    def divide(self, rows: int, out: int, multiprocessors: int, locks: int) -> tuple[int, int]:
+        """The tiles of a product, and how many of them, the first ones, are not split; each other one takes a lock.
+
+        Raises:
+            GraceError: more tiles to split than there are locks.
+        """
+        tiles = -(-rows // self.block_m) * -(-out // self.block_n)
+        whole = self.unsplit(tiles, multiprocessors)
+        if tiles - whole > locks:
+            raise GraceError(
+                f"W4A16: {tiles - whole} tiles cannot be split, at most {locks}; "
+                f"use split = 1 for {rows} rows and {out} outputs"
+            )
+        return tiles, whole
 
 
 DENSE = Tile("dense")
