@@ -10,7 +10,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from grace.infer.fuse import Fused
-from grace.kernels import decode_step
+from grace.kernels import decode_step, skinny
 from grace.kernels.decode_attention import attend
 
 # Decoders whose layers are norm, attention with rotary embeddings, norm, gated MLP. The Qwen ones give every position
@@ -74,12 +74,12 @@ class LlamaStep:
         after = [*(layer.input_layernorm for layer in layers[1:]), self.norm]
         for layer, cached, following in zip(layers, self.cache.layers, after, strict=True):
             attention, mlp, norm = layer.self_attn, layer.mlp, layer.post_attention_layernorm
-            qkv = attention.q_proj.linear(hidden)  # [batch, (H + 2 KV) D]
-            out = attention.o_proj(self._attend(attention, qkv, cached))
+            qkv = skinny.linear(attention.q_proj.linear, hidden)  # [batch, (H + 2 KV) D]
+            out = skinny.linear(attention.o_proj, self._attend(attention, qkv, cached))
             hidden = decode_step.add_norm(x, norm.weight, norm.variance_epsilon, delta=out)
-            out = mlp.down_proj(decode_step.silu_mul(mlp.gate_proj.linear(hidden)))
+            out = skinny.linear(mlp.down_proj, decode_step.silu_mul(skinny.linear(mlp.gate_proj.linear, hidden)))
             hidden = decode_step.add_norm(x, following.weight, following.variance_epsilon, delta=out)
-        decode_step.argmax(self.head(hidden), self.token, self.position, self.slot)
+        decode_step.argmax(skinny.linear(self.head, hidden), self.token, self.position, self.slot)
 
     def _attend(self, attention: nn.Module, qkv: torch.Tensor, cached: StaticLayer) -> torch.Tensor:
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
