@@ -38,7 +38,7 @@ def _tinygemm_prepare(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
 TRITON = Backend(
     name="grace (Triton)",
     serves=lambda n, k, group, dtype: w4a16.serves(k, group, dtype),
-    prepare=lambda codes, scales, dtype: (*w4a16.pack(codes, scales), group_of(codes, scales)),
+    prepare=lambda codes, scales, dtype: (*w4a16.pack(codes, scales.to(dtype)), group_of(codes, scales)),
     product=lambda x, prepared: w4a16.w4a16(x, prepared[0], prepared[1], None, x.shape[1], prepared[2]),
 )
 TINYGEMM = Backend(
