@@ -1,12 +1,13 @@
 """Check the hand-fused decoding step on a CUDA card: each kernel against float64, the step against transformers' layers.
 
-    python tests/gpu/check_decode_step.py [kernels attend attend-8-bit tokens qwen chat qwen-2b]
+    python tests/gpu/check_decode_step.py [kernels attend attend-8-bit layers tokens qwen chat qwen-2b]
 
 Fresh random data on every run, outputs poisoned before they are written. Prints one line per check; fails at the first
 that is off.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,16 +104,52 @@ def check_small_kernels() -> None:
     print("argmax: the first of the largest")
 
 
-def tiny(key_value_heads: int) -> nn.Module:
+def check_layers() -> None:
+    """All layers in one launch against a launch per kernel, INT4, one sequence: outputs, new keys and values."""
+    for hidden, inner, heads, count in ((4096, 11008, 32, 4), (512, 1024, 8, 3), (5120, 13824, 40, 2)):
+        model = tiny(heads, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+                     num_hidden_layers=count, initializer_range=0.02).bfloat16()  # fmt: skip
+        fuse_dense(decoder(model))
+        round_in_place(model, CUDA)
+        for norm in [m for name, m in decoder(model).named_modules() if name.endswith("norm")]:
+            nn.init.uniform_(norm.weight, 0.5, 2)
+        session = Session(model, 1, 704, fused=True)
+        step = session._step
+        all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
+        assert step.persistent is not None, "the card or the model was refused"
+        for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
+            step.token.random_(1000)
+            step.position.fill_(now - padding), step.slot.fill_(now), step.first.fill_(padding)
+            found = []
+            for layers in (step._layer_by_layer, all_layers, all_layers):
+                for kept in session.cache.layers:
+                    for t in (kept.keys, kept.values):
+                        t[:, :, :now].normal_(generator=torch.Generator(CUDA).manual_seed(now))
+                        t[:, :, now:] = torch.nan
+                poison()
+                with torch.inference_mode():
+                    found.append([layers().clone()])
+                for kept in session.cache.layers:
+                    assert now == 703 or kept.keys[:, :, now + 1 :].isnan().all()
+                    found[-1] += [kept.keys[:, :, now].clone(), kept.values[:, :, now].clone()]
+            name = f"{count} layers of {hidden}, {now} tokens of which {padding} padding"
+            close(name, found[1][0], found[0][0], 3e-2)
+            for ours, theirs in zip(found[1][1:], found[0][1:], strict=True):
+                error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
+                assert error < 3e-2, f"{name}: new key or value off by {error}"
+            assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{name}: not the same each time"
+
+
+def tiny(key_value_heads: int, **changes) -> nn.Module:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )
-    text = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, vocab_size=1000,
-        num_key_value_heads=key_value_heads, initializer_range=0.1,
-    )  # fmt: skip
+    text = LlamaConfig(**{
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "vocab_size": 1000, "num_key_value_heads": key_value_heads, "initializer_range": 0.1,
+    } | changes)  # fmt: skip
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
     return model.to(CUDA).eval().requires_grad_(False)
 
@@ -202,6 +239,7 @@ CHECKS = {
     "kernels": check_small_kernels,
     "attend": lambda: check_attend(16),
     "attend-8-bit": lambda: check_attend(8),
+    "layers": check_layers,
     "tokens": check_tokens,
     "qwen": check_qwen_tokens,
     "chat": check_chat,

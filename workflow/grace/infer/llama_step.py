@@ -1,7 +1,8 @@
 """One decoding step of a Llama-type decoder by hand: products, and the fused kernels of `grace.kernels.decode_step`.
 
 It computes what transformers' own layers compute, from the same modules and over the same static cache, and is tested
-against them. Prefill, and every decoder that `knows` refuses, run transformers' code.
+against them. Prefill, and every decoder that `knows` refuses, run transformers' code. One sequence of an INT4 model
+whose layers are plain enough takes all of them in one launch instead (`persistent_step`).
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from grace.infer import persistent_step
 from grace.infer.fuse import Fused
 from grace.kernels import decode_step, skinny
 from grace.kernels.decode_attention import attend
@@ -65,7 +67,20 @@ class LlamaStep:
         self.stream = self.table.new_empty(len(position), self.table.shape[1])
         self.cos, self.sin = rotary_table(decoder.rotary_emb, cache.get_max_length(), self.table.dtype)
 
+        serves = persistent_step.serves(decoder, self.table, cache)
+        self.persistent = (
+            persistent_step.PersistentLayers(decoder, self.table, cache, self.cos, self.sin) if serves else None
+        )
+
     def __call__(self) -> None:
+        if self.persistent is not None:
+            hidden = self.persistent(self.token, self.position, self.slot, self.first)
+        else:
+            hidden = self._layer_by_layer()
+        decode_step.argmax(skinny.linear(self.head, hidden), self.token, self.position, self.slot)
+
+    def _layer_by_layer(self) -> torch.Tensor:
+        """The normed output of the last layer, [batch, d]."""
         x, layers = self.stream, self.layers
         norm = layers[0].input_layernorm
         hidden = decode_step.add_norm(
@@ -79,7 +94,7 @@ class LlamaStep:
             hidden = decode_step.add_norm(x, norm.weight, norm.variance_epsilon, delta=out)
             out = skinny.linear(mlp.down_proj, decode_step.silu_mul(skinny.linear(mlp.gate_proj.linear, hidden)))
             hidden = decode_step.add_norm(x, following.weight, following.variance_epsilon, delta=out)
-        decode_step.argmax(skinny.linear(self.head, hidden), self.token, self.position, self.slot)
+        return hidden
 
     def _attend(self, attention: nn.Module, qkv: torch.Tensor, cached: StaticLayer) -> torch.Tensor:
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()

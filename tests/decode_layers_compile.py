@@ -1,0 +1,58 @@
+"""Compiles the kernel of all layers for Hopper without a card; run by test_infer_persistent_step.py on its own."""
+
+import re
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from grace.infer.persistent_step import STAGES, constants, stages
+from grace.kernels.decode_layers import layers_kernel
+
+SHARED, PROGRAMS = 227 * 1024, 132  # of an H100
+POINTERS = {"counter": "*i32", "part_sum": "*fp32", "part_top": "*fp32"}
+POINTERS |= dict.fromkeys(("table", "token", "position", "slot", "first"), "*i64")
+NUMBERS = {"LAYERS": "i32", "LENGTH": "i32", "SCALE": "fp32", "EPS": "fp32"}
+
+
+def build(hidden: int, inner: int, heads: int, width: int, dtype: str):
+    """The kernel as `PersistentLayers` launches it, every pointer aligned to 16 bytes as torch's allocator does."""
+    fixed = constants(hidden, inner, heads, width, SHARED, PROGRAMS)
+    kinds = {name: NUMBERS.get(name) or POINTERS.get(name, f"*{dtype}") for name in layers_kernel.arg_names}
+    kinds |= dict.fromkeys(fixed, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if kinds[n].startswith("*")}
+    source = GluonASTSource(layers_kernel, kinds, fixed, aligned)
+    return fixed, triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def main() -> None:
+    for shape, dtype in (
+        ((4096, 11008, 32, 128), "bf16"),  # LLaVA-1.5-7B
+        ((5120, 13824, 40, 128), "bf16"),  # LLaVA-1.5-13B
+        ((512, 1024, 8, 64), "fp16"),
+    ):
+        fixed, done = build(*shape, dtype)
+        assert fixed["STAGES"] == stages(fixed["PADS"], SHARED) == STAGES
+        assert done.metadata.shared <= SHARED, f"{shape} needs {done.metadata.shared} bytes of shared memory"
+        assert stages(fixed["PADS"], done.metadata.shared) >= STAGES - 1, "SHARED_REST is far too large"
+        ptx = done.asm["ptx"]
+        for part in ("0x00f000f0", "mma.sync", "cp.async.cg", "cp.async.mbarrier.arrive.noinc", "ld.acquire.gpu"):
+            assert part in ptx, part
+        # Copies past the last chunk or slot write zeros: they say how much they read.
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10, %r", ptx)
+        with TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(ptx)
+            said = subprocess.run(
+                [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+                capture_output=True, text=True, check=True,
+            ).stderr  # fmt: skip
+        assert sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)) <= 64, said
+
+
+if __name__ == "__main__":
+    main()

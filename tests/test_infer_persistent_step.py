@@ -1,0 +1,118 @@
+"""When all layers of a step go in one launch, what the launch is told, and that it compiles; a card checks what it computes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from grace.infer import persistent_step
+from grace.infer.cache import make_cache
+from grace.infer.fuse import fuse_dense
+from grace.infer.int4_linear import Int4Linear
+from grace.kernels.decode_layers import FIELDS
+from grace.kernels.w4a16_table import Card
+
+COMPILE = Path(__file__).with_name("decode_layers_compile.py")
+H100 = Card("an H100", 132, 227 * 1024, hopper=True)
+
+
+def packed_decoder(group: int = 128, bias: bool = False, **changes) -> LlamaModel:
+    """A small decoder with INT4 linears that say they run on a card."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(**{"vocab_size": 50, "attention_bias": bias} | shape | changes)
+    decoder = LlamaModel(config).bfloat16().eval()
+    fuse_dense(decoder)
+    for parent in list(decoder.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                codes = torch.randint(-8, 8, child.weight.shape, dtype=torch.int8)
+                scales = torch.rand(child.out_features, child.in_features // group).bfloat16()
+                setattr(parent, name, Int4Linear(codes, scales, child.bias))
+                getattr(parent, name).backend = "triton"
+    return decoder
+
+
+def serves(decoder: LlamaModel, batch: int = 1, bits: int = 16) -> bool:
+    cache = make_cache(decoder.config, batch, 32, bits, torch.bfloat16, torch.device("cpu"))
+    return persistent_step.serves(decoder, decoder.embed_tokens.weight, cache)
+
+
+def test_takes_plain_layers_on_hopper_alone(monkeypatch):
+    decoder = packed_decoder()
+    assert not serves(decoder)  # a CPU
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    assert serves(decoder)
+    assert not serves(decoder, batch=2) and not serves(decoder, bits=8)
+    small = Card("a slice of an H100", 3, 227 * 1024, hopper=True)  # fewer multiprocessors than heads
+    for refused in (Card("an A100", 108, 163 * 1024), small):
+        monkeypatch.setattr(persistent_step, "card", lambda device, refused=refused: (refused, True))
+        assert not serves(decoder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 2},
+        {"group": 64},
+        {"bias": True},
+        {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32},
+        {"intermediate_size": 16384 + 128},
+    ],
+)
+def test_refuses_layers_that_it_does_not_compute(monkeypatch, changes):
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    assert not serves(packed_decoder(**changes))
+
+
+def test_refuses_layers_that_are_not_all_alike(monkeypatch):
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    for change in ("norm", "dense", "epsilon"):
+        decoder = packed_decoder()
+        layer = decoder.layers[1]
+        if change == "norm":
+            layer.self_attn.q_norm = nn.Identity()
+        elif change == "dense":
+            layer.mlp.down_proj = nn.Linear(512, 256)
+        else:
+            layer.input_layernorm.variance_epsilon = 0.1
+        assert not serves(decoder), change
+
+
+def test_the_table_holds_each_layers_addresses_in_the_kernels_order(monkeypatch):
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    decoder = packed_decoder()
+    cache = make_cache(decoder.config, 1, 32, 16, torch.bfloat16, torch.device("cpu"))
+    turns = torch.zeros(32, 64)
+    table = persistent_step.PersistentLayers(decoder, decoder.embed_tokens.weight, cache, turns, turns).table
+    assert table.shape == (2, len(FIELDS)) and table.dtype == torch.int64 and len(table.unique()) == table.numel()
+    layer, kept = decoder.layers[1], cache.layers[1]
+    expected = {
+        "qkv": layer.self_attn.q_proj.linear.weight, "o_steps": layer.self_attn.o_proj.scales,
+        "gate_up": layer.mlp.gate_proj.linear.weight, "down_steps": layer.mlp.down_proj.scales,
+        "input_norm": layer.input_layernorm.weight, "post_norm": layer.post_attention_layernorm.weight,
+        "keys": kept.keys, "values": kept.values,
+    }  # fmt: skip
+    for name, tensor in expected.items():
+        assert table[1, FIELDS.index(name)] == tensor.data_ptr(), name
+
+
+@pytest.mark.parametrize("hidden, inner, heads", [(4096, 11008, 32), (5120, 13824, 40), (512, 1024, 4)])
+def test_every_program_has_its_share(hidden, inner, heads):
+    """No more parts of attention than programs, and room for all of a product's inputs."""
+    told = persistent_step.constants(hidden, inner, heads, 128, H100.shared, H100.multiprocessors)
+    assert heads * told["SPLIT"] <= told["P"] and told["STAGES"] >= 4
+    assert [outputs for outputs, _, _ in told["SHAPES"]] == [3 * heads * 128, hidden, 2 * inner, hidden]
+    assert [paired for *_, paired in told["SHAPES"]] == [False, False, True, False]
+    for inputs, pad in zip((hidden, heads * 128, inner), told["PADS"], strict=True):
+        assert inputs <= pad and pad % (told["WAYS"] * 128) == 0 and pad & (pad - 1) == 0
+
+
+def test_compiles_for_hopper():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,150 @@
+"""All layers of one sequence's step in one launch, where model and card allow it: `grace.kernels.decode_layers`."""
+
+from functools import cache as cached
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from grace.infer.int4_linear import Int4Linear
+from grace.kernels.decode_attention import LOG2_E
+from grace.kernels.w4a16 import card
+from grace.kernels.w4a16_layout import CHUNK
+
+WIDEST = (8192, 8192, 16384)  # residual stream, heads side by side, inner: what four warps hold in registers
+STAGES = 10  # more do not help
+HEAD_DIMS = (64, 128)
+
+
+class PersistentLayers:
+    """Everything between a token and the input of the output head, for one sequence whose model `serves` accepts.
+
+    Args:
+        decoder: its linears joined by `grace.infer.fuse` and packed.
+        embedding: [vocab, d].
+        cache: initialised, one sequence, 16 bits.
+        cos, sin: of every position, [positions, D].
+    """
+
+    def __init__(
+        self, decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        layers, device = list(decoder.layers), embedding.device
+        _, heads, self.length, width = cache.layers[0].keys.shape
+        qkv, o, _, down = _linears(layers[0])
+        hidden, inner = o.out_features, down.in_features
+        here = card(device)[0]
+        self.kernel, self.programs = _kernel().layers_kernel, here.multiprocessors
+        self.constants = constants(hidden, inner, heads, width, here.shared, self.programs)
+        self.embedding, self.norm, self.turns, self.layers = embedding, decoder.norm.weight, (cos, sin), len(layers)
+        self.scale, self.eps = layers[0].self_attn.scaling * LOG2_E, decoder.norm.variance_epsilon
+        self.table = torch.tensor([_addresses(*pair) for pair in zip(layers, cache.layers, strict=True)], device=device)
+        self.between = [embedding.new_empty(n) for n in (qkv.out_features, hidden, inner, hidden)]
+        self.parts = [
+            torch.empty(self.constants["SPLIT"] * heads * n, dtype=torch.float32, device=device) for n in (width, 1)
+        ]
+        self.counter = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def __call__(
+        self, token: torch.Tensor, position: torch.Tensor, slot: torch.Tensor, first: torch.Tensor
+    ) -> torch.Tensor:
+        """The normed output [1, d] for int64 token [1], at position [1]; its key and value go to `slot` []."""
+        hidden = self.embedding.new_empty(1, self.embedding.shape[1])
+        self.kernel[(self.programs,)](
+            self.table, token, self.embedding, self.norm, *self.between, hidden, *self.turns, position, slot, first,
+            *self.parts, self.counter, self.layers, self.length, self.scale, self.eps,
+            **self.constants, num_warps=4, launch_cooperative_grid=True,
+        )  # fmt: skip
+        return hidden
+
+
+def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
+    """Whether `PersistentLayers` computes this decoder's steps, on its card, over this cache.
+
+    It takes a Hopper card, one sequence, as many key-value heads as heads, without norms, and INT4 linears in groups of
+    128 without biases, in sizes whose activations fit into registers and shared memory.
+    """
+    keys, here = cache.layers[0].keys, card(embedding.device)[0]
+    if not here.hopper or _kernel() is None or len(keys) != 1 or keys.dtype != embedding.dtype:
+        return False
+    shapes = set()
+    for layer in decoder.layers:
+        linears = _linears(layer)
+        if hasattr(layer.self_attn, "q_norm") or not all(_plain(m, embedding.dtype) for m in linears):
+            return False
+        eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
+        shapes.add((*((m.out_features, m.in_features) for m in linears), *eps))
+    heads, width = keys.shape[1], keys.shape[3]
+    (qkv, o, gate_up, down, *eps), *others = shapes
+    hidden, inner = o[0], down[1]
+    pads = _pads(hidden, heads * width, inner)
+    return (
+        not others
+        and set(eps) == {decoder.norm.variance_epsilon}
+        and (qkv, o) == ((3 * heads * width, hidden), (hidden, heads * width))
+        and (gate_up, down) == ((2 * inner, hidden), (hidden, inner))
+        and width in HEAD_DIMS
+        and heads <= here.multiprocessors
+        and all(pad <= most for pad, most in zip(pads, WIDEST, strict=True))
+        and stages(pads, here.shared) >= 4
+    )
+
+
+def constants(hidden: int, inner: int, heads: int, width: int, shared: int, programs: int) -> dict:
+    """What the kernel is compiled for; `shared`: bytes of shared memory that a program may have."""
+    kernel, heads_width, pads = _kernel(), heads * width, _pads(hidden, heads * width, inner)
+    chunks = hidden // CHUNK
+    shapes = (  # outputs, chunks of inputs, whether one half of the outputs gates the other
+        (3 * heads_width, chunks, False), (hidden, heads_width // CHUNK, False),
+        (2 * inner, chunks, True), (hidden, inner // CHUNK, False),
+    )  # fmt: skip
+    return {
+        "SHAPES": shapes,
+        "HIDDEN": hidden, "INNER": inner, "KV": heads, "D": width, "PADS": pads, "SPLIT": min(16, programs // heads),
+        "WAYS": kernel.WAYS, "STAGES": stages(pads, shared), "P": programs, "FIELDS": len(kernel.FIELDS),
+    }  # fmt: skip
+
+
+def _linears(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.q_proj.linear, attention.o_proj, mlp.gate_proj.linear, mlp.down_proj
+
+
+def _plain(linear: nn.Module, dtype: torch.dtype) -> bool:
+    return (
+        isinstance(linear, Int4Linear)
+        and linear.backend == "triton"
+        and linear.group_size == CHUNK
+        and linear.bias is None
+        and linear.scales.dtype == dtype
+    )
+
+
+def _addresses(layer: nn.Module, kept: StaticLayer) -> list[int]:
+    """A layer's line of the kernel's table: see its FIELDS."""
+    packed = [t for linear in _linears(layer) for t in (linear.weight, linear.scales)]
+    norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    return [t.data_ptr() for t in (*packed, *norms, kept.keys, kept.values)]
+
+
+def _pads(*sizes: int) -> tuple[int, ...]:
+    """Sizes rounded up to powers of two, and to the inputs of a stage."""
+    return tuple(max(_kernel().WAYS * CHUNK, 1 << (n - 1).bit_length()) for n in sizes)
+
+
+def stages(pads: tuple[int, ...], shared: int) -> int:
+    """Stages for which shared memory has room beside the activations, 2 bytes each, and one sum per chunk."""
+    left = shared - max(pads) * 2 - max(pads) // CHUNK * 4 - _kernel().SHARED_REST
+    return min(STAGES, left // _kernel().STAGE_BYTES)
+
+
+@cached
+def _kernel() -> ModuleType | None:
+    """`decode_layers`, or None where this Triton's Gluon does not have what it takes."""
+    try:
+        from grace.kernels import decode_layers
+    except (ImportError, AttributeError):
+        return None
+    return decode_layers

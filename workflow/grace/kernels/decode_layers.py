@@ -1,0 +1,377 @@
+"""All decoder layers of one decoding step of one sequence, with INT4 weights, in a single launch (Hopper, in Gluon).
+
+At one sequence a step is the reading of every weight. As a kernel per product, each loses microseconds until its loads
+are under way; here nothing stops the reading. One program stays on each multiprocessor through all layers:
+
+`stream`   one warp brings weights, step sizes and old keys and values, in the order of their use, into a ring of STAGES
+            in shared memory. None of them depends on the token, so the ring fills while the others wait.
+`_compute`  four warps take them out: norm, q k v, attention, output product, norm, gate and up, down, and so on. What a
+            program computes goes through memory to all others; every program holds the residual stream.
+`meet`      one warp waits, between two of these phases, until all programs have got there.
+
+A product is dealt out in units of 16 outputs (8 of gate and the same 8 of up), each with all its inputs, so nothing is
+summed across programs and the result is the same each time. In a unit the warps take chunks of 128 inputs and add their
+sums at the end. A multiprocessor can unpack about twice as fast as memory delivers, if an unpacked weight costs next to
+nothing: a pair of nibbles n becomes the fp16 numbers 1024 + n, or 1024 + 16 n four bits higher, by one LOP3. So
+activations are rounded to fp16 (exactly, but for what is 2^-26 of the largest: a power of two brings the largest to
+2^12), those that meet 16 n are divided by 16, and the product starts from minus what the 1024s and the code's zero (8)
+will add. Everything is summed in fp32 and rounded where transformers' modules round.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from grace.kernels.decode_ring import ROWS, address, meet, next_stage, own_slots, pass_on, stream, view
+
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # as Triton 3.9 calls it, or 3.6
+
+FIELDS = ("qkv", "qkv_steps", "o", "o_steps", "gate_up", "gate_up_steps", "down", "down_steps",
+          "input_norm", "post_norm", "keys", "values")  # fmt: skip
+WAYS = 16  # chunks of 128 inputs per stage
+STAGE_BYTES = WAYS * 16 * 64 + 2 * WAYS * 32  # of words, and of pairs of step sizes
+SHARED_REST = 4096  # bytes of shared memory at most, for barriers and sums across warps
+MEETINGS = gl.constexpr(5)  # of all programs, per layer
+
+_NIBBLES = gl.constexpr(
+    "{ .reg .b32 high; shr.b32 high, $4, 8;"
+    "lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea; lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;"
+    "lop3.b32 $2, high, 0x000f000f, 0x64006400, 0xea; lop3.b32 $3, high, 0x00f000f0, 0x64006400, 0xea; }"
+)
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_OPERAND = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]))
+
+
+@gluon.jit
+def _steps(low, high, SUMS: gl.constexpr, DTYPE: gl.constexpr):
+    """Step sizes of outputs 0 to 7 and 8 to 15 in the low 16 bits of int32 [WAYS, 8] each -> fp32 [WAYS, 16, 1]."""
+    low = (low & 65535).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+    high = (high & 65535).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+    both = gl.join(low, high).permute((0, 2, 1)).reshape((low.shape[0], 16))
+    return gl.expand_dims(gl.convert_layout(both, gl.SliceLayout(2, SUMS), assert_trivial=True), 2)
+
+
+@gluon.jit
+def _product(
+    x_s, shift_s, unscale, ring, stage, phase, y, dealt, OUT: gl.constexpr, CHUNKS: gl.constexpr,
+    PAIRED: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """y [OUT] = W x for this program's units; with PAIRED y [OUT / 2] = silu(gate x) * (up x), gate over up in W.
+
+    x stands in x_s and shift_s as `_put` leaves it. The tensor core's right operand has eight columns: all are x.
+    """
+    words_s, pairs_s, full, empty = ring
+    WAYS: gl.constexpr = words_s.shape[1]
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 8)
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[4, 0], [8, 0]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [WAYS, 8]
+    )
+    X: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 2, 0, 0], [0, 1, 0, 0, 0, 0],
+         [4, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0]],
+        [[0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
+        [[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]], [], [WAYS, 2, 4, 4, 2, 2],
+    )  # fmt: skip
+    _barrier()  # all of x stands; said here, the compiler does not say it in the loop
+    for unit in range(dealt, OUT // 16, P):
+        acc = gl.zeros((WAYS, 16, 8), gl.float32, SUMS)
+        for step in range((CHUNKS + WAYS - 1) // WAYS):
+            mbarrier.wait(full.index(stage), phase)
+            packed = words_s.index(stage).load(LEFT)
+            low = pairs_s.index(stage).slice(0, WAYS, 0).load(PAIRS)
+            if PAIRED:  # gate's and up's words, of which an even unit has the low halves
+                side = unit % 2 * 16
+                high = pairs_s.index(stage).slice(WAYS, WAYS, 0).load(PAIRS) >> side
+                low = low >> side
+            else:
+                high = low >> 16
+            n0, n1, n2, n3 = gl.inline_asm_elementwise(
+                _NIBBLES, "=&r,=&r,=&r,=&r,r", [packed],
+                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+            left = gl.join(gl.join(n0, n2), gl.join(n1, n3)).permute((0, 1, 3, 4, 2)).reshape((WAYS, 16, 128))
+            left = gl.convert_layout(left, LEFT, assert_trivial=True)
+            right = view(x_s.index(step), gl.float16, [WAYS, 2, 4, 4, 2, 2], _OPERAND).load(X)
+            right = right.permute((0, 1, 4, 2, 3, 5)).reshape((WAYS, 128))
+            right = gl.expand_dims(gl.convert_layout(right, gl.SliceLayout(2, RIGHT)), 2)
+            right, _ = gl.broadcast(right, gl.zeros((WAYS, 128, 8), gl.float16, RIGHT))
+            shift = shift_s.index(step).load(gl.SliceLayout(1, gl.SliceLayout(2, SUMS)))
+            shift, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(shift, 1), 2), acc)
+            sums = mma_v2(left, right, shift)
+            sizes, _ = gl.broadcast(_steps(low, high, SUMS, DTYPE), sums)
+            acc += sums * sizes
+            mbarrier.arrive(empty.index(stage))
+            stage, phase = next_stage(stage, phase, STAGES)
+        acc, _ = acc.reshape((WAYS, 16, 4, 2)).split()  # half of the columns, which are all alike
+        total = gl.sum(acc, 0) * unscale
+        if PAIRED:
+            gate, up = total.reshape((2, 8, 4)).permute((1, 2, 0)).split()
+            gate = gate.to(DTYPE).to(gl.float32)
+            total = (gate / (1.0 + gl.exp(-gate))).to(DTYPE).to(gl.float32) * up.to(DTYPE).to(gl.float32)
+        out = gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))[:, None]
+        column = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :]
+        gl.store(y + unit * total.shape[0] + out + column * 0, total.to(DTYPE), mask=out * 0 + column == 0)
+    return stage, phase
+
+
+@gluon.jit
+def _put(x_s, shift_s, x, top):
+    """x [128 C], fp32, its largest `top`: leave it as `_product` takes it, and return what its results are to be scaled by.
+
+    Within a chunk, input 64 a + 32 b + 8 t + 2 j + e lies at 64 a + 16 t + 4 j + 2 b + e, so that a thread t of the
+    tensor core's right operand reads 16 bytes at a time that two registers in a row take.
+    """
+    C: gl.constexpr = x.shape[0] // 128
+    exponent = gl.minimum(gl.maximum(top.to(gl.int32, bitcast=True) >> 23, 13), 253)
+    scale, unscale = ((266 - exponent) << 23).to(gl.float32, bitcast=True), (exponent - 12) << 23
+    tile = (x * scale).reshape((C, 128))
+    odd = (gl.arange(0, 128, gl.SliceLayout(0, tile.type.layout)) // 32 % 2 == 1)[None, :]  # they meet 1024 + 16 n
+    tile = (tile * gl.where(odd, 0.0625, 1.0)).to(gl.float16)
+    shift = gl.sum(tile.to(gl.float32) * gl.where(odd, -1152.0, -1032.0), 1)  # 1024 + 16 * 8, 1024 + 8
+    view(shift_s, gl.float32, [C], _PLAIN).store(shift)
+    to = view(x_s, gl.float16, [C, 2, 4, 4, 2, 2], _OPERAND).permute((0, 1, 4, 2, 3, 5))
+    to.store(tile.reshape((C, 2, 2, 4, 4, 2)))
+    return unscale.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _sum_and_max(a, b, c, d):
+    return a + c, gl.maximum(b, d)
+
+
+@gluon.jit
+def _norm(x, gain, HIDDEN: gl.constexpr, EPS, DTYPE: gl.constexpr):
+    """x / rms(x) * gain, fp32 [PAD] exact in DTYPE, and its largest but for rounding."""
+    gain = gain.to(gl.float32)
+    squares, top = gl.reduce((x * x, gl.abs(x * gain)), 0, _sum_and_max)
+    scale = gl.rsqrt(squares / HIDDEN + EPS)
+    return ((x * scale).to(DTYPE).to(gl.float32) * gain).to(DTYPE).to(gl.float32), top * scale
+
+
+@gluon.jit
+def _fresh(values, at, N: gl.constexpr):
+    """What other programs have just written, fp32."""
+    return gl.load(values + at, mask=at < N, other=0.0, cache_modifier=".cg").to(gl.float32)
+
+
+@gluon.jit
+def _rotated(values, d, far, turn, lean, D: gl.constexpr, DTYPE: gl.constexpr):
+    return (_fresh(values, d, D) * turn + _fresh(values, far, D) * lean).to(DTYPE).to(gl.float32)
+
+
+@gluon.jit
+def _attend(
+    qkv, keys, values, ring, stage, phase, h, part, now, begin, stop, d, turn, lean, part_sum, part_top, SCALE,
+    KV: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, T: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Attention of a head's new query to one part of its slots; the last part keeps the new key and value as well.
+
+    Every row of a stage's slots has a softmax of its own until the end. Leaves the part's mean of values [D], and log2
+    of the sum of its weights, from which `_joined` makes the whole.
+    """
+    words_s, _pairs_s, full, empty = ring
+    SLOTS: gl.constexpr = words_s.shape[1] * 512 // D
+    rows = gl.arange(0, SLOTS, gl.SliceLayout(1, T))
+    far = (d + D // 2) % D
+    q = _rotated(qkv + h * D, d, far, turn, lean, D, DTYPE)
+    key = _rotated(qkv + (KV + h) * D, d, far, turn, lean, D, DTYPE)
+    value = _fresh(qkv + (2 * KV + h) * D, d, D)
+    top = gl.full((SLOTS,), -1e30, gl.float32, gl.SliceLayout(1, T))  # finite, so that differences stay numbers
+    weight = gl.zeros((SLOTS,), gl.float32, gl.SliceLayout(1, T))
+    acc = gl.zeros((SLOTS, D), gl.float32, T)
+    query, _ = gl.broadcast(q[None, :], acc)
+    new = gl.sum(q * key, 0) * SCALE
+    if part == SPLIT - 1:
+        gl.store(keys + now * D + d, key.to(DTYPE))
+        gl.store(values + now * D + d, value.to(DTYPE))
+    else:
+        new = -1e30
+    for at in range(begin, stop, SLOTS):
+        mbarrier.wait(full.index(stage), phase)
+        k = view(words_s.index(stage), DTYPE, [SLOTS, D], ROWS).load(T)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+        logits = gl.where(at + rows < stop, gl.sum(k.to(gl.float32) * query, 1) * SCALE, -1e30)
+        peak = gl.maximum(top, logits)
+        p, fade = gl.exp2(logits - peak), gl.exp2(top - peak)
+        weight = weight * fade + p
+        mbarrier.wait(full.index(stage), phase)
+        v = view(words_s.index(stage), DTYPE, [SLOTS, D], ROWS).load(T)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = next_stage(stage, phase, STAGES)
+        acc = acc * fade[:, None] + p[:, None] * v.to(gl.float32)
+        top = peak
+    best = gl.maximum(gl.max(top, 0), new)
+    share, own = gl.exp2(top - best), gl.exp2(new - best)
+    total = gl.sum(weight * share, 0) + own
+    mean = (gl.sum(acc * share[:, None], 0) + own * value) / total
+    gl.store(part_sum + (part * KV + h) * D + d, mean, cache_modifier=".cg")
+    gl.store(part_top + part * KV + h, best + gl.log2(total), cache_modifier=".cg")
+    return stage, phase
+
+
+@gluon.jit
+def _joined(part_sum, part_top, at, KV: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, DTYPE: gl.constexpr):
+    """The heads' outputs side by side, fp32 [PAD] exact in DTYPE, zero from KV D on."""
+    ok = at < KV * D
+    tops = part_top + at // D
+    best = gl.load(tops, mask=ok, other=0.0, cache_modifier=".cg")
+    for part in gl.static_range(1, SPLIT):
+        best = gl.maximum(best, gl.load(tops + part * KV, mask=ok, other=0.0, cache_modifier=".cg"))
+    mixed, total = best * 0.0, best * 0.0
+    for part in gl.static_range(SPLIT):
+        share = gl.exp2(gl.load(tops + part * KV, mask=ok, other=0.0, cache_modifier=".cg") - best)
+        total += share
+        mixed += share * gl.load(part_sum + part * KV * D + at, mask=ok, other=0.0, cache_modifier=".cg")
+    return (mixed / total).to(DTYPE).to(gl.float32)
+
+
+@gluon.jit
+def _met(go, phase):
+    """Wait until all programs have finished the last phase; the parity of the next meeting."""
+    mbarrier.wait(go, phase)
+    return phase ^ 1
+
+
+@gluon.jit
+def _compute(
+    table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum, part_top,
+    x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES: gl.constexpr, HIDDEN: gl.constexpr,
+    INNER: gl.constexpr, KV: gl.constexpr, D: gl.constexpr, PADS: gl.constexpr, SPLIT: gl.constexpr, P: gl.constexpr,
+    STAGES: gl.constexpr, FIELDS: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """This program's share of every phase of every layer."""
+    L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
+    T: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    h, part, now, begin, stop = own_slots(slot, first, KV, SPLIT)
+    at, at_heads, at_inner = gl.arange(0, PADS[0], L), gl.arange(0, PADS[1], L), gl.arange(0, PADS[2], L)
+    d = gl.arange(0, D, gl.SliceLayout(0, T))
+    place = gl.load(position).to(gl.int32) * D + d
+    turn = gl.load(cos + place).to(gl.float32)
+    lean = gl.load(sin + place).to(gl.float32) * gl.where(d < D // 2, -1.0, 1.0)
+    dealt = gl.program_id(0)
+    stage, phase, meeting = 0, 0, 0
+    x = gl.load(embedding + gl.load(token) * HIDDEN + at, mask=at < HIDDEN, other=0.0).to(gl.float32)
+    for layer in range(LAYERS):
+        here = table + layer * FIELDS
+        gain = gl.load(address(here, 8, DTYPE) + at, mask=at < HIDDEN, other=0.0)
+        if layer > 0:
+            meeting = _met(go, meeting)
+            x = (x + _fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32)
+        y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
+        unscale = _put(x_s, shift_s, y, top)
+        stage, phase = _product(
+            x_s, shift_s, unscale, ring, stage, phase, qkv, dealt, SHAPES[0][0], SHAPES[0][1], False, P, STAGES, DTYPE
+        )
+        dealt = pass_on(dealt, SHAPES[0][0], P)
+        mbarrier.arrive(done)
+        keys = address(here, 10, DTYPE) + h.to(gl.int64) * LENGTH * D
+        values = address(here, 11, DTYPE) + h.to(gl.int64) * LENGTH * D
+        meeting = _met(go, meeting)
+        if gl.program_id(0) < KV * SPLIT:
+            stage, phase = _attend(
+                qkv, keys, values, ring, stage, phase, h, part, now, begin, stop, d, turn, lean, part_sum, part_top,
+                SCALE, KV, D, SPLIT, STAGES, T, DTYPE,
+            )  # fmt: skip
+        mbarrier.arrive(done)
+        gain = gl.load(address(here, 9, DTYPE) + at, mask=at < HIDDEN, other=0.0)
+        meeting = _met(go, meeting)
+        mixed = _joined(part_sum, part_top, at_heads, KV, D, SPLIT, DTYPE)
+        unscale = _put(x_s, shift_s, mixed, gl.max(gl.abs(mixed), 0))
+        stage, phase = _product(
+            x_s, shift_s, unscale, ring, stage, phase, o, dealt, SHAPES[1][0], SHAPES[1][1], False, P, STAGES, DTYPE
+        )
+        dealt = pass_on(dealt, SHAPES[1][0], P)
+        mbarrier.arrive(done)
+        meeting = _met(go, meeting)
+        x = (x + _fresh(o, at, HIDDEN)).to(DTYPE).to(gl.float32)
+        y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
+        unscale = _put(x_s, shift_s, y, top)
+        stage, phase = _product(
+            x_s, shift_s, unscale, ring, stage, phase, inner, dealt, SHAPES[2][0], SHAPES[2][1], True, P, STAGES, DTYPE
+        )
+        dealt = pass_on(dealt, SHAPES[2][0], P)
+        mbarrier.arrive(done)
+        meeting = _met(go, meeting)
+        active = _fresh(inner, at_inner, INNER)
+        unscale = _put(x_s, shift_s, active, gl.max(gl.abs(active), 0))
+        stage, phase = _product(
+            x_s, shift_s, unscale, ring, stage, phase, down, dealt, SHAPES[3][0], SHAPES[3][1], False, P, STAGES, DTYPE
+        )
+        dealt = pass_on(dealt, SHAPES[3][0], P)
+        mbarrier.arrive(done)
+    gain = gl.load(norm + at, mask=at < HIDDEN, other=0.0)
+    _met(go, meeting)
+    if gl.program_id(0) == 0:
+        y, top = _norm((x + _fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32), gain, HIDDEN, EPS, DTYPE)
+        gl.store(hidden + at, y.to(DTYPE), mask=at < HIDDEN)
+
+
+@gluon.jit(do_not_specialize=["LAYERS", "LENGTH"])
+def layers_kernel(
+    table,  # int64 [LAYERS, FIELDS]: addresses of each layer's tensors, in the order of the module's FIELDS
+    token,  # int64 [1]
+    embedding,  # [vocab, HIDDEN]
+    norm,  # [HIDDEN], of the last norm
+    qkv,  # [3 KV D]; this and the next three: what programs leave for each other
+    o,  # [HIDDEN]
+    inner,  # [INNER]
+    down,  # [HIDDEN]
+    hidden,  # [HIDDEN], the result
+    cos,  # [positions, D]
+    sin,  # [positions, D]
+    position,  # int64 [1]
+    slot,  # int64 []: where the new key and value go
+    first,  # int64 [1]: the first slot that is not padding
+    part_sum,  # fp32 [SPLIT, KV, D]
+    part_top,  # fp32 [SPLIT, KV]
+    counter,  # int32 [2], zeros before and after
+    LAYERS,
+    LENGTH,  # slots of the cache
+    SCALE,  # of the logits, times log2 e
+    EPS,
+    SHAPES: gl.constexpr,  # of qkv, o, gate over up, down: outputs, chunks of inputs, whether paired
+    HIDDEN: gl.constexpr,
+    INNER: gl.constexpr,
+    KV: gl.constexpr,  # heads, as many for queries as for keys
+    D: gl.constexpr,  # 64 or 128
+    PADS: gl.constexpr,  # HIDDEN, KV D and INNER rounded up to powers of two of at least WAYS chunks
+    SPLIT: gl.constexpr,  # parts of the slots, KV SPLIT of at most P
+    WAYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    P: gl.constexpr,  # programs, all resident: launch it cooperatively
+    FIELDS: gl.constexpr,
+):
+    """hidden = the last norm of all layers' output for `token`; its keys and values are put into the cache."""
+    DTYPE: gl.constexpr = qkv.dtype.element_ty
+    STEPS: gl.constexpr = max(PADS[0], PADS[1], PADS[2]) // (128 * WAYS)
+    x_s = gl.allocate_shared_memory(gl.float16, [STEPS, WAYS, 128], ROWS)
+    shift_s = gl.allocate_shared_memory(gl.float32, [STEPS, WAYS], _PLAIN)
+    words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
+    pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=32)  # every lane of `stream`, once its copies are there
+        mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(done, count=1)
+    mbarrier.init(go, count=1)
+    ring = (words_s, pairs_s, full, empty)
+    gl.warp_specialize(
+        [
+            (_compute, (
+                table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum,
+                part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, D, PADS,
+                SPLIT, P, STAGES, FIELDS, DTYPE,
+            )),
+            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, FIELDS, DTYPE)),
+            (meet, (counter, done, go, LAYERS * MEETINGS, P)),
+        ],
+        [1, 1],  # warps beside the four that compute
+        [64, 24],  # registers of their threads
+    )  # fmt: skip
