@@ -3,7 +3,7 @@
 At one sequence a step is the reading of every weight. As a kernel per product, each loses microseconds until its loads
 are under way; here nothing stops the reading. One program stays on each multiprocessor through all layers:
 
-`stream`   one warp brings weights, step sizes and old keys and values, in the order of their use, into a ring of STAGES
+`stream`    one warp brings weights, step sizes and old keys and values, in the order of their use, into a ring of STAGES
             in shared memory. None of them depends on the token, so the ring fills while the others wait.
 `_compute`  four warps take them out: norm, q k v, attention, output product, norm, gate and up, down, and so on. What a
             program computes goes through memory to all others; every program holds the residual stream.
@@ -11,11 +11,11 @@ are under way; here nothing stops the reading. One program stays on each multipr
 
 A product is dealt out in units of 16 outputs (8 of gate and the same 8 of up), each with all its inputs, so nothing is
 summed across programs and the result is the same each time. In a unit the warps take chunks of 128 inputs and add their
-sums at the end. A multiprocessor can unpack about twice as fast as memory delivers, if an unpacked weight costs next to
-nothing: a pair of nibbles n becomes the fp16 numbers 1024 + n, or 1024 + 16 n four bits higher, by one LOP3. So
-activations are rounded to fp16 (exactly, but for what is 2^-26 of the largest: a power of two brings the largest to
-2^12), those that meet 16 n are divided by 16, and the product starts from minus what the 1024s and the code's zero (8)
-will add. Everything is summed in fp32 and rounded where transformers' modules round.
+sums at the end. Unpacking keeps up with memory only if it costs next to nothing: one LOP3 makes of a pair of nibbles n
+the fp16 numbers 1024 + n, or 1024 + 16 n where they lie four bits higher. So activations become fp16 (a power of two
+brings the largest to 2^12; only what is less than 2^-22 of it is rounded), those that meet 16 n are divided by 16, and
+the product starts from minus what the 1024s and the code's zero (8) will add. Everything is summed in fp32 and rounded
+where transformers' modules round.
 """
 
 from triton.experimental import gluon
