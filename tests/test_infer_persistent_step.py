@@ -62,6 +62,7 @@ def test_takes_plain_layers_on_hopper_alone(monkeypatch):
         {"bias": True},
         {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32},
         {"intermediate_size": 16384 + 128},
+        {"hidden_size": 4096 + 128, "num_attention_heads": 33, "intermediate_size": 128},
     ],
 )
 def test_refuses_layers_that_it_does_not_compute(monkeypatch, changes):

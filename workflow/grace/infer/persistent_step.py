@@ -13,7 +13,9 @@ from grace.kernels.decode_attention import LOG2_E
 from grace.kernels.w4a16 import card
 from grace.kernels.w4a16_layout import CHUNK
 
-WIDEST = (8192, 8192, 16384)  # residual stream, heads side by side, inner: what four warps hold in registers
+# What a card has run. Twice as wide a residual stream (LLaVA-1.5-13B) and fp16 compile, and wait for a card.
+WIDEST = (4096, 4096, 16384)  # residual stream, heads side by side, inner: padded, in registers of four warps
+DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
 HEAD_DIMS = (64, 128)
 
@@ -63,11 +65,11 @@ class PersistentLayers:
 def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its card, over this cache.
 
-    It takes a Hopper card, one sequence, as many key-value heads as heads, without norms, and INT4 linears in groups of
-    128 without biases, in sizes whose activations fit into registers and shared memory.
+    It takes a Hopper card, bf16, one sequence, as many key-value heads as heads, without norms, and INT4 linears in
+    groups of 128 without biases, in sizes whose activations fit into registers and shared memory.
     """
     keys, here = cache.layers[0].keys, card(embedding.device)[0]
-    if not here.hopper or _kernel() is None or len(keys) != 1 or keys.dtype != embedding.dtype:
+    if not here.hopper or _kernel() is None or len(keys) != 1 or not keys.dtype == embedding.dtype == DTYPE:
         return False
     shapes = set()
     for layer in decoder.layers:
