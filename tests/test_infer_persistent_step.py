@@ -1,5 +1,6 @@
 """When all layers of a step go in one launch, what the launch is told, and that it compiles; a card checks what it computes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -8,33 +9,55 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+import gluon_on_cpu
 from grace.infer import persistent_step
 from grace.infer.cache import make_cache
 from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
+from grace.infer.llama_step import rotary_table
 from grace.kernels.decode_layers import FIELDS
+from grace.kernels.w4a16 import pack
+from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import Card
 
 COMPILE = Path(__file__).with_name("decode_layers_compile.py")
 H100 = Card("an H100", 132, 227 * 1024, hopper=True)
 
 
-def packed_decoder(group: int = 128, bias: bool = False, **changes) -> LlamaModel:
-    """A small decoder with INT4 linears that say they run on a card."""
+def plain_decoder(group: int = 128, bias: bool = False, **changes) -> LlamaModel:
+    """A small decoder of transformers in fp32, whose linears hold random codes times random step sizes."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
     config = LlamaConfig(**{"vocab_size": 50, "attention_bias": bias} | shape | changes)
-    decoder = LlamaModel(config).bfloat16().eval()
+    decoder = LlamaModel(config).eval().requires_grad_(False)
+    for child in decoder.layers.modules():
+        if type(child) is nn.Linear:
+            codes = torch.randint(-8, 8, child.weight.shape, dtype=torch.int8)
+            codes[:, ::group] = -8  # so that the largest of each group tells its step size
+            scales = (0.005 * torch.rand(len(codes), codes.shape[1] // group) + 0.002).bfloat16()
+            child.weight.copy_(dequantise(codes, scales, torch.float32))
+        elif "Norm" in type(child).__name__:
+            nn.init.uniform_(child.weight, 0.5, 2)
+    decoder.embed_tokens.weight.copy_(decoder.embed_tokens.weight.bfloat16())
+    return decoder
+
+
+def packed_decoder(plain: LlamaModel | None = None, group: int = 128, **changes) -> LlamaModel:
+    """The same in bf16 with INT4 linears that say they run on a card, and lie as they would there."""
+    decoder = copy.deepcopy(plain or plain_decoder(group, **changes))
     fuse_dense(decoder)
     for parent in list(decoder.layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                codes = torch.randint(-8, 8, child.weight.shape, dtype=torch.int8)
-                scales = torch.rand(child.out_features, child.in_features // group).bfloat16()
-                setattr(parent, name, Int4Linear(codes, scales, child.bias))
-                getattr(parent, name).backend = "triton"
-    return decoder
+                groups = child.weight.view(child.out_features, -1, group)
+                scales = groups.abs().amax(-1) / 8
+                codes = (groups / scales.unsqueeze(-1)).round().to(torch.int8).view(child.weight.shape)
+                packed = Int4Linear(codes, scales.bfloat16(), child.bias)
+                packed.weight, packed.scales = pack(codes, scales.bfloat16())
+                packed.backend = "triton"
+                setattr(parent, name, packed)
+    return decoder.bfloat16()
 
 
 def serves(decoder: LlamaModel, batch: int = 1, bits: int = 16) -> bool:
@@ -111,6 +134,51 @@ def test_every_program_has_its_share(hidden, inner, heads):
     assert [paired for *_, paired in told["SHAPES"]] == [False, False, True, False]
     for inputs, pad in zip((hidden, heads * 128, inner), told["PADS"], strict=True):
         assert inputs <= pad and pad % (told["WAYS"] * 128) == 0 and pad & (pad - 1) == 0
+
+
+@pytest.mark.parametrize(
+    "programs, now, padding, changes",
+    [
+        (9, 70, 0, {}),  # two parts of each head's slots
+        (5, 300, 37, {"num_attention_heads": 2, "head_dim": 128}),  # rounds of several stages, padding before
+        (4, 0, 0, {}),  # the first token
+        (7, 3, 2, {"num_attention_heads": 2, "head_dim": 64, "intermediate_size": 2048 + 128}),  # empty parts
+    ],
+)
+def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, changes):
+    """The kernel itself, its programs and warps as threads of a CPU, against transformers' layers in fp32."""
+    torch.manual_seed(now)
+    monkeypatch.setattr(persistent_step, "card", lambda device: (Card("threads", programs, 227 * 1024, True), True))
+    folder = Path(persistent_step.__file__).parents[1] / "kernels"
+    module, memory = gluon_on_cpu.load(folder / "decode_ring.py", folder / "decode_layers.py")
+    monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
+    plain = plain_decoder(**changes)
+    packed, config = packed_decoder(plain), plain.config
+    length, place = now + 9, {"dtype": torch.int64}
+    cache = make_cache(config, 1, length, 16, torch.bfloat16, torch.device("cpu"))
+    before = DynamicCache(config=config)
+    for index, kept in enumerate(cache.layers):
+        kept.keys.fill_(torch.nan), kept.values.fill_(torch.nan)
+        kept.keys[:, :, :now].normal_(), kept.values[:, :, :now].normal_()
+        if now:
+            before.update(kept.keys[:, :, :now].float(), kept.values[:, :, :now].float(), index)
+    turns = rotary_table(plain.rotary_emb, length, torch.bfloat16)
+    layers = persistent_step.PersistentLayers(packed, packed.embed_tokens.weight, cache, *turns)
+    memory.know(t for layer in packed.layers for t in layer.state_dict().values())
+    memory.know(t for kept in cache.layers for t in (kept.keys, kept.values))
+    token, position, first = torch.tensor([7]), torch.tensor([now - padding]), torch.tensor([padding])
+    mask = (torch.arange(now + 1) >= padding).long()[None]
+    expected = plain(
+        input_ids=token[None], attention_mask=mask, position_ids=position[None], past_key_values=before, use_cache=True
+    ).last_hidden_state[0]
+    for _ in range(2):  # the second launch finds counters and cache as the first has left them
+        ours = layers(token, position, torch.tensor(now, **place), first)
+        assert (ours.float() - expected).norm() < 0.02 * expected.norm()
+        for kept, theirs in zip(cache.layers, before.layers, strict=True):
+            for own, other in ((kept.keys, theirs.keys), (kept.values, theirs.values)):
+                assert (own[:, :, now].float() - other[:, :, now]).norm() < 0.02 * other[:, :, now].norm()
+                assert own[:, :, now + 1 :].isnan().all()
+        assert not layers.counter.any()
 
 
 def test_compiles_for_hopper():
