@@ -7,153 +7,18 @@ errors, and so is a wait that nobody ends. Only what the project's kernels use i
 
 import builtins
 import inspect
-import operator
 import threading
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 
+from gluon_values import Memory, Pointer, PointerType, Shared, Tensor, here, unwrap
 from test_kernels_w4a16_ptx import run as run_ptx
 
 PATIENCE = 120  # seconds that a kernel may take
-_here = threading.local()  # the program and the number of warps that a thread stands for
-
-
-class Memory:
-    """The tensors that pointers may point into, by address."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[int, torch.Tensor] = {}
-
-    def know(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Let kernels reach these contiguous tensors."""
-        for tensor in tensors:
-            assert tensor.is_contiguous()
-            self.tensors[tensor.data_ptr()] = tensor
-
-    def find(self, address: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-        """The tensor at or before an address, flat and as `dtype`, and the address as an index into it."""
-        starts = sorted(self.tensors)
-        start = starts[bisect_right(starts, address) - 1]
-        flat = self.tensors[start].view(-1).view(dtype)
-        return flat, (address - start) // dtype.itemsize
-
-
-class PointerType:
-    def __init__(self, element_ty: torch.dtype) -> None:
-        self.element_ty = element_ty
-
-
-class Pointer:
-    """An address in `memory`, or a tensor of them: base + offsets, counted in elements."""
-
-    def __init__(self, memory: Memory, base: int, element: torch.dtype, offset: torch.Tensor | int = 0) -> None:
-        self.memory, self.base, self.offset, self.dtype = memory, base, offset, PointerType(element)
-
-    def __add__(self, more):
-        more = more.t.long() if isinstance(more, Tensor) else more
-        return Pointer(self.memory, self.base, self.dtype.element_ty, self.offset + more)
-
-    def places(self, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The flat tensor, the indices, and which of them count."""
-        flat, start = self.memory.find(self.base, self.dtype.element_ty)
-        at = torch.as_tensor(self.offset) + start
-        ok = torch.ones_like(at, dtype=torch.bool) if mask is None else unwrap(mask).expand(at.shape)
-        assert not ((at < 0) | (at >= len(flat)))[ok].any(), f"{self.dtype.element_ty} outside of its tensor"
-        return flat, at, ok
-
-
-class Tensor:
-    """What a kernel calls a tensor; numbers that kernels load have no dimensions."""
-
-    def __init__(self, t: torch.Tensor) -> None:
-        self.t = t
-
-    shape = property(lambda self: tuple(self.t.shape))
-    dtype = property(lambda self: self.t.dtype)
-    type = SimpleNamespace(layout=None)
-
-    def to(self, dtype, bitcast: bool = False):
-        if isinstance(dtype, PointerType):
-            return Pointer(_here.memory, int(self.t), dtype.element_ty)
-        return Tensor(self.t.view(dtype) if bitcast else self.t.to(dtype))
-
-    def reshape(self, shape):
-        return Tensor(self.t.reshape(shape))
-
-    def permute(self, order):
-        return Tensor(self.t.permute(order))
-
-    def split(self):
-        return Tensor(self.t[..., 0]), Tensor(self.t[..., 1])
-
-    def __getitem__(self, index):
-        return Tensor(self.t[index])
-
-    def __neg__(self):
-        return Tensor(-self.t)
-
-    def __bool__(self):
-        return bool(self.t)
-
-    def __index__(self):
-        return int(self.t)
-
-
-def unwrap(value):
-    return value.t if isinstance(value, Tensor) else value
-
-
-def _binary(operation: Callable, swapped: bool = False):
-    def method(self, other):
-        if isinstance(other, Pointer):
-            return NotImplemented
-        a, b = self.t, unwrap(other)
-        return Tensor(operation(b, a) if swapped else operation(a, b))
-
-    return method
-
-
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
-    _operation = getattr(operator, _name + "_" if _name in ("and", "or") else _name)
-    setattr(Tensor, f"__{_name}__", _binary(_operation))
-    setattr(Tensor, f"__r{_name}__", _binary(_operation, swapped=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(Tensor, f"__{_name}__", _binary(getattr(operator, _name)))
-
-
-class Shared:
-    """A piece of a program's shared memory, or a barrier in it."""
-
-    def __init__(self, t: torch.Tensor) -> None:
-        self.t = t
-
-    shape = property(lambda self: tuple(self.t.shape))
-
-    def index(self, i):
-        return Shared(self.t[int(i)])
-
-    def slice(self, start, length, dim=0):
-        return Shared(self.t.narrow(dim, start, length))
-
-    def permute(self, order):
-        return Shared(self.t.permute(order))
-
-    def load(self, layout):
-        return Tensor(self.t.clone())
-
-    def store(self, value):
-        assert self.t.shape == value.t.shape and self.t.dtype == value.t.dtype
-        self.t.copy_(value.t)
-
-    def reinterpret(self, dtype, shape, layout):
-        """The beginning of the same bytes; more than there are is an error."""
-        bytes_ = self.t.view(-1).view(torch.uint8)
-        return Shared(bytes_[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape))
 
 
 class TensorDescriptor:
@@ -171,7 +36,7 @@ class TensorDescriptor:
         assert to.shape == tuple(self.block)
         inside = self._inside(at)
         to.t.zero_()[: inside.shape[0], : inside.shape[1]] = inside
-        _here.barriers.arrive(full, 0, -to.t.nbytes)
+        here.barriers.arrive(full, 0, -to.t.nbytes)
 
     def write(self, at, block: Shared) -> None:
         inside = self._inside(at)
@@ -255,8 +120,8 @@ class Jit:
         barriers = Barriers()
 
         def program(pid: int) -> None:
-            _here.program, _here.programs, _here.warps = pid, programs, 4
-            _here.memory, _here.barriers = self.memory, barriers
+            here.program, here.programs, here.warps = pid, programs, 4
+            here.memory, here.barriers = self.memory, barriers
             self.fn(*args, **kwargs)
 
         _threads([lambda pid=pid: program(pid) for pid in range(programs)], barriers)
@@ -292,7 +157,7 @@ def _atomic_add(pointer: Pointer, value, **_) -> Tensor:
 def _assembly(text: str, constraints: str, args: list, dtype, **_):
     text = getattr(text, "value", text)  # a constexpr of a module that is Triton's own
     if text.startswith("ld.acquire"):  # a look at another program's counter
-        _here.barriers.check()
+        here.barriers.check()
         time.sleep(1e-4)
         return _load(args[0])
     pairs = [arg.t.contiguous().view(torch.int32).view(-1) for arg in args]  # of 16-bit numbers
@@ -301,10 +166,10 @@ def _assembly(text: str, constraints: str, args: list, dtype, **_):
 
 
 def _specialize(work: list[tuple[Callable, tuple]], warps: list[int], registers: list[int]) -> None:
-    place = dict(vars(_here))
+    place = dict(vars(here))
 
     def group(fn: Callable, args: tuple, count: int) -> None:
-        vars(_here).update(place, warps=count)
+        vars(here).update(place, warps=count)
         fn(*args)
 
     counts = [place["warps"], *warps]
@@ -352,9 +217,9 @@ def _language() -> ModuleType:
         setattr(gl, name, _one(getattr(torch, name)))
     gl.constexpr = lambda value: value
     gl.pointer_type, gl.shared_memory_descriptor = PointerType, Shared
-    gl.program_id = lambda axis: Tensor(torch.tensor(_here.program, dtype=torch.int32))
-    gl.num_programs = lambda axis: _here.programs
-    gl.num_warps = lambda: _here.warps
+    gl.program_id = lambda axis: Tensor(torch.tensor(here.program, dtype=torch.int32))
+    gl.num_programs = lambda axis: here.programs
+    gl.num_warps = lambda: here.warps
     gl.static_range, gl.barrier = range, lambda: None  # a group of warps is one thread here
     gl.multiple_of = lambda value, _: value
     gl.convert_layout = lambda value, layout, **_: value
@@ -383,17 +248,17 @@ def load(*paths: Path) -> tuple[ModuleType, Memory]:
         return Jit(fn, memory) if fn else lambda fn: Jit(fn, memory)
 
     mbarrier = SimpleNamespace(
-        init=lambda at, count: _here.barriers.init(at, count),
-        wait=lambda at, parity: _here.barriers.wait(at, parity),
-        arrive=lambda at: _here.barriers.arrive(at),
-        expect=lambda at, bytes_: _here.barriers.arrive(at, 1, bytes_),
+        init=lambda at, count: here.barriers.init(at, count),
+        wait=lambda at, parity: here.barriers.wait(at, parity),
+        arrive=lambda at: here.barriers.arrive(at),
+        expect=lambda at, bytes_: here.barriers.arrive(at, 1, bytes_),
         MBarrierLayout=lambda: None,
     )
     async_copy = SimpleNamespace(
         async_load=_copy,
         commit_group=lambda: None,
         wait_group=lambda outstanding: None,
-        mbarrier_arrive=lambda at, increment_count: _here.barriers.arrive(at, 32 * _here.warps),
+        mbarrier_arrive=lambda at, increment_count: here.barriers.arrive(at, 32 * here.warps),
     )
     nvidia = SimpleNamespace(
         async_copy=async_copy,
