@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from grace.infer.cache import make_cache
 from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
 from grace.infer.llama_step import rotary_table
+from grace.kernels import decode_layers
 from grace.kernels.decode_layers import FIELDS
 from grace.kernels.w4a16 import pack
 from grace.kernels.w4a16_layout import dequantise
@@ -123,6 +125,25 @@ def test_the_table_holds_each_layers_addresses_in_the_kernels_order(monkeypatch)
     }  # fmt: skip
     for name, tensor in expected.items():
         assert table[1, FIELDS.index(name)] == tensor.data_ptr(), name
+
+
+def test_a_launch_that_fails_is_told_and_done_without(monkeypatch):
+    class Kernel(dict):
+        def __missing__(self, grid):
+            raise RuntimeError("too many blocks in cooperative launch")
+
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    module = SimpleNamespace(
+        **{name: getattr(decode_layers, name) for name in ("WAYS", "FIELDS", "SHARED_REST", "STAGE_BYTES")}
+    )
+    module.layers_kernel = Kernel()
+    monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
+    decoder = packed_decoder()
+    cache = make_cache(decoder.config, 1, 32, 16, torch.bfloat16, torch.device("cpu"))
+    places = [torch.zeros(1, dtype=torch.int64)] * 4
+    with pytest.warns(UserWarning, match="a launch per kernel.*too many blocks"):
+        made = persistent_step.prepare(decoder, decoder.embed_tokens.weight, cache, (places[0], places[0]), *places)
+    assert made is None
 
 
 @pytest.mark.parametrize("hidden, inner, heads", [(4096, 11008, 32), (5120, 13824, 40), (512, 1024, 4)])

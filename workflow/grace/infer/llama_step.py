@@ -66,10 +66,8 @@ class LlamaStep:
         self.token, self.position, self.slot, self.first = token.view(-1), position, slot, first
         self.stream = self.table.new_empty(len(position), self.table.shape[1])
         self.cos, self.sin = rotary_table(decoder.rotary_emb, cache.get_max_length(), self.table.dtype)
-
-        serves = persistent_step.serves(decoder, self.table, cache)
-        self.persistent = (
-            persistent_step.PersistentLayers(decoder, self.table, cache, self.cos, self.sin) if serves else None
+        self.persistent = persistent_step.prepare(
+            decoder, self.table, cache, (self.cos, self.sin), self.token, self.position, self.slot, self.first
         )
 
     def __call__(self) -> None:

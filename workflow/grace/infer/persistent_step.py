@@ -1,5 +1,6 @@
 """All layers of one sequence's step in one launch, where model and card allow it: `grace.kernels.decode_layers`."""
 
+import warnings
 from functools import cache as cached
 from types import ModuleType
 
@@ -60,6 +61,31 @@ class PersistentLayers:
             **self.constants, num_warps=4, launch_cooperative_grid=True,
         )  # fmt: skip
         return hidden
+
+
+def prepare(
+    decoder: nn.Module,
+    embedding: torch.Tensor,
+    cache: StaticCache,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    *places: torch.Tensor,
+) -> PersistentLayers | None:
+    """The layers in one launch, tried once over an empty cache; None where `serves` refuses, or the card the launch.
+
+    It does where not all multiprocessors are this process's (MPS): all programs have to run at once.
+
+    Args:
+        turns: cosines and sines; places: token, position, slot and first slot, as `PersistentLayers` takes them.
+    """
+    if not serves(decoder, embedding, cache):
+        return None
+    layers = PersistentLayers(decoder, embedding, cache, *turns)
+    try:
+        layers(*places)
+    except Exception as error:  # of Triton's compiler, its launcher or the driver
+        warnings.warn(f"decoding takes a launch per kernel, since one for all layers failed: {error}", stacklevel=2)
+        return None
+    return layers
 
 
 def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
