@@ -171,7 +171,9 @@ def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, cha
     torch.manual_seed(now)
     monkeypatch.setattr(persistent_step, "card", lambda device: (Card("threads", programs, 227 * 1024, True), True))
     folder = Path(persistent_step.__file__).parents[1] / "kernels"
-    module, memory = gluon_on_cpu.load(folder / "decode_ring.py", folder / "decode_layers.py")
+    module, memory = gluon_on_cpu.load(
+        *(folder / f"{name}.py" for name in ("gluon_names", "decode_ring", "decode_layers"))
+    )
     monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
     plain = plain_decoder(**changes)
     packed, config = packed_decoder(plain), plain.config

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from grace.errors import GraceError
-from grace.kernels.w4a16 import _locks, dequantised, hopper, launch, pack, serves, w4a16
+from grace.kernels.w4a16 import _locks, dequantised, gluon, launch, pack, serves, w4a16
 from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import DENSE, Tile
 
@@ -134,7 +134,9 @@ def test_refusals_name_what_is_wrong(monkeypatch):
         launch(x, *pack(codes, scales), None, 128, Tile("ways", 8, 8, split=2))
     with pytest.raises(GraceError, match="3 tiles cannot be split, at most 2"):  # a tile of this kind takes two locks
         locks, (words, steps) = torch.zeros(5, dtype=torch.int32), pack(*problem(384, 256, 128, 1, torch.bfloat16)[:2])
-        hopper().product(x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 1, locks)
+        gluon("w4a16_hopper").product(
+            x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 1, locks
+        )
     with pytest.raises(GraceError, match="do not fit 128 inputs"):
         w4a16(x.float(), *pack(codes, scales), None, 128, 128)
     with pytest.raises(GraceError, match="do not fit 128 inputs"):

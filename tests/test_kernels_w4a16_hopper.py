@@ -10,7 +10,8 @@ from grace.kernels import w4a16
 from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import Tile
 
-MODULE, MEMORY = gluon_on_cpu.load(Path(w4a16.__file__).with_name("w4a16_hopper.py"))
+FOLDER = Path(w4a16.__file__).parent
+MODULE, _ = gluon_on_cpu.load(FOLDER / "gluon_names.py", FOLDER / "w4a16_hopper.py")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

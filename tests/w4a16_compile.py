@@ -68,22 +68,31 @@ def hopper(dtype: str, tile: Tile, **changes):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
+def assembled(ptx: str) -> str:
+    """What ptxas says of a kernel for Hopper: registers, spills, warnings."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        return subprocess.run(
+            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+
+
+def spilled(said: str) -> int:
+    """Bytes that ptxas says go to memory for want of registers."""
+    return sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
+
+
 def check_hopper(dtype: str, tile: Tile, **changes) -> None:
     """Products wait for each other only where the kernel says so, nothing spills to memory, and the tile fits."""
     done = hopper(dtype, tile, **changes)
     assert 0 <= tile.shared() - done.metadata.shared < 1024 and tile.shared() <= SHARED[90], tile
     ptx = done.asm["ptx"]
     assert all(part in ptx for part in ("setmaxnreg", "0x000f000f", "griddepcontrol", "stmatrix"))
-    with TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        said = subprocess.run(
-            [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+    said = assembled(ptx)
     assert "serialized" not in said, said
-    spilled = sum(int(bytes_) for bytes_ in re.findall(r"(\d+) bytes spill", said))
-    assert spilled <= 64, said  # a few of a split tile's end, outside of every loop over inputs
+    assert spilled(said) <= 64, said  # a few of a split tile's end, outside of every loop over inputs
 
 
 def conversions_in_loops(ttgir: str) -> int:

@@ -1,7 +1,6 @@
 """All layers of one sequence's step in one launch, where model and card allow it: `grace.kernels.decode_layers`."""
 
 import warnings
-from functools import cache as cached
 from types import ModuleType
 
 import torch
@@ -11,7 +10,7 @@ from transformers.cache_utils import StaticLayer
 
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.decode_attention import LOG2_E
-from grace.kernels.w4a16 import card
+from grace.kernels.w4a16 import card, gluon
 from grace.kernels.w4a16_layout import CHUNK
 
 # What a card has run. Twice as wide a residual stream (LLaVA-1.5-13B) and fp16 compile, and wait for a card.
@@ -168,11 +167,5 @@ def stages(pads: tuple[int, ...], shared: int) -> int:
     return min(STAGES, left // _kernel().STAGE_BYTES)
 
 
-@cached
 def _kernel() -> ModuleType | None:
-    """`decode_layers`, or None where this Triton's Gluon does not have what it takes."""
-    try:
-        from grace.kernels import decode_layers
-    except (ImportError, AttributeError):
-        return None
-    return decode_layers
+    return gluon("decode_layers")

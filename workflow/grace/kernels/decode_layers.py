@@ -23,9 +23,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from grace.kernels.decode_ring import ROWS, address, meet, next_stage, own_slots, pass_on, stream, view
-
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # as Triton 3.9 calls it, or 3.6
+from grace.kernels.decode_ring import ROWS, address, meet, own_slots, pass_on, stream
+from grace.kernels.gluon_names import barrier, next_stage, view
 
 FIELDS = ("qkv", "qkv_steps", "o", "o_steps", "gate_up", "gate_up_steps", "down", "down_steps",
           "input_norm", "post_norm", "keys", "values")  # fmt: skip
@@ -75,7 +74,7 @@ def _product(
         [[0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
         [[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]], [], [WAYS, 2, 4, 4, 2, 2],
     )  # fmt: skip
-    _barrier()  # all of x stands; said here, the compiler does not say it in the loop
+    barrier()  # all of x stands; said here, the compiler does not say it in the loop
     for unit in range(dealt, OUT // 16, P):
         acc = gl.zeros((WAYS, 16, 8), gl.float32, SUMS)
         for step in range((CHUNKS + WAYS - 1) // WAYS):

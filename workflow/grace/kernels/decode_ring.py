@@ -9,9 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# As Triton 3.9 calls them, or 3.6.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+from grace.kernels.gluon_names import copy, next_stage, view
 
 # Stages under way at a time. They fill the memory's pipeline; what else waits in it delays the small loads between two
 # products: without this limit a step of LLaVA-1.5-7B takes 1.77 ms on an H100, with it 1.61.
@@ -24,16 +22,6 @@ _LOOK = gl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 def address(layer, field: gl.constexpr, kind: gl.constexpr):
     """The pointer whose address is a field of a layer's line of the table."""
     return gl.multiple_of(gl.load(layer + field).to(gl.pointer_type(kind)), 16)
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The next stage of the ring, and the parity of its barriers."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
 
 
 @gluon.jit
@@ -85,12 +73,12 @@ def _stream_product(
             from_pairs = pairs + (step * (WAYS * HALF) + unit // SIDES * 8) + pair_inside
             to_pairs = pairs_s.index(stage).slice(0, WAYS * SIDES, 0)
             if CHUNKS % WAYS == 0:
-                _copy(words_s.index(stage), from_words)
-                _copy(to_pairs, from_pairs)
+                copy(words_s.index(stage), from_words)
+                copy(to_pairs, from_pairs)
             else:  # chunks past the end become zeros
                 left = CHUNKS - step * WAYS
-                _copy(words_s.index(stage), from_words, mask=way + row * 0 + word * 0 < left)
-                _copy(to_pairs, from_pairs, mask=line % WAYS + pair * 0 < left)
+                copy(words_s.index(stage), from_words, mask=way + row * 0 + word * 0 < left)
+                copy(to_pairs, from_pairs, mask=line % WAYS + pair * 0 < left)
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             async_copy.commit_group()
             stage, phase = next_stage(stage, phase, STAGES)
@@ -108,7 +96,7 @@ def _stream_slots(cache, ring, stage, phase, begin, stop, D: gl.constexpr, STAGE
     async_copy.wait_group(AHEAD - 1)
     mbarrier.wait(empty.index(stage), phase)
     to = view(words_s.index(stage), cache.dtype.element_ty, [SLOTS, D], ROWS)
-    _copy(to, cache + row * D + d, mask=row + d * 0 < stop)
+    copy(to, cache + row * D + d, mask=row + d * 0 < stop)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
     async_copy.commit_group()
     return next_stage(stage, phase, STAGES)

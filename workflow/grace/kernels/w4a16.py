@@ -15,6 +15,7 @@ be written by a kernel that starts its successor early.
 
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -112,7 +113,9 @@ def launch(
     if tile.kind == "hopper":
         x = x if x.data_ptr() % 16 == 0 else x.clone()  # the copy engine's blocks
         if takes_hopper(outs, group_size, here) and scales.dtype == x.dtype and words.data_ptr() % 16 == 0:
-            return hopper().product(x, words, scales, bias, group_size, tile, here.multiprocessors, _locks(x.device))
+            return gluon("w4a16_hopper").product(
+                x, words, scales, bias, group_size, tile, here.multiprocessors, _locks(x.device)
+            )
         tile = rule(len(x), outs, x.shape[1], group_size, replace(here, hopper=False))
     rounds = tile.kind == "round" and group_size % CHUNK == 0 and scales.dtype == x.dtype
     if tile.kind == "dense" or (tile.kind == "round" and not rounds):
@@ -193,19 +196,18 @@ def card(device: torch.device) -> tuple[Card, bool]:
     if device.type != "cuda":
         return Card("interpreter", 4, 1 << 20), False
     about = torch.cuda.get_device_properties(device)
-    runs_hopper = about.major == 9 and hopper() is not None
+    runs_hopper = about.major == 9 and gluon("w4a16_hopper") is not None
     shared = about.shared_memory_per_block_optin
     return Card(about.name, about.multi_processor_count, shared, runs_hopper), about.major >= 9
 
 
 @cache
-def hopper() -> ModuleType | None:
-    """`w4a16_hopper`, or None where this Triton's Gluon does not have what it takes."""
+def gluon(name: str) -> ModuleType | None:
+    """A module of `grace.kernels` in Gluon, or None where this Triton's Gluon does not have what it takes."""
     try:
-        from grace.kernels import w4a16_hopper
+        return import_module(f"grace.kernels.{name}")
     except (ImportError, AttributeError):
         return None
-    return w4a16_hopper
 
 
 @cache

@@ -28,14 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from grace.kernels.gluon_names import barrier, fetch, next_stage, write
 from grace.kernels.w4a16_layout import CHUNK, TILE
 from grace.kernels.w4a16_table import Tile
 from grace.kernels.w4a16_triton import WEIGHTS_BF16, WEIGHTS_FP16
-
-# As Triton 3.9 calls them, or 3.6.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 DENSE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # activations and results: rows of 128 bytes, swizzled
 WORDS_LAYOUT = gl.NVMMASharedLayout(64, 16, 2)  # packed words: 64 bytes per output
@@ -59,16 +55,6 @@ def _place(item, WHOLE, CHUNKS, SPLIT, m_tiles, n_tiles, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """The next stage of the ring, and the parity of its barriers."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.jit
 def _fetch_tiles(
     x, words, x_s, words_s, full, empty, N, CHUNKS, WHOLE, ITEMS, SPLIT, m_tiles, n_tiles,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PDL: gl.constexpr,
@@ -85,9 +71,9 @@ def _fetch_tiles(
             mbarrier.expect(full.index(stage), BLOCK_M * 256 + BLOCK_N * 64)
             for side in gl.static_range(2):  # past the last output, words of the next chunk: never stored
                 at = chunk * N + tile_n * BLOCK_N + side * HALF
-                _load(words, [at, 0], full.index(stage), words_s.index(2 * stage + side))
-                _load(x, [tile_m * BLOCK_M, chunk * 128 + side * 64], full.index(stage), x_s.index(2 * stage + side))
-            stage, phase = _next(stage, phase, STAGES)
+                fetch(words, [at, 0], full.index(stage), words_s.index(2 * stage + side))
+                fetch(x, [tile_m * BLOCK_M, chunk * 128 + side * 64], full.index(stage), x_s.index(2 * stage + side))
+            stage, phase = next_stage(stage, phase, STAGES)
     if PDL:
         gdc_launch_dependents()
 
@@ -155,7 +141,7 @@ def _add_products(
         acc = _product(w3, x1, 32, _product(w2, x1, 0, acc))
         acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[acc]))
         mbarrier.arrive(empty.index(stage))
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = next_stage(stage, phase, STAGES)
     return acc, stage, phase
 
 
@@ -208,7 +194,7 @@ def _store(total, bias, y, y_s, row, out, N, HAS_BIAS: gl.constexpr):
     tma.store_wait(0)  # the tile before has left y_s
     y_s.permute((1, 0)).store(total.to(y.dtype))
     fence_async_shared()
-    _write(y, [row, out], y_s)
+    write(y, [row, out], y_s)
 
 
 @gluon.jit
@@ -223,10 +209,10 @@ def _store_part(total, bias, y, partial, locks, y_s, lock, part, SPLIT, row, out
     flat = total.reshape((H // 64, 4, 2, 8, R // 8, 4, 2)).permute((0, 4, 1, 3, 5, 2, 6)).reshape((H * R,))
     parts = partial + lock.to(gl.int64) * SPLIT * (H * R) + gl.arange(0, H * R, flat.type.layout)
     gl.store(parts + part * (H * R), flat, cache_modifier=".cg")
-    _barrier()  # every thread's sums are written before one thread says so
+    barrier()  # every thread's sums are written before one thread says so
     done = gl.atomic_add(locks + lock, 1, sem="acq_rel")
     if done == SPLIT - 1:
-        _barrier()
+        barrier()
         flat = gl.load(parts, cache_modifier=".cg")
         for other in range(1, SPLIT):
             flat += gl.load(parts + other * (H * R), cache_modifier=".cg")
