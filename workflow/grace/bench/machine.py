@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grace.bench.timing import interleaved_medians
+from grace.bench.timing import interleaved_times
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -89,14 +89,20 @@ def last_cache_bytes(device: torch.device) -> int:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Measured here and now: copy bandwidth (bytes/s, read plus written) and bf16 matrix rate (FLOP/s)."""
+    """Measured here and now: copy bandwidth (bytes/s, read plus written) and bf16 matrix rate (FLOP/s).
+
+    The best of many rounds: a ceiling is what the machine can do, whatever else it does in the meantime.
+    """
     cuda = device.type == "cuda"
     size, side = (2**30, 8192) if cuda else (2**27, 1024)
     source = torch.full((size,), 1, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, device=device, generator=generator).bfloat16() for _ in range(2))
-    seconds = interleaved_medians(
-        {"copy": [lambda: target.copy_(source)], "matmul": [lambda: left @ right]}, repeats=5, device=device
+    times = interleaved_times(
+        {"copy": [lambda: target.copy_(source)], "matmul": [lambda: left @ right]}, repeats=15, device=device
     )
-    return {"copy_bytes_per_second": 2 * size / seconds["copy"], "flops_per_second": 2 * side**3 / seconds["matmul"]}
+    return {
+        "copy_bytes_per_second": 2 * size / min(times["copy"]),
+        "flops_per_second": 2 * side**3 / min(times["matmul"]),
+    }

@@ -19,13 +19,21 @@ def interleaved_medians(
     candidates: Mapping[str, Sequence[Call]], repeats: int, device: torch.device, shortest: float = SHORTEST
 ) -> dict[str, float]:
     """Median seconds of one call of each candidate, over `repeats` interleaved rounds."""
+    times = interleaved_times(candidates, repeats, device, shortest)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def interleaved_times(
+    candidates: Mapping[str, Sequence[Call]], repeats: int, device: torch.device, shortest: float = SHORTEST
+) -> dict[str, list[float]]:
+    """Seconds of one call of each candidate in each of `repeats` interleaved rounds."""
     stretch = _cuda_stretch if device.type == "cuda" else _cpu_stretch
     prepared = {name: stretch(calls, shortest) for name, calls in candidates.items()}
     times = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, timed in prepared.items():
             times[name].append(timed())
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _cpu_stretch(calls: Sequence[Call], shortest: float) -> Callable[[], float]:
