@@ -48,9 +48,8 @@ class Barriers:
 
     def __init__(self) -> None:
         self.condition = threading.Condition()
-        self.state: dict[
-            int, list[int]
-        ] = {}  # [arrivals of a phase, those missing, parity of the phase, bytes missing]
+        # Arrivals of a phase, those missing, parity of the phase, bytes missing.
+        self.state: dict[int, list[int]] = {}
         self.failed = False
         self.end = time.monotonic() + PATIENCE
 
@@ -219,7 +218,6 @@ def _language() -> ModuleType:
     gl.pointer_type, gl.shared_memory_descriptor = PointerType, Shared
     gl.program_id = lambda axis: Tensor(torch.tensor(here.program, dtype=torch.int32))
     gl.num_programs = lambda axis: here.programs
-    gl.num_warps = lambda: here.warps
     gl.static_range, gl.barrier = range, lambda: None  # a group of warps is one thread here
     gl.multiple_of = lambda value, _: value
     gl.convert_layout = lambda value, layout, **_: value

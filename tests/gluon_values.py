@@ -16,17 +16,18 @@ class Memory:
 
     def __init__(self) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
+        self.starts: list[int] = []
 
     def know(self, tensors: Iterable[torch.Tensor]) -> None:
         """Let kernels reach these contiguous tensors."""
         for tensor in tensors:
             assert tensor.is_contiguous()
             self.tensors[tensor.data_ptr()] = tensor
+        self.starts = sorted(self.tensors)
 
     def find(self, address: int, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
         """The tensor at or before an address, flat and as `dtype`, and the address as an index into it."""
-        starts = sorted(self.tensors)
-        start = starts[bisect_right(starts, address) - 1]
+        start = self.starts[bisect_right(self.starts, address) - 1]
         flat = self.tensors[start].view(-1).view(dtype)
         return flat, (address - start) // dtype.itemsize
 

@@ -1,14 +1,10 @@
 """The hand-fused decoding step, in Triton's interpreter, against transformers' generate and torch's own operators."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
+from apart import run_apart
 from grace.errors import GraceError
 from grace.infer import llama_step
 from grace.infer.decode import Session, stream
@@ -20,8 +16,6 @@ from grace.kernels.decode_attention import attend
 from grace.models import load_processor
 from infer_models import qwen, qwen_inputs, save_llava, save_packed
 from test_infer_decode import QUESTIONS, picture, theirs
-
-COMPILE = Path(__file__).with_name("decode_step_compile.py")
 
 
 def answers(model, inputs, new_tokens):
@@ -222,6 +216,4 @@ def test_argmax_takes_the_first_of_equals_and_moves_on():
 
 
 def test_compiles_for_ampere_and_hopper():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart("decode_step_compile.py")

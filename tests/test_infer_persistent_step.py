@@ -1,9 +1,6 @@
 """When all layers of a step go in one launch, what the launch is told, and that it compiles; a card checks what it computes."""
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +10,18 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 import gluon_on_cpu
+from apart import run_apart
 from grace.infer import persistent_step
 from grace.infer.cache import make_cache
 from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
 from grace.infer.llama_step import rotary_table
 from grace.kernels import decode_layers
-from grace.kernels.decode_layers import FIELDS
+from grace.kernels.decode_ring import FIELDS
 from grace.kernels.w4a16 import pack
 from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import Card
 
-COMPILE = Path(__file__).with_name("decode_layers_compile.py")
 H100 = Card("an H100", 132, 227 * 1024, hopper=True)
 
 
@@ -133,9 +130,7 @@ def test_a_launch_that_fails_is_told_and_done_without(monkeypatch):
             raise RuntimeError("too many blocks in cooperative launch")
 
     monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
-    module = SimpleNamespace(
-        **{name: getattr(decode_layers, name) for name in ("WAYS", "FIELDS", "SHARED_REST", "STAGE_BYTES")}
-    )
+    module = SimpleNamespace(**{name: getattr(decode_layers, name) for name in ("WAYS", "SHARED_REST", "STAGE_BYTES")})
     module.layers_kernel = Kernel()
     monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
     decoder = packed_decoder()
@@ -177,7 +172,7 @@ def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, cha
     monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
     plain = plain_decoder(**changes)
     packed, config = packed_decoder(plain), plain.config
-    length, place = now + 9, {"dtype": torch.int64}
+    length = now + 9
     cache = make_cache(config, 1, length, 16, torch.bfloat16, torch.device("cpu"))
     before = DynamicCache(config=config)
     for index, kept in enumerate(cache.layers):
@@ -195,7 +190,7 @@ def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, cha
         input_ids=token[None], attention_mask=mask, position_ids=position[None], past_key_values=before, use_cache=True
     ).last_hidden_state[0]
     for _ in range(2):  # the second launch finds counters and cache as the first has left them
-        ours = layers(token, position, torch.tensor(now, **place), first)
+        ours = layers(token, position, torch.tensor(now), first)
         assert (ours.float() - expected).norm() < 0.02 * expected.norm()
         for kept, theirs in zip(cache.layers, before.layers, strict=True):
             for own, other in ((kept.keys, theirs.keys), (kept.values, theirs.values)):
@@ -205,6 +200,4 @@ def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, cha
 
 
 def test_compiles_for_hopper():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart("decode_layers_compile.py")

@@ -1,16 +1,12 @@
 """The product of a few rows with a dense 16-bit weight, in Triton's interpreter, against float64."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from apart import run_apart
 from grace.infer.decode import Session
 from grace.infer.load import load_for_inference
 from grace.kernels import skinny
@@ -18,7 +14,6 @@ from grace.kernels.skinny import Tile, choose, linear, product, serves
 from infer_models import save_llava
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # a step: the interpreter cuts off where a card rounds
-COMPILE = Path(__file__).with_name("skinny_compile.py")
 
 
 def operands(rows: int, outs: int, inputs: int, dtype: torch.dtype, seed: int):
@@ -105,6 +100,4 @@ def test_a_step_of_a_bf16_model(tmp_path, batch, monkeypatch):
 
 
 def test_compiles_for_hopper():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart("skinny_compile.py")

@@ -4,15 +4,11 @@ The interpreter has no inline PTX and cuts fp32 off to bf16 where a card rounds:
 tolerance of one bf16 step. `tests/gpu/bench_w4a16.py` compares the two paths bit by bit on a card.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import triton
 
+from apart import run_apart
 from grace.errors import GraceError
 from grace.kernels.w4a16 import _locks, dequantised, gluon, launch, pack, serves, w4a16
 from grace.kernels.w4a16_layout import dequantise
@@ -21,7 +17,6 @@ from grace.kernels.w4a16_table import DENSE, Tile
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-4}
 CPU = torch.device("cpu")
 assert triton.knobs.runtime.interpret, "conftest.py sets TRITON_INTERPRET before triton is first imported"
-COMPILE = Path(__file__).with_name("w4a16_compile.py")
 
 
 def problem(out: int, inputs: int, group: int, rows: int, dtype: torch.dtype, bias: bool = True, seed: int = 0):
@@ -146,6 +141,4 @@ def test_refusals_name_what_is_wrong(monkeypatch):
 
 def test_compiles_for_ampere_and_hopper():
     """Both ways to unpack, for few and more rows, to machine code by the assembler that comes with triton."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, COMPILE], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_apart("w4a16_compile.py")

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 
 from grace.bench.decode import bench_decode
-from grace.bench.machine import ceilings, describe
+from grace.bench.machine import ceilings, describe, read_bandwidth
 from grace.bench.memory import peak_bytes, weight_bytes
-from grace.bench.timing import interleaved_medians
 from grace.files import write_json
 from grace.infer.decode import Session
 from grace.infer.fuse import fuse_dense
@@ -158,12 +157,6 @@ def print_kernels(session: Session, what: str) -> None:
         print(
             f"  {event.device_time_total / 5:8.1f} us  {calls:5.0f} x {event.device_time_total / event.count:6.2f}  {event.key[:90]}"
         )
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a plain reduction over 4 GiB: what reading weights can reach."""
-    source = torch.ones(2**30, dtype=torch.float32, device=device)
-    return source.nbytes / interleaved_medians({"read": [source.sum]}, 5, device)["read"]
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from itertools import product as every
 
 import torch
 
-from grace.bench.machine import describe, last_cache_bytes
+from grace.bench.machine import describe, last_cache_bytes, read_bandwidth
 from grace.bench.timing import copies_past_cache, interleaved_medians
 from grace.kernels.skinny import choose, product
 
@@ -57,9 +57,7 @@ def check(device: torch.device) -> int:
 
 def measure(rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
     """Print a line per shape and row count: microseconds of reading alone, of cuBLAS, of the kernel, and their ratios."""
-    source = torch.ones(2**30, dtype=torch.float32, device=device)
-    bandwidth = source.nbytes / interleaved_medians({"read": [source.sum]}, 5, device)["read"]
-    del source
+    bandwidth = read_bandwidth(device)
     generator = torch.Generator(device).manual_seed(0)
     print(f"reading {bandwidth / 1e12:.3f} TB/s; microseconds (% of reading alone)", flush=True)
     print("shape | M | reading | cuBLAS | Triton | x cuBLAS")

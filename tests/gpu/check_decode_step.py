@@ -115,8 +115,8 @@ def check_layers() -> None:
             nn.init.uniform_(norm.weight, 0.5, 2)
         session = Session(model, 1, 704, fused=True)
         step = session._step
-        all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
         assert step.persistent is not None, "the card or the model was refused"
+        all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
         for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
             step.token.random_(1000)
             step.position.fill_(now - padding), step.slot.fill_(now), step.first.fill_(padding)

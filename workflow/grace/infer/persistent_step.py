@@ -99,7 +99,7 @@ def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> b
     shapes = set()
     for layer in decoder.layers:
         linears = _linears(layer)
-        if hasattr(layer.self_attn, "q_norm") or not all(_plain(m, embedding.dtype) for m in linears):
+        if hasattr(layer.self_attn, "q_norm") or not all(_plain(m) for m in linears):
             return False
         eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
         shapes.add((*((m.out_features, m.in_features) for m in linears), *eps))
@@ -130,7 +130,7 @@ def constants(hidden: int, inner: int, heads: int, width: int, shared: int, prog
     return {
         "SHAPES": shapes,
         "HIDDEN": hidden, "INNER": inner, "KV": heads, "D": width, "PADS": pads, "SPLIT": min(16, programs // heads),
-        "WAYS": kernel.WAYS, "STAGES": stages(pads, shared), "P": programs, "FIELDS": len(kernel.FIELDS),
+        "WAYS": kernel.WAYS, "STAGES": stages(pads, shared), "P": programs,
     }  # fmt: skip
 
 
@@ -139,18 +139,18 @@ def _linears(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Modu
     return attention.q_proj.linear, attention.o_proj, mlp.gate_proj.linear, mlp.down_proj
 
 
-def _plain(linear: nn.Module, dtype: torch.dtype) -> bool:
+def _plain(linear: nn.Module) -> bool:
     return (
         isinstance(linear, Int4Linear)
         and linear.backend == "triton"
         and linear.group_size == CHUNK
         and linear.bias is None
-        and linear.scales.dtype == dtype
+        and linear.scales.dtype == DTYPE
     )
 
 
 def _addresses(layer: nn.Module, kept: StaticLayer) -> list[int]:
-    """A layer's line of the kernel's table: see its FIELDS."""
+    """A layer's line of the kernel's table: see `decode_ring.FIELDS`."""
     packed = [t for linear in _linears(layer) for t in (linear.weight, linear.scales)]
     norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
     return [t.data_ptr() for t in (*packed, *norms, kept.keys, kept.values)]

@@ -23,11 +23,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from grace.kernels.decode_ring import ROWS, address, meet, own_slots, pass_on, stream
+from grace.kernels.decode_ring import (
+    INPUT_NORM,
+    KEYS,
+    LINE,
+    POST_NORM,
+    ROWS,
+    VALUES,
+    address,
+    meet,
+    own_slots,
+    pass_on,
+    stream,
+)
 from grace.kernels.gluon_names import barrier, next_stage, view
 
-FIELDS = ("qkv", "qkv_steps", "o", "o_steps", "gate_up", "gate_up_steps", "down", "down_steps",
-          "input_norm", "post_norm", "keys", "values")  # fmt: skip
 WAYS = 16  # chunks of 128 inputs per stage
 STAGE_BYTES = WAYS * 16 * 64 + 2 * WAYS * 32  # of words, and of pairs of step sizes
 SHARED_REST = 4096  # bytes of shared memory at most, for barriers and sums across warps
@@ -53,14 +63,18 @@ def _steps(low, high, SUMS: gl.constexpr, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _product(
-    x_s, shift_s, unscale, ring, stage, phase, y, dealt, OUT: gl.constexpr, CHUNKS: gl.constexpr,
-    PAIRED: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    x_s, shift_s, unscale, ring, stage, phase, y, dealt,
+    SHAPES: gl.constexpr, WHICH: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """y [OUT] = W x for this program's units; with PAIRED y [OUT / 2] = silu(gate x) * (up x), gate over up in W.
 
     x stands in x_s and shift_s as `_put` leaves it. The tensor core's right operand has eight columns: all are x.
+    Returns the next stage, its parity, and the program's first unit of the next product.
     """
     words_s, pairs_s, full, empty = ring
+    OUT: gl.constexpr = SHAPES[WHICH][0]
+    CHUNKS: gl.constexpr = SHAPES[WHICH][1]
+    PAIRED: gl.constexpr = SHAPES[WHICH][2]
     WAYS: gl.constexpr = words_s.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
@@ -113,7 +127,7 @@ def _product(
         out = gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))[:, None]
         column = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :]
         gl.store(y + unit * total.shape[0] + out + column * 0, total.to(DTYPE), mask=out * 0 + column == 0)
-    return stage, phase
+    return stage, phase, pass_on(dealt, OUT, P)
 
 
 @gluon.jit
@@ -240,7 +254,7 @@ def _compute(
     table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum, part_top,
     x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES: gl.constexpr, HIDDEN: gl.constexpr,
     INNER: gl.constexpr, KV: gl.constexpr, D: gl.constexpr, PADS: gl.constexpr, SPLIT: gl.constexpr, P: gl.constexpr,
-    STAGES: gl.constexpr, FIELDS: gl.constexpr, DTYPE: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """This program's share of every phase of every layer."""
     L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
@@ -255,20 +269,19 @@ def _compute(
     stage, phase, meeting = 0, 0, 0
     x = gl.load(embedding + gl.load(token) * HIDDEN + at, mask=at < HIDDEN, other=0.0).to(gl.float32)
     for layer in range(LAYERS):
-        here = table + layer * FIELDS
-        gain = gl.load(address(here, 8, DTYPE) + at, mask=at < HIDDEN, other=0.0)
+        here = table + layer * LINE
+        gain = gl.load(address(here, INPUT_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         if layer > 0:
             meeting = _met(go, meeting)
             x = (x + _fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32)
         y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
         unscale = _put(x_s, shift_s, y, top)
-        stage, phase = _product(
-            x_s, shift_s, unscale, ring, stage, phase, qkv, dealt, SHAPES[0][0], SHAPES[0][1], False, P, STAGES, DTYPE
+        stage, phase, dealt = _product(
+            x_s, shift_s, unscale, ring, stage, phase, qkv, dealt, SHAPES, 0, P, STAGES, DTYPE
         )
-        dealt = pass_on(dealt, SHAPES[0][0], P)
         mbarrier.arrive(done)
-        keys = address(here, 10, DTYPE) + h.to(gl.int64) * LENGTH * D
-        values = address(here, 11, DTYPE) + h.to(gl.int64) * LENGTH * D
+        keys = address(here, KEYS, DTYPE) + h.to(gl.int64) * LENGTH * D
+        values = address(here, VALUES, DTYPE) + h.to(gl.int64) * LENGTH * D
         meeting = _met(go, meeting)
         if gl.program_id(0) < KV * SPLIT:
             stage, phase = _attend(
@@ -276,31 +289,26 @@ def _compute(
                 SCALE, KV, D, SPLIT, STAGES, T, DTYPE,
             )  # fmt: skip
         mbarrier.arrive(done)
-        gain = gl.load(address(here, 9, DTYPE) + at, mask=at < HIDDEN, other=0.0)
+        gain = gl.load(address(here, POST_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         meeting = _met(go, meeting)
         mixed = _joined(part_sum, part_top, at_heads, KV, D, SPLIT, DTYPE)
         unscale = _put(x_s, shift_s, mixed, gl.max(gl.abs(mixed), 0))
-        stage, phase = _product(
-            x_s, shift_s, unscale, ring, stage, phase, o, dealt, SHAPES[1][0], SHAPES[1][1], False, P, STAGES, DTYPE
-        )
-        dealt = pass_on(dealt, SHAPES[1][0], P)
+        stage, phase, dealt = _product(x_s, shift_s, unscale, ring, stage, phase, o, dealt, SHAPES, 1, P, STAGES, DTYPE)
         mbarrier.arrive(done)
         meeting = _met(go, meeting)
         x = (x + _fresh(o, at, HIDDEN)).to(DTYPE).to(gl.float32)
         y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
         unscale = _put(x_s, shift_s, y, top)
-        stage, phase = _product(
-            x_s, shift_s, unscale, ring, stage, phase, inner, dealt, SHAPES[2][0], SHAPES[2][1], True, P, STAGES, DTYPE
+        stage, phase, dealt = _product(
+            x_s, shift_s, unscale, ring, stage, phase, inner, dealt, SHAPES, 2, P, STAGES, DTYPE
         )
-        dealt = pass_on(dealt, SHAPES[2][0], P)
         mbarrier.arrive(done)
         meeting = _met(go, meeting)
         active = _fresh(inner, at_inner, INNER)
         unscale = _put(x_s, shift_s, active, gl.max(gl.abs(active), 0))
-        stage, phase = _product(
-            x_s, shift_s, unscale, ring, stage, phase, down, dealt, SHAPES[3][0], SHAPES[3][1], False, P, STAGES, DTYPE
+        stage, phase, dealt = _product(
+            x_s, shift_s, unscale, ring, stage, phase, down, dealt, SHAPES, 3, P, STAGES, DTYPE
         )
-        dealt = pass_on(dealt, SHAPES[3][0], P)
         mbarrier.arrive(done)
     gain = gl.load(norm + at, mask=at < HIDDEN, other=0.0)
     _met(go, meeting)
@@ -311,7 +319,7 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["LAYERS", "LENGTH"])
 def layers_kernel(
-    table,  # int64 [LAYERS, FIELDS]: addresses of each layer's tensors, in the order of the module's FIELDS
+    table,  # int64 [LAYERS, LINE]: addresses of each layer's tensors, in the order of `decode_ring.FIELDS`
     token,  # int64 [1]
     embedding,  # [vocab, HIDDEN]
     norm,  # [HIDDEN], of the last norm
@@ -342,7 +350,6 @@ def layers_kernel(
     WAYS: gl.constexpr,
     STAGES: gl.constexpr,
     P: gl.constexpr,  # programs, all resident: launch it cooperatively
-    FIELDS: gl.constexpr,
 ):
     """hidden = the last norm of all layers' output for `token`; its keys and values are put into the cache."""
     DTYPE: gl.constexpr = qkv.dtype.element_ty
@@ -366,9 +373,9 @@ def layers_kernel(
             (_compute, (
                 table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum,
                 part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, D, PADS,
-                SPLIT, P, STAGES, FIELDS, DTYPE,
+                SPLIT, P, STAGES, DTYPE,
             )),
-            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, FIELDS, DTYPE)),
+            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE)),
             (meet, (counter, done, go, LAYERS * MEETINGS, P)),
         ],
         [1, 1],  # warps beside the four that compute

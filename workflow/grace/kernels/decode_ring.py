@@ -11,6 +11,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from grace.kernels.gluon_names import copy, next_stage, view
 
+# A line of the table of layers: addresses.
+FIELDS = ("qkv", "qkv_steps", "o", "o_steps", "gate_up", "gate_up_steps", "down", "down_steps",
+          "input_norm", "post_norm", "keys", "values")  # fmt: skip
+LINE = gl.constexpr(len(FIELDS))
+INPUT_NORM, POST_NORM, KEYS, VALUES = (gl.constexpr(FIELDS.index(name)) for name in FIELDS[8:])
 # Stages under way at a time. They fill the memory's pipeline; what else waits in it delays the small loads between two
 # products: without this limit a step of LLaVA-1.5-7B takes 1.77 ms on an H100, with it 1.61.
 AHEAD = gl.constexpr(2)
@@ -46,11 +51,25 @@ def own_slots(slot, first, KV: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _stream_product(
-    words, pairs, ring, stage, phase, dealt,
-    OUT: gl.constexpr, CHUNKS: gl.constexpr, PAIRED: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Bring the words and pairs of step sizes of all this program's units, WAYS chunks per stage."""
+    words,
+    pairs,
+    ring,
+    stage,
+    phase,
+    dealt,
+    SHAPES: gl.constexpr,
+    WHICH: gl.constexpr,
+    P: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Bring the words and pairs of step sizes of all this program's units, WAYS chunks per stage.
+
+    Returns the next stage, its parity, and the program's first unit of the next product.
+    """
     words_s, pairs_s, full, empty = ring
+    OUT: gl.constexpr = SHAPES[WHICH][0]
+    CHUNKS: gl.constexpr = SHAPES[WHICH][1]
+    PAIRED: gl.constexpr = SHAPES[WHICH][2]
     WAYS: gl.constexpr = words_s.shape[1]
     HALF: gl.constexpr = (OUT + 127) // 128 * 64  # words of step sizes per group
     SIDES: gl.constexpr = 2 if PAIRED else 1
@@ -82,7 +101,7 @@ def _stream_product(
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             async_copy.commit_group()
             stage, phase = next_stage(stage, phase, STAGES)
-    return stage, phase
+    return stage, phase, pass_on(dealt, OUT, P)
 
 
 @gluon.jit
@@ -105,7 +124,7 @@ def _stream_slots(cache, ring, stage, phase, begin, stop, D: gl.constexpr, STAGE
 @gluon.jit
 def stream(
     table, slot, first, ring, LAYERS, LENGTH, SHAPES: gl.constexpr, KV: gl.constexpr, D: gl.constexpr,
-    SPLIT: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, FIELDS: gl.constexpr, DTYPE: gl.constexpr,
+    SPLIT: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with everything that `_compute` takes out of it, in its order."""
     SLOTS: gl.constexpr = ring[0].shape[1] * 512 // D
@@ -113,16 +132,13 @@ def stream(
     dealt = gl.program_id(0)
     h, _part, _now, begin, stop = own_slots(slot, first, KV, SPLIT)
     for layer in range(LAYERS):
-        here = table + layer * FIELDS
+        here = table + layer * LINE
         for p in gl.static_range(4):
             words, pairs = address(here, 2 * p, gl.int16), address(here, 2 * p + 1, gl.int32)
-            stage, phase = _stream_product(
-                words, pairs, ring, stage, phase, dealt, SHAPES[p][0], SHAPES[p][1], SHAPES[p][2], P, STAGES
-            )
-            dealt = pass_on(dealt, SHAPES[p][0], P)
+            stage, phase, dealt = _stream_product(words, pairs, ring, stage, phase, dealt, SHAPES, p, P, STAGES)
             if p == 0:
-                keys = address(here, 10, DTYPE) + h.to(gl.int64) * LENGTH * D
-                values = address(here, 11, DTYPE) + h.to(gl.int64) * LENGTH * D
+                keys = address(here, KEYS, DTYPE) + h.to(gl.int64) * LENGTH * D
+                values = address(here, VALUES, DTYPE) + h.to(gl.int64) * LENGTH * D
                 for start in range(begin, stop, SLOTS):
                     stage, phase = _stream_slots(keys, ring, stage, phase, start, stop, D, STAGES)
                     stage, phase = _stream_slots(values, ring, stage, phase, start, stop, D, STAGES)
