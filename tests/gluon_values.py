@@ -51,7 +51,7 @@ class Pointer:
         """The flat tensor, the indices, and which of them count."""
         flat, start = self.memory.find(self.base, self.dtype.element_ty)
         at = torch.as_tensor(self.offset) + start
-        ok = torch.ones_like(at, dtype=torch.bool) if mask is None else unwrap(mask).expand(at.shape)
+        ok = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(unwrap(mask)).expand(at.shape)
         assert not ((at < 0) | (at >= len(flat)))[ok].any(), f"{self.dtype.element_ty} outside of its tensor"
         return flat, at, ok
 

@@ -130,7 +130,7 @@ def test_refusals_name_what_is_wrong(monkeypatch):
     with pytest.raises(GraceError, match="3 tiles cannot be split, at most 2"):  # a tile of this kind takes two locks
         locks, (words, steps) = torch.zeros(5, dtype=torch.int32), pack(*problem(384, 256, 128, 1, torch.bfloat16)[:2])
         gluon("w4a16_hopper").product(
-            x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 1, locks
+            x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 4, locks
         )
     with pytest.raises(GraceError, match="do not fit 128 inputs"):
         w4a16(x.float(), *pack(codes, scales), None, 128, 128)

@@ -19,10 +19,12 @@ MODULE, _ = gluon_on_cpu.load(FOLDER / "gluon_names.py", FOLDER / "w4a16_hopper.
     "rows, out, inputs, group, tile, programs",
     [
         (100, 136, 384, 128, Tile("hopper", 64, 128, stages=2), 3),  # no tile is whole
-        (65, 264, 256, 256, Tile("hopper", 128, 256, stages=3), 2),  # more stages than chunks
+        (265, 264, 256, 256, Tile("hopper", 256, 128, stages=3), 2),  # more stages than chunks, each filled in halves
         (200, 520, 128, 128, Tile("hopper", 64, 128, stages=2), 4),  # one chunk, several waves
         (70, 128, 640, 128, Tile("hopper", 128, 128, split=2, stages=2), 5),  # every tile in two parts
-        (140, 384, 512, 128, Tile("hopper", 64, 128, split=3, stages=2, resident=1), 4),  # the last wave in three
+        (140, 384, 512, 128, Tile("hopper", 64, 128, split=3, stages=2), 4),  # the last tile in three
+        (140, 384, 768, 128, Tile("hopper", 64, 128, split=2, stages=2), 5),  # the last four, unevenly: 5 and 1 chunks
+        (260, 256, 640, 128, Tile("hopper", 256, 128, split=3, stages=2), 5),  # all four: 3, 1 and 1
     ],
 )
 def test_against_float64(dtype, rows, out, inputs, group, tile, programs):

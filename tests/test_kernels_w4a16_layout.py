@@ -119,15 +119,24 @@ def test_rule_takes_hopper_for_large_products_where_it_runs(rows, out, chunks):
 
 
 def test_rule_fills_a_hopper_card():
-    assert rule(4096, 22016, 4096, 128, HOPPER).split == 1 or rule(4096, 22016, 4096, 128, HOPPER).resident
     few = rule(256, 4096, 4096, 128, HOPPER)
     assert 100 <= -(-256 // few.block_m) * -(-4096 // few.block_n) * few.split <= 132
     tail = rule(256, 22016, 4096, 128, HOPPER)
-    assert tail.split > 1 and tail.resident
+    assert tail.split > 1 and tail.unsplit(172, 132) == 132
+
+
+@given(cut=st.integers(1, 131), split=st.integers(2, 8), chunks=st.integers(8, 100))
+def test_parts_of_tiles_take_about_as_long(cut, split, chunks):
+    """No part is empty, and the programs without a first part are not busy for longer than those with one."""
+    first, rounds = Tile("hopper", 128, 128, split).first_part(cut, chunks, 132)
+    rest = chunks - first
+    assert first >= 1 and rest >= split - 1
+    assert rounds * (min(132, cut * split) - cut) >= cut * (split - 1)
+    assert rounds * (rest / (split - 1)) <= first or rest == split - 1
 
 
 def test_measured_hopper_entries_are_left_where_hopper_does_not_run(monkeypatch):
-    table, tile = {"cards": {}}, Tile("hopper", 128, 256, stages=3)
+    table, tile = {"cards": {}}, Tile("hopper", 256, 128, stages=2)
     with_entry(table, HOPPER.name, "bfloat16", 128, (4096, 4096), 256, tile)
     with_entry(table, HOPPER.name, "bfloat16", 128, (4100, 4096), 256, tile)
     monkeypatch.setattr("grace.kernels.w4a16_table.read_table", lambda: table)

@@ -52,12 +52,12 @@ def hopper(dtype: str, tile: Tile, **changes):
     """The kernel of `tile`, of kind "hopper", as `grace.kernels.w4a16_hopper.product` would compile it."""
     blocks = {
         "x": (dtype, [tile.block_m, 64], DENSE_LAYOUT),
-        "words": ("i16", [tile.block_n // 2, 32], WORDS_LAYOUT),
-        "y": (dtype, [tile.block_m, tile.block_n // 2], DENSE_LAYOUT),
+        "words": ("i16", [64, 32], WORDS_LAYOUT),
+        "y": (dtype, [tile.block_m, 64], DENSE_LAYOUT),
     }
     constants = {
-        "GROUP": 128, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "STAGES": tile.stages, "BAND": 8,
-        "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True,
+        "GROUP": 128, "BLOCK_M": tile.block_m, "STAGES": tile.stages, "HALVES": 2 if tile.block_m == 256 else 1,
+        "BAND": 8, "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True,
     } | changes  # fmt: skip
     names = hopper_kernel.arg_names
     kinds = {name: POINTERS.get(name, "i32" if name.isupper() else f"*{dtype}") for name in names}
@@ -92,7 +92,7 @@ def check_hopper(dtype: str, tile: Tile, **changes) -> None:
     assert all(part in ptx for part in ("setmaxnreg", "0x000f000f", "griddepcontrol", "stmatrix"))
     said = assembled(ptx)
     assert "serialized" not in said, said
-    assert spilled(said) <= 64, said  # a few of a split tile's end, outside of every loop over inputs
+    assert spilled(said) <= 96, said  # a few of a split tile's end, outside of every loop over inputs
 
 
 def conversions_in_loops(ttgir: str) -> int:
@@ -118,9 +118,9 @@ def main() -> None:
     product(90, "bf16", 64, Tile("tile", 16, 64), EVEN_M=False, EVEN_N=False)
     product(80, "fp16", 128, Tile("round", 64, 128, stages=3), HAS_BIAS=True)
     assert "0x000f000f" not in product(80, "bf16", 32, Tile("tile", 16, 64), PTX=False).asm["ptx"]
-    for (block_m, block_n), (stages, _) in HOPPER_TILES.items():
+    for block_m, (stages, _) in HOPPER_TILES.items():
         for split in (1, 2):
-            check_hopper("bf16", Tile("hopper", block_m, block_n, split, stages=stages), HAS_BIAS=split == 2)
+            check_hopper("bf16", Tile("hopper", block_m, 128, split, stages=stages), HAS_BIAS=split == 2)
     check_hopper("fp16", Tile("hopper", 128, 128, 2, stages=4), GROUP=256, HAS_BIAS=True)
     build(dequantise_kernel, 90, "bf16", 4, 3, GROUP=128, BLOCK_N=64, PTX=True, STEP_TYPE=tl.float16)
 

@@ -54,10 +54,12 @@ TILES = [
     Tile("round", 128, 128, stages=3, late=True),
     Tile("round", 64, 128, split=3, stages=3, resident=2),
     Tile("hopper", 64, 128, stages=8),
-    Tile("hopper", 64, 256, split=2, stages=6),
+    Tile("hopper", 64, 128, split=2, stages=8),
+    Tile("hopper", 128, 128, stages=4),
     Tile("hopper", 128, 128, split=3, stages=4),
-    Tile("hopper", 128, 256, stages=3),
-    Tile("hopper", 256, 128, split=2, stages=2, resident=1),
+    Tile("hopper", 256, 128, stages=2),
+    Tile("hopper", 256, 128, split=2, stages=2),
+    Tile("hopper", 256, 128, split=4, stages=2),
     DENSE,
 ]
 
@@ -66,6 +68,7 @@ CASES = [  # out x in and rows: whole tiles, and such that fill neither tiles no
     ((384, 2048), 5),
     ((328, 768), 5),
     ((640, 1024), 150),
+    ((12800, 1024), 150),  # "hopper" cuts its 100 tiles of 256 rows unevenly
 ]
 
 

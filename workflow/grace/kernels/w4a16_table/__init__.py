@@ -6,6 +6,7 @@ A package of its own, so that a new entry of the table re-runs the jobs that use
 import json
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from grace.errors import GraceError
@@ -13,18 +14,12 @@ from grace.errors import GraceError
 SHIPPED = Path(__file__).with_name("configs.json")
 MOST_PARTS = 8  # splits of the inputs of one tile
 DENSE_FROM = 2048  # rows from which the rule dequantises the weight and calls cuBLAS
-# Fitted to 500 measurements on an H100, which they meet to 11%; the first of `hopper_tiles` was 1.5% from the fastest.
+# Fitted to 803 measurements on an H100, which they meet to 8%; the first of `hopper_tiles` was 0.9% from the fastest.
 HOPPER_FROM = 18_000_000  # rows times outputs times chunks from which the rule takes "hopper", above 64 rows
-HOPPER_TILES = {  # rows, outputs of a tile -> stages, microseconds per chunk of 128 inputs
-    (64, 128): (8, 0.60),
-    (64, 256): (6, 1.10),
-    (128, 128): (4, 0.75),
-    (128, 256): (3, 1.48),
-    (256, 128): (2, 1.39),
-}
-HOPPER_SPLITS = [(1, 0)] + [(split, resident) for split in (2, 3, 4, 5, 6, 8) for resident in (0, 1)]
-TILE_TIME = 3.6  # microseconds to begin and end a tile or a part of one
-JOIN_TIME = 7.4e-5  # microseconds to add up parts: per number of a tile and part
+HOPPER_TILES = {64: (8, 0.50), 128: (4, 0.74), 256: (2, 1.35)}  # rows -> stages, microseconds per chunk of 128 inputs
+HOPPER_SPLITS = (1, 2, 3, 4, 5, 6, 8)
+TILE_TIME = 3.65  # microseconds to begin and end a tile or a part of one
+JOIN_TIME = 6.3e-5  # microseconds to add up parts: per number of a tile and part
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,13 @@ class Tile:
         kind: "ways" or "tile" (see `w4a16_triton`), "round" for the tile kernel with rounded weights, "hopper" (see
             `w4a16_hopper`), or "dense" for dequantise, then the dense product, where the other fields have no meaning.
         block_m: rows of a tile.
-        block_n: outputs of a tile.
+        block_n: outputs of a tile; 128 of kind "hopper".
         split: parts of its inputs, each a program.
         warps: warps of a program; 4 of each group for "hopper".
         stages: depth of the pipeline of asynchronous copies.
         late: whether the next kernel may start only after the loop (programmatic dependent launch).
         resident: programs that a multiprocessor holds; if not 0, only the last, incomplete wave of tiles is split.
-            "hopper" always has one.
+            "hopper" always has one, and cuts the last wave's tiles in parts that may differ (`first_part`).
     """
 
     kind: str
@@ -56,7 +51,7 @@ class Tile:
     def shared(self) -> int:
         """Bytes of shared memory that the pipeline takes, about: activations, words and step sizes."""
         if self.kind == "hopper":  # and the results on their way out; step sizes come without
-            return self.stages * (256 * self.block_m + 64 * self.block_n) + 2 * self.block_m * self.block_n + 512
+            return self.stages * (256 * self.block_m + 64 * 128) + 2 * self.block_m * 128 + 512
         chunks = self.warps if self.kind == "ways" else 1
         buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
         return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
@@ -65,8 +60,21 @@ class Tile:
         """How many of so many tiles are not split: all where `split` is 1, those of whole waves with `resident`."""
         if self.split == 1:
             return tiles
-        wave = multiprocessors * self.resident
+        wave = multiprocessors * (1 if self.kind == "hopper" else self.resident)
         return tiles // wave * wave if wave else 0
+
+    def first_part(self, cut: int, chunks: int, programs: int) -> tuple[int, int]:
+        """How kind "hopper" cuts `cut` tiles of `chunks` each: chunks of the first part, and rounds of the others.
+
+        A program takes the first part of each tile. The programs that are left take the other parts, alike, in as many
+        rounds as that needs, so the first part is as long as those together.
+        """
+        others = self.split - 1
+        if not cut or not others:
+            return chunks, 0
+        left = min(programs, cut * self.split) - cut
+        rounds = -(-cut * others // left)
+        return min(-(-chunks * rounds // (rounds + others)), chunks - others), rounds
 
     def divide(self, rows: int, out: int, multiprocessors: int, locks: int) -> tuple[int, int]:
         """The tiles of a product, and how many of them, the first ones, are not split; each other one takes a lock.
@@ -144,20 +152,22 @@ def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
 
 
 def hopper_tiles(rows: int, out: int, inputs: int, card: Card) -> list[Tile]:
-    """The "hopper" tiles for a product, the shortest estimated time first: waves of tiles, waves of parts, joining."""
+    """The "hopper" tiles for a product, the shortest estimated time first: waves of tiles, the parts, joining them."""
     chunks, programs, times = -(-inputs // 128), card.multiprocessors, {}
-    for (block_m, block_n), (stages, chunk_time) in HOPPER_TILES.items():
-        tiles = -(-rows // block_m) * -(-out // block_n)
-        for split, resident in HOPPER_SPLITS:
-            tile = Tile("hopper", block_m, block_n, split, stages=stages, resident=resident)
-            whole = tile.unsplit(tiles, programs)
-            if split > 1 and (whole == tiles or chunks < 4 * split or whole < programs * resident):
-                continue
-            waves, part_waves = -(-whole // programs), -(-(tiles - whole) * split // programs)
-            time = waves * chunks * chunk_time + part_waves * -(-chunks // split) * chunk_time
-            time += (waves + part_waves) * TILE_TIME + (JOIN_TIME * block_m * block_n * split if split > 1 else 0)
-            if tile.shared() <= card.shared:
-                times[tile] = time
+    for (block_m, (stages, chunk_time)), split in product(HOPPER_TILES.items(), HOPPER_SPLITS):
+        tile = Tile("hopper", block_m, 128, split, stages=stages)
+        tiles = -(-rows // block_m) * -(-out // 128)
+        whole = tile.unsplit(tiles, programs)
+        cut = tiles - whole
+        if tile.shared() > card.shared or (split > 1 and (not cut or chunks < 4 * split)):
+            continue
+        time = -(-whole // programs) * (chunks * chunk_time + TILE_TIME)
+        if cut:
+            first, rounds = tile.first_part(cut, chunks, programs)
+            other = -(-(chunks - first) // (split - 1))
+            time += max(first * chunk_time + TILE_TIME, rounds * (other * chunk_time + TILE_TIME))
+            time += JOIN_TIME * block_m * 128 * split
+        times[tile] = time
     return sorted(times, key=times.get)
 
 
