@@ -16,9 +16,9 @@ POINTERS |= dict.fromkeys(("table", "token", "position", "slot", "first"), "*i64
 NUMBERS = {"LAYERS": "i32", "LENGTH": "i32", "SCALE": "fp32", "EPS": "fp32"}
 
 
-def build(hidden: int, inner: int, heads: int, width: int, dtype: str):
+def build(hidden: int, inner: int, heads: int, group: int, width: int, dtype: str, **has: bool):
     """The kernel as `PersistentLayers` launches it, every pointer aligned to 16 bytes as torch's allocator does."""
-    fixed = constants(hidden, inner, heads, width, SHARED, PROGRAMS)
+    fixed = constants(hidden, inner, heads, group, width, SHARED, PROGRAMS, **has)
     kinds = {name: NUMBERS.get(name) or POINTERS.get(name, f"*{dtype}") for name in layers_kernel.arg_names}
     kinds |= dict.fromkeys(fixed, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kinds) if kinds[n].startswith("*")}
@@ -27,12 +27,14 @@ def build(hidden: int, inner: int, heads: int, width: int, dtype: str):
 
 
 def main() -> None:
-    for shape, dtype in (
-        ((4096, 11008, 32, 128), "bf16"),  # LLaVA-1.5-7B
-        ((5120, 13824, 40, 128), "bf16"),  # LLaVA-1.5-13B
-        ((512, 1024, 8, 64), "fp16"),
+    for shape, dtype, has in (
+        ((4096, 11008, 32, 1, 128), "bf16", {}),  # LLaVA-1.5-7B
+        ((5120, 13824, 40, 1, 128), "bf16", {}),  # LLaVA-1.5-13B
+        ((512, 1024, 8, 1, 64), "fp16", {}),
+        ((1536, 8960, 2, 6, 128), "bf16", {"biased": True}),  # Qwen2-VL-2B
+        ((4096, 12288, 8, 4, 128), "bf16", {"normed": True}),  # Qwen3-VL-8B
     ):
-        fixed, done = build(*shape, dtype)
+        fixed, done = build(*shape, dtype, **has)
         assert fixed["STAGES"] == stages(fixed["PADS"], SHARED) == STAGES
         assert done.metadata.shared <= SHARED, f"{shape} needs {done.metadata.shared} bytes of shared memory"
         assert stages(fixed["PADS"], done.metadata.shared) >= STAGES - 1, "SHARED_REST is far too large"

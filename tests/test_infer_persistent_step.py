@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2VLTextConfig,
+    Qwen2VLTextModel,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
+)
 
 import gluon_on_cpu
 from apart import run_apart
@@ -23,28 +32,39 @@ from grace.kernels.w4a16_layout import dequantise
 from grace.kernels.w4a16_table import Card
 
 H100 = Card("an H100", 132, 227 * 1024, hopper=True)
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaModel),
+    "qwen2": (Qwen2VLTextConfig, Qwen2VLTextModel),  # biases of queries, keys and values; positions of three axes
+    "qwen3": (Qwen3VLTextConfig, Qwen3VLTextModel),  # norms of queries and keys; the axes interleaved
+}
 
 
-def plain_decoder(group: int = 128, bias: bool = False, **changes) -> LlamaModel:
+def plain_decoder(family: str = "llama", group: int = 128, **changes) -> PreTrainedModel:
     """A small decoder of transformers in fp32, whose linears hold random codes times random step sizes."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2}
-    config = LlamaConfig(**{"vocab_size": 50, "attention_bias": bias} | shape | changes)
-    decoder = LlamaModel(config).eval().requires_grad_(False)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 2} | changes
+    shape = {"num_key_value_heads": shape["num_attention_heads"]} | shape
+    width = shape.setdefault("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    axes = [width // 8, width * 3 // 16, width * 3 // 16]
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | ({} if family == "llama" else {"mrope_section": axes})
+    config, model = FAMILIES[family]
+    decoder = model(config(vocab_size=50, rope_parameters=rope, **shape)).eval().requires_grad_(False)
     for child in decoder.layers.modules():
         if type(child) is nn.Linear:
             codes = torch.randint(-8, 8, child.weight.shape, dtype=torch.int8)
             codes[:, ::group] = -8  # so that the largest of each group tells its step size
             scales = (0.005 * torch.rand(len(codes), codes.shape[1] // group) + 0.002).bfloat16()
             child.weight.copy_(dequantise(codes, scales, torch.float32))
+            if child.bias is not None:
+                child.bias.copy_(torch.randn(len(codes)).bfloat16())
         elif "Norm" in type(child).__name__:
             nn.init.uniform_(child.weight, 0.5, 2)
     decoder.embed_tokens.weight.copy_(decoder.embed_tokens.weight.bfloat16())
     return decoder
 
 
-def packed_decoder(plain: LlamaModel | None = None, group: int = 128, **changes) -> LlamaModel:
+def packed_decoder(plain: PreTrainedModel | None = None, group: int = 128, **changes) -> PreTrainedModel:
     """The same in bf16 with INT4 linears that say they run on a card, and lie as they would there."""
-    decoder = copy.deepcopy(plain or plain_decoder(group, **changes))
+    decoder = copy.deepcopy(plain or plain_decoder(group=group, **changes))
     fuse_dense(decoder)
     for parent in list(decoder.layers.modules()):
         for name, child in list(parent.named_children()):
@@ -59,9 +79,20 @@ def packed_decoder(plain: LlamaModel | None = None, group: int = 128, **changes)
     return decoder.bfloat16()
 
 
-def serves(decoder: LlamaModel, batch: int = 1, bits: int = 16) -> bool:
+def serves(decoder: PreTrainedModel, batch: int = 1, bits: int = 16) -> bool:
     cache = make_cache(decoder.config, batch, 32, bits, torch.bfloat16, torch.device("cpu"))
     return persistent_step.serves(decoder, decoder.embed_tokens.weight, cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_takes_each_familys_layers(monkeypatch, family):
+    monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
+    for heads in (
+        {},
+        {"num_key_value_heads": 2},
+        {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 1},
+    ):
+        assert serves(packed_decoder(family=family, **heads))
 
 
 def test_takes_plain_layers_on_hopper_alone(monkeypatch):
@@ -79,9 +110,9 @@ def test_takes_plain_layers_on_hopper_alone(monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_key_value_heads": 2},
+        {"hidden_size": 18 * 64, "num_attention_heads": 18, "num_key_value_heads": 1, "intermediate_size": 128},
         {"group": 64},
-        {"bias": True},
+        {"attention_bias": True},  # of the output product as well
         {"hidden_size": 256, "num_attention_heads": 8, "head_dim": 32},
         {"intermediate_size": 16384 + 128},
         {"hidden_size": 4096 + 128, "num_attention_heads": 33, "intermediate_size": 128},
@@ -94,25 +125,29 @@ def test_refuses_layers_that_it_does_not_compute(monkeypatch, changes):
 
 def test_refuses_layers_that_are_not_all_alike(monkeypatch):
     monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
-    for change in ("norm", "dense", "epsilon"):
-        decoder = packed_decoder()
+    for change in ("norms of heads", "bias", "dense", "epsilon", "epsilon of heads"):
+        decoder = packed_decoder(family="qwen3" if change == "epsilon of heads" else "llama")
         layer = decoder.layers[1]
-        if change == "norm":
-            layer.self_attn.q_norm = nn.Identity()
+        if change == "norms of heads":
+            layer.self_attn.q_norm = layer.self_attn.k_norm = decoder.norm
+        elif change == "bias":
+            layer.self_attn.q_proj.linear.bias = torch.zeros(3 * 256)
         elif change == "dense":
             layer.mlp.down_proj = nn.Linear(512, 256)
         else:
-            layer.input_layernorm.variance_epsilon = 0.1
+            (layer.self_attn.k_norm if "heads" in change else layer.input_layernorm).variance_epsilon = 0.1
         assert not serves(decoder), change
 
 
-def test_the_table_holds_each_layers_addresses_in_the_kernels_order(monkeypatch):
+@pytest.mark.parametrize("family, absent", [("llama", 3), ("qwen2", 2), ("qwen3", 1)])
+def test_the_table_holds_each_layers_addresses_in_the_kernels_order(monkeypatch, family, absent):
     monkeypatch.setattr(persistent_step, "card", lambda device: (H100, True))
-    decoder = packed_decoder()
+    decoder = packed_decoder(family=family)
     cache = make_cache(decoder.config, 1, 32, 16, torch.bfloat16, torch.device("cpu"))
     turns = torch.zeros(32, 64)
     table = persistent_step.PersistentLayers(decoder, decoder.embed_tokens.weight, cache, turns, turns).table
-    assert table.shape == (2, len(FIELDS)) and table.dtype == torch.int64 and len(table.unique()) == table.numel()
+    assert table.shape == (2, len(FIELDS)) and table.dtype == torch.int64
+    assert (table == 0).sum() == 2 * absent and len(table.unique()) == table.numel() - 2 * absent + 1
     layer, kept = decoder.layers[1], cache.layers[1]
     expected = {
         "qkv": layer.self_attn.q_proj.linear.weight, "o_steps": layer.self_attn.o_proj.scales,
@@ -120,6 +155,10 @@ def test_the_table_holds_each_layers_addresses_in_the_kernels_order(monkeypatch)
         "input_norm": layer.input_layernorm.weight, "post_norm": layer.post_attention_layernorm.weight,
         "keys": kept.keys, "values": kept.values,
     }  # fmt: skip
+    if family == "qwen2":
+        expected["qkv_bias"] = layer.self_attn.q_proj.linear.bias
+    if family == "qwen3":
+        expected |= {"q_norm": layer.self_attn.q_norm.weight, "k_norm": layer.self_attn.k_norm.weight}
     for name, tensor in expected.items():
         assert table[1, FIELDS.index(name)] == tensor.data_ptr(), name
 
@@ -141,33 +180,49 @@ def test_a_launch_that_fails_is_told_and_done_without(monkeypatch):
     assert made is None
 
 
-@pytest.mark.parametrize("hidden, inner, heads", [(4096, 11008, 32), (5120, 13824, 40), (512, 1024, 4)])
-def test_every_program_has_its_share(hidden, inner, heads):
+@pytest.mark.parametrize(
+    "hidden, inner, heads, group",
+    [
+        (4096, 11008, 32, 1), (5120, 13824, 40, 1), (512, 1024, 4, 1),
+        (1536, 8960, 2, 6), (2048, 6144, 8, 2), (2560, 9728, 8, 4), (4096, 12288, 8, 4),  # Qwen2-VL-2B, Qwen3-VL-2B, 4B, 8B
+    ],
+)  # fmt: skip
+def test_every_program_has_its_share(hidden, inner, heads, group):
     """No more parts of attention than programs, and room for all of a product's inputs."""
-    told = persistent_step.constants(hidden, inner, heads, 128, H100.shared, H100.multiprocessors)
+    told = persistent_step.constants(hidden, inner, heads, group, 128, H100.shared, H100.multiprocessors, biased=True)
+    wide = heads * group * 128
     assert heads * told["SPLIT"] <= told["P"] and told["STAGES"] >= 4
-    assert [outputs for outputs, _, _ in told["SHAPES"]] == [3 * heads * 128, hidden, 2 * inner, hidden]
-    assert [paired for *_, paired in told["SHAPES"]] == [False, False, True, False]
-    for inputs, pad in zip((hidden, heads * 128, inner), told["PADS"], strict=True):
+    assert [outputs for outputs, *_ in told["SHAPES"]] == [wide + 2 * heads * 128, hidden, 2 * inner, hidden]
+    assert [flags for _, _, *flags in told["SHAPES"]] == [[False, True], [False, False], [True, False], [False, False]]
+    for inputs, pad in zip((hidden, wide, inner), told["PADS"], strict=True):
         assert inputs <= pad and pad % (told["WAYS"] * 128) == 0 and pad & (pad - 1) == 0
 
 
 @pytest.mark.parametrize(
-    "programs, now, padding, changes",
+    "programs, now, padding, skipped, changes",
     [
-        (9, 70, 0, {}),  # two parts of each head's slots
-        (5, 300, 37, {"num_attention_heads": 2, "head_dim": 128}),  # rounds of several stages, padding before
-        (4, 0, 0, {}),  # the first token
-        (7, 3, 2, {"num_attention_heads": 2, "head_dim": 64, "intermediate_size": 2048 + 128}),  # empty parts
+        (9, 70, 0, 0, {}),  # two parts of each head's slots
+        (5, 300, 37, 0, {"num_attention_heads": 2, "head_dim": 128}),  # rounds of several stages, padding before
+        (4, 0, 0, 0, {}),  # the first token
+        (7, 3, 2, 0, {"num_attention_heads": 2, "head_dim": 64, "intermediate_size": 2048 + 128}),  # empty parts
+        (9, 150, 11, 0, {"num_key_value_heads": 1}),
+        (
+            9, 150, 11, 60,
+            {"family": "qwen2", "hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 2},
+        ),
+        (5, 70, 0, 31, {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 128}),
     ],
-)
-def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, changes):
-    """The kernel itself, its programs and warps as threads of a CPU, against transformers' layers in fp32."""
+)  # fmt: skip
+def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, skipped, changes):
+    """The kernel itself, its programs and warps as threads of a CPU, against transformers' layers in fp32.
+
+    `skipped`: how many positions fewer than tokens there are before, as Qwen counts a picture's.
+    """
     torch.manual_seed(now)
     monkeypatch.setattr(persistent_step, "card", lambda device: (Card("threads", programs, 227 * 1024, True), True))
     folder = Path(persistent_step.__file__).parents[1] / "kernels"
     module, memory = gluon_on_cpu.load(
-        *(folder / f"{name}.py" for name in ("gluon_names", "decode_ring", "decode_layers"))
+        *(folder / f"{name}.py" for name in ("gluon_names", "decode_ring", "decode_layers_attention", "decode_layers"))
     )
     monkeypatch.setattr(persistent_step, "_kernel", lambda: module)
     plain = plain_decoder(**changes)
@@ -184,7 +239,8 @@ def test_a_step_is_that_of_transformers(monkeypatch, programs, now, padding, cha
     layers = persistent_step.PersistentLayers(packed, packed.embed_tokens.weight, cache, *turns)
     memory.know(t for layer in packed.layers for t in layer.state_dict().values())
     memory.know(t for kept in cache.layers for t in (kept.keys, kept.values))
-    token, position, first = torch.tensor([7]), torch.tensor([now - padding]), torch.tensor([padding])
+    token, first = torch.tensor([7]), torch.tensor([padding])
+    position = now - first - skipped
     mask = (torch.arange(now + 1) >= padding).long()[None]
     expected = plain(
         input_ids=token[None], attention_mask=mask, position_ids=position[None], past_key_values=before, use_cache=True

@@ -18,6 +18,7 @@ WIDEST = (4096, 4096, 16384)  # residual stream, heads side by side, inner: padd
 DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
 HEAD_DIMS = (64, 128)
+MOST_QUERIES = 16  # of a key-value head: rows of the tensor core
 
 
 class PersistentLayers:
@@ -36,16 +37,19 @@ class PersistentLayers:
         layers, device = list(decoder.layers), embedding.device
         _, heads, self.length, width = cache.layers[0].keys.shape
         qkv, o, _, down = _linears(layers[0])
-        hidden, inner = o.out_features, down.in_features
+        hidden, wide, inner = o.out_features, o.in_features, down.in_features
         here = card(device)[0]
         self.kernel, self.programs = _kernel().layers_kernel, here.multiprocessors
-        self.constants = constants(hidden, inner, heads, width, here.shared, self.programs)
+        self.constants = constants(
+            hidden, inner, heads, wide // width // heads, width, here.shared, self.programs,
+            biased=qkv.bias is not None, normed=hasattr(layers[0].self_attn, "q_norm"),
+        )  # fmt: skip
         self.embedding, self.norm, self.turns, self.layers = embedding, decoder.norm.weight, (cos, sin), len(layers)
         self.scale, self.eps = layers[0].self_attn.scaling * LOG2_E, decoder.norm.variance_epsilon
         self.table = torch.tensor([_addresses(*pair) for pair in zip(layers, cache.layers, strict=True)], device=device)
         self.between = [embedding.new_empty(n) for n in (qkv.out_features, hidden, inner, hidden)]
         self.parts = [
-            torch.empty(self.constants["SPLIT"] * heads * n, dtype=torch.float32, device=device) for n in (width, 1)
+            torch.empty(self.constants["SPLIT"] * n, dtype=torch.float32, device=device) for n in (wide, wide // width)
         ]
         self.counter = torch.zeros(2, dtype=torch.int32, device=device)
 
@@ -90,27 +94,29 @@ def prepare(
 def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its card, over this cache.
 
-    It takes a Hopper card, bf16, one sequence, as many key-value heads as heads, without norms, and INT4 linears in
-    groups of 128 without biases, in sizes whose activations fit into registers and shared memory.
+    It takes a Hopper card, bf16, one sequence, at most 16 heads for each key-value head, and INT4 linears in groups of
+    128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and shared memory.
     """
     keys, here = cache.layers[0].keys, card(embedding.device)[0]
     if not here.hopper or _kernel() is None or len(keys) != 1 or not keys.dtype == embedding.dtype == DTYPE:
         return False
-    shapes = set()
+    kinds = set()
     for layer in decoder.layers:
-        linears = _linears(layer)
-        if hasattr(layer.self_attn, "q_norm") or not all(_plain(m) for m in linears):
+        linears, norms = _linears(layer), _norms(layer)
+        biased, *others = (linear.bias is not None for linear in linears)
+        alike = {norm.variance_epsilon for norm in norms} == {decoder.norm.variance_epsilon}
+        if not all(_plain(m) for m in linears) or any(others) or not alike:
             return False
-        eps = (layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon)
-        shapes.add((*((m.out_features, m.in_features) for m in linears), *eps))
+        kinds.add((*((m.out_features, m.in_features) for m in linears), biased, len(norms)))
     heads, width = keys.shape[1], keys.shape[3]
-    (qkv, o, gate_up, down, *eps), *others = shapes
-    hidden, inner = o[0], down[1]
-    pads = _pads(hidden, heads * width, inner)
+    (qkv, o, gate_up, down, *_), *others = kinds
+    (hidden, wide), inner = o, down[1]
+    pads = _pads(hidden, wide, inner)
     return (
         not others
-        and set(eps) == {decoder.norm.variance_epsilon}
-        and (qkv, o) == ((3 * heads * width, hidden), (hidden, heads * width))
+        and wide % (heads * width) == 0
+        and wide <= MOST_QUERIES * heads * width
+        and qkv == (wide + 2 * heads * width, hidden)
         and (gate_up, down) == ((2 * inner, hidden), (hidden, inner))
         and width in HEAD_DIMS
         and heads <= here.multiprocessors
@@ -119,18 +125,27 @@ def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> b
     )
 
 
-def constants(hidden: int, inner: int, heads: int, width: int, shared: int, programs: int) -> dict:
-    """What the kernel is compiled for; `shared`: bytes of shared memory that a program may have."""
-    kernel, heads_width, pads = _kernel(), heads * width, _pads(hidden, heads * width, inner)
-    chunks = hidden // CHUNK
-    shapes = (  # outputs, chunks of inputs, whether one half of the outputs gates the other
-        (3 * heads_width, chunks, False), (hidden, heads_width // CHUNK, False),
-        (2 * inner, chunks, True), (hidden, inner // CHUNK, False),
+def constants(
+    hidden: int, inner: int, heads: int, group: int, width: int, shared: int, programs: int,
+    biased: bool = False, normed: bool = False,
+) -> dict:  # fmt: skip
+    """What the kernel is compiled for.
+
+    Args:
+        heads: of keys and values; group: heads of queries for each; width: of a head.
+        shared: bytes of shared memory that a program may have.
+        biased: queries, keys and values have biases; normed: queries and keys have norms.
+    """
+    kernel, wide = _kernel(), heads * group * width
+    pads, chunks = _pads(hidden, wide, inner), hidden // CHUNK
+    shapes = (  # outputs, chunks of inputs, whether one half of the outputs gates the other, whether it has a bias
+        (wide + 2 * heads * width, chunks, False, biased), (hidden, wide // CHUNK, False, False),
+        (2 * inner, chunks, True, False), (hidden, inner // CHUNK, False, False),
     )  # fmt: skip
     return {
-        "SHAPES": shapes,
-        "HIDDEN": hidden, "INNER": inner, "KV": heads, "D": width, "PADS": pads, "SPLIT": min(16, programs // heads),
-        "WAYS": kernel.WAYS, "STAGES": stages(pads, shared), "P": programs,
+        "SHAPES": shapes, "HIDDEN": hidden, "INNER": inner, "KV": heads, "G": group, "D": width, "NORMED": normed,
+        "PADS": pads, "SPLIT": min(16, programs // heads), "WAYS": kernel.WAYS, "STAGES": stages(pads, shared),
+        "P": programs,
     }  # fmt: skip
 
 
@@ -139,21 +154,29 @@ def _linears(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Modu
     return attention.q_proj.linear, attention.o_proj, mlp.gate_proj.linear, mlp.down_proj
 
 
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    """Of a layer's input and its MLP's, and of queries and keys where it has them."""
+    attention = layer.self_attn
+    heads = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
+
+
 def _plain(linear: nn.Module) -> bool:
     return (
         isinstance(linear, Int4Linear)
         and linear.backend == "triton"
         and linear.group_size == CHUNK
-        and linear.bias is None
         and linear.scales.dtype == DTYPE
     )
 
 
 def _addresses(layer: nn.Module, kept: StaticLayer) -> list[int]:
-    """A layer's line of the kernel's table: see `decode_ring.FIELDS`."""
-    packed = [t for linear in _linears(layer) for t in (linear.weight, linear.scales)]
-    norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-    return [t.data_ptr() for t in (*packed, *norms, kept.keys, kept.values)]
+    """A layer's line of the kernel's table: see `decode_ring.FIELDS`. What the layer lacks is zero, and never read."""
+    linears = _linears(layer)
+    packed = [t for linear in linears for t in (linear.weight, linear.scales)]
+    before, after, *of_heads = (norm.weight for norm in _norms(layer))
+    extra = [linears[0].bias, *(of_heads or (None, None))]
+    return [0 if t is None else t.data_ptr() for t in (*packed, before, after, kept.keys, kept.values, *extra)]
 
 
 def _pads(*sizes: int) -> tuple[int, ...]:

@@ -23,11 +23,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from grace.kernels.decode_layers_attention import attend, fresh, joined
 from grace.kernels.decode_ring import (
     INPUT_NORM,
+    K_NORM,
     KEYS,
     LINE,
     POST_NORM,
+    Q_NORM,
+    QKV_BIAS,
     ROWS,
     VALUES,
     address,
@@ -63,18 +67,19 @@ def _steps(low, high, SUMS: gl.constexpr, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _product(
-    x_s, shift_s, unscale, ring, stage, phase, y, dealt,
+    x_s, shift_s, unscale, ring, stage, phase, bias, y, dealt,
     SHAPES: gl.constexpr, WHICH: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """y [OUT] = W x for this program's units; with PAIRED y [OUT / 2] = silu(gate x) * (up x), gate over up in W.
 
-    x stands in x_s and shift_s as `_put` leaves it. The tensor core's right operand has eight columns: all are x.
+    With BIASED y has `bias` [OUT] added, which is not read otherwise. x stands in x_s and shift_s as `_put` leaves it. The tensor core's right operand has eight columns: all are x.
     Returns the next stage, its parity, and the program's first unit of the next product.
     """
     words_s, pairs_s, full, empty = ring
     OUT: gl.constexpr = SHAPES[WHICH][0]
     CHUNKS: gl.constexpr = SHAPES[WHICH][1]
     PAIRED: gl.constexpr = SHAPES[WHICH][2]
+    BIASED: gl.constexpr = SHAPES[WHICH][3]
     WAYS: gl.constexpr = words_s.shape[1]
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
@@ -88,8 +93,11 @@ def _product(
         [[0, 0, 1, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
         [[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]], [], [WAYS, 2, 4, 4, 2, 2],
     )  # fmt: skip
+    row = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, SUMS)))
     barrier()  # all of x stands; said here, the compiler does not say it in the loop
     for unit in range(dealt, OUT // 16, P):
+        if BIASED:  # asked for before the unit's words are waited for
+            more = gl.load(bias + unit * 16 + row).to(gl.float32)
         acc = gl.zeros((WAYS, 16, 8), gl.float32, SUMS)
         for step in range((CHUNKS + WAYS - 1) // WAYS):
             mbarrier.wait(full.index(stage), phase)
@@ -120,6 +128,8 @@ def _product(
             stage, phase = next_stage(stage, phase, STAGES)
         acc, _ = acc.reshape((WAYS, 16, 4, 2)).split()  # half of the columns, which are all alike
         total = gl.sum(acc, 0) * unscale
+        if BIASED:
+            total += gl.convert_layout(more, gl.SliceLayout(1, total.type.layout))[:, None]
         if PAIRED:
             gate, up = total.reshape((2, 8, 4)).permute((1, 2, 0)).split()
             gate = gate.to(DTYPE).to(gl.float32)
@@ -165,84 +175,6 @@ def _norm(x, gain, HIDDEN: gl.constexpr, EPS, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _fresh(values, at, N: gl.constexpr):
-    """What other programs have just written, fp32."""
-    return gl.load(values + at, mask=at < N, other=0.0, cache_modifier=".cg").to(gl.float32)
-
-
-@gluon.jit
-def _rotated(values, d, far, turn, lean, D: gl.constexpr, DTYPE: gl.constexpr):
-    return (_fresh(values, d, D) * turn + _fresh(values, far, D) * lean).to(DTYPE).to(gl.float32)
-
-
-@gluon.jit
-def _attend(
-    qkv, keys, values, ring, stage, phase, h, part, now, begin, stop, d, turn, lean, part_sum, part_top, SCALE,
-    KV: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, T: gl.constexpr, DTYPE: gl.constexpr,
-):  # fmt: skip
-    """Attention of a head's new query to one part of its slots; the last part keeps the new key and value as well.
-
-    Every row of a stage's slots has a softmax of its own until the end. Leaves the part's mean of values [D], and log2
-    of the sum of its weights, from which `_joined` makes the whole.
-    """
-    words_s, _pairs_s, full, empty = ring
-    SLOTS: gl.constexpr = words_s.shape[1] * 512 // D
-    rows = gl.arange(0, SLOTS, gl.SliceLayout(1, T))
-    far = (d + D // 2) % D
-    q = _rotated(qkv + h * D, d, far, turn, lean, D, DTYPE)
-    key = _rotated(qkv + (KV + h) * D, d, far, turn, lean, D, DTYPE)
-    value = _fresh(qkv + (2 * KV + h) * D, d, D)
-    top = gl.full((SLOTS,), -1e30, gl.float32, gl.SliceLayout(1, T))  # finite, so that differences stay numbers
-    weight = gl.zeros((SLOTS,), gl.float32, gl.SliceLayout(1, T))
-    acc = gl.zeros((SLOTS, D), gl.float32, T)
-    query, _ = gl.broadcast(q[None, :], acc)
-    new = gl.sum(q * key, 0) * SCALE
-    if part == SPLIT - 1:
-        gl.store(keys + now * D + d, key.to(DTYPE))
-        gl.store(values + now * D + d, value.to(DTYPE))
-    else:
-        new = -1e30
-    for at in range(begin, stop, SLOTS):
-        mbarrier.wait(full.index(stage), phase)
-        k = view(words_s.index(stage), DTYPE, [SLOTS, D], ROWS).load(T)
-        mbarrier.arrive(empty.index(stage))
-        stage, phase = next_stage(stage, phase, STAGES)
-        logits = gl.where(at + rows < stop, gl.sum(k.to(gl.float32) * query, 1) * SCALE, -1e30)
-        peak = gl.maximum(top, logits)
-        p, fade = gl.exp2(logits - peak), gl.exp2(top - peak)
-        weight = weight * fade + p
-        mbarrier.wait(full.index(stage), phase)
-        v = view(words_s.index(stage), DTYPE, [SLOTS, D], ROWS).load(T)
-        mbarrier.arrive(empty.index(stage))
-        stage, phase = next_stage(stage, phase, STAGES)
-        acc = acc * fade[:, None] + p[:, None] * v.to(gl.float32)
-        top = peak
-    best = gl.maximum(gl.max(top, 0), new)
-    share, own = gl.exp2(top - best), gl.exp2(new - best)
-    total = gl.sum(weight * share, 0) + own
-    mean = (gl.sum(acc * share[:, None], 0) + own * value) / total
-    gl.store(part_sum + (part * KV + h) * D + d, mean, cache_modifier=".cg")
-    gl.store(part_top + part * KV + h, best + gl.log2(total), cache_modifier=".cg")
-    return stage, phase
-
-
-@gluon.jit
-def _joined(part_sum, part_top, at, KV: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, DTYPE: gl.constexpr):
-    """The heads' outputs side by side, fp32 [PAD] exact in DTYPE, zero from KV D on."""
-    ok = at < KV * D
-    tops = part_top + at // D
-    best = gl.load(tops, mask=ok, other=0.0, cache_modifier=".cg")
-    for part in gl.static_range(1, SPLIT):
-        best = gl.maximum(best, gl.load(tops + part * KV, mask=ok, other=0.0, cache_modifier=".cg"))
-    mixed, total = best * 0.0, best * 0.0
-    for part in gl.static_range(SPLIT):
-        share = gl.exp2(gl.load(tops + part * KV, mask=ok, other=0.0, cache_modifier=".cg") - best)
-        total += share
-        mixed += share * gl.load(part_sum + part * KV * D + at, mask=ok, other=0.0, cache_modifier=".cg")
-    return (mixed / total).to(DTYPE).to(gl.float32)
-
-
-@gluon.jit
 def _met(go, phase):
     """Wait until all programs have finished the last phase; the parity of the next meeting."""
     mbarrier.wait(go, phase)
@@ -253,18 +185,14 @@ def _met(go, phase):
 def _compute(
     table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum, part_top,
     x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES: gl.constexpr, HIDDEN: gl.constexpr,
-    INNER: gl.constexpr, KV: gl.constexpr, D: gl.constexpr, PADS: gl.constexpr, SPLIT: gl.constexpr, P: gl.constexpr,
-    STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    INNER: gl.constexpr, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, NORMED: gl.constexpr,
+    PADS: gl.constexpr, SPLIT: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """This program's share of every phase of every layer."""
     L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
-    T: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     h, part, now, begin, stop = own_slots(slot, first, KV, SPLIT)
     at, at_heads, at_inner = gl.arange(0, PADS[0], L), gl.arange(0, PADS[1], L), gl.arange(0, PADS[2], L)
-    d = gl.arange(0, D, gl.SliceLayout(0, T))
-    place = gl.load(position).to(gl.int32) * D + d
-    turn = gl.load(cos + place).to(gl.float32)
-    lean = gl.load(sin + place).to(gl.float32) * gl.where(d < D // 2, -1.0, 1.0)
+    place = gl.load(position).to(gl.int32) * D
     dealt = gl.program_id(0)
     stage, phase, meeting = 0, 0, 0
     x = gl.load(embedding + gl.load(token) * HIDDEN + at, mask=at < HIDDEN, other=0.0).to(gl.float32)
@@ -273,47 +201,51 @@ def _compute(
         gain = gl.load(address(here, INPUT_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         if layer > 0:
             meeting = _met(go, meeting)
-            x = (x + _fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32)
+            x = (x + fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32)
         y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
         unscale = _put(x_s, shift_s, y, top)
+        bias = address(here, QKV_BIAS, DTYPE)
         stage, phase, dealt = _product(
-            x_s, shift_s, unscale, ring, stage, phase, qkv, dealt, SHAPES, 0, P, STAGES, DTYPE
+            x_s, shift_s, unscale, ring, stage, phase, bias, qkv, dealt, SHAPES, 0, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
         keys = address(here, KEYS, DTYPE) + h.to(gl.int64) * LENGTH * D
         values = address(here, VALUES, DTYPE) + h.to(gl.int64) * LENGTH * D
         meeting = _met(go, meeting)
         if gl.program_id(0) < KV * SPLIT:
-            stage, phase = _attend(
-                qkv, keys, values, ring, stage, phase, h, part, now, begin, stop, d, turn, lean, part_sum, part_top,
-                SCALE, KV, D, SPLIT, STAGES, T, DTYPE,
+            gains = (address(here, Q_NORM, DTYPE), address(here, K_NORM, DTYPE))
+            stage, phase = attend(
+                qkv, keys, values, gains, cos + place, sin + place, ring, stage, phase, h, part, now, begin, stop,
+                part_sum, part_top, SCALE, EPS, KV, G, D, NORMED, SPLIT, STAGES, DTYPE,
             )  # fmt: skip
         mbarrier.arrive(done)
         gain = gl.load(address(here, POST_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         meeting = _met(go, meeting)
-        mixed = _joined(part_sum, part_top, at_heads, KV, D, SPLIT, DTYPE)
+        mixed = joined(part_sum, part_top, at_heads, KV * G, D, SPLIT, DTYPE)
         unscale = _put(x_s, shift_s, mixed, gl.max(gl.abs(mixed), 0))
-        stage, phase, dealt = _product(x_s, shift_s, unscale, ring, stage, phase, o, dealt, SHAPES, 1, P, STAGES, DTYPE)
-        mbarrier.arrive(done)
-        meeting = _met(go, meeting)
-        x = (x + _fresh(o, at, HIDDEN)).to(DTYPE).to(gl.float32)
-        y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
-        unscale = _put(x_s, shift_s, y, top)
         stage, phase, dealt = _product(
-            x_s, shift_s, unscale, ring, stage, phase, inner, dealt, SHAPES, 2, P, STAGES, DTYPE
+            x_s, shift_s, unscale, ring, stage, phase, o, o, dealt, SHAPES, 1, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
         meeting = _met(go, meeting)
-        active = _fresh(inner, at_inner, INNER)
+        x = (x + fresh(o, at, HIDDEN)).to(DTYPE).to(gl.float32)
+        y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
+        unscale = _put(x_s, shift_s, y, top)
+        stage, phase, dealt = _product(
+            x_s, shift_s, unscale, ring, stage, phase, inner, inner, dealt, SHAPES, 2, P, STAGES, DTYPE
+        )
+        mbarrier.arrive(done)
+        meeting = _met(go, meeting)
+        active = fresh(inner, at_inner, INNER)
         unscale = _put(x_s, shift_s, active, gl.max(gl.abs(active), 0))
         stage, phase, dealt = _product(
-            x_s, shift_s, unscale, ring, stage, phase, down, dealt, SHAPES, 3, P, STAGES, DTYPE
+            x_s, shift_s, unscale, ring, stage, phase, down, down, dealt, SHAPES, 3, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
     gain = gl.load(norm + at, mask=at < HIDDEN, other=0.0)
     _met(go, meeting)
     if gl.program_id(0) == 0:
-        y, top = _norm((x + _fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32), gain, HIDDEN, EPS, DTYPE)
+        y, top = _norm((x + fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32), gain, HIDDEN, EPS, DTYPE)
         gl.store(hidden + at, y.to(DTYPE), mask=at < HIDDEN)
 
 
@@ -323,7 +255,7 @@ def layers_kernel(
     token,  # int64 [1]
     embedding,  # [vocab, HIDDEN]
     norm,  # [HIDDEN], of the last norm
-    qkv,  # [3 KV D]; this and the next three: what programs leave for each other
+    qkv,  # [(G + 2) KV D]; this and the next three: what programs leave for each other
     o,  # [HIDDEN]
     inner,  # [INNER]
     down,  # [HIDDEN]
@@ -333,19 +265,21 @@ def layers_kernel(
     position,  # int64 [1]
     slot,  # int64 []: where the new key and value go
     first,  # int64 [1]: the first slot that is not padding
-    part_sum,  # fp32 [SPLIT, KV, D]
-    part_top,  # fp32 [SPLIT, KV]
+    part_sum,  # fp32 [SPLIT, KV G, D]
+    part_top,  # fp32 [SPLIT, KV G]
     counter,  # int32 [2], zeros before and after
     LAYERS,
     LENGTH,  # slots of the cache
     SCALE,  # of the logits, times log2 e
     EPS,
-    SHAPES: gl.constexpr,  # of qkv, o, gate over up, down: outputs, chunks of inputs, whether paired
+    SHAPES: gl.constexpr,  # of qkv, o, gate over up, down: outputs, chunks of inputs, whether paired, and biased
     HIDDEN: gl.constexpr,
     INNER: gl.constexpr,
-    KV: gl.constexpr,  # heads, as many for queries as for keys
+    KV: gl.constexpr,  # heads of keys and values
+    G: gl.constexpr,  # heads of queries for each of them, at most 16
     D: gl.constexpr,  # 64 or 128
-    PADS: gl.constexpr,  # HIDDEN, KV D and INNER rounded up to powers of two of at least WAYS chunks
+    NORMED: gl.constexpr,  # queries and keys, by q_norm and k_norm with EPS
+    PADS: gl.constexpr,  # HIDDEN, KV G D and INNER rounded up to powers of two of at least WAYS chunks
     SPLIT: gl.constexpr,  # parts of the slots, KV SPLIT of at most P
     WAYS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -372,8 +306,8 @@ def layers_kernel(
         [
             (_compute, (
                 table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum,
-                part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, D, PADS,
-                SPLIT, P, STAGES, DTYPE,
+                part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, G, D,
+                NORMED, PADS, SPLIT, P, STAGES, DTYPE,
             )),
             (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE)),
             (meet, (counter, done, go, LAYERS * MEETINGS, P)),

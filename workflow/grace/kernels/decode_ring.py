@@ -13,13 +13,16 @@ from grace.kernels.gluon_names import copy, next_stage, view
 
 # A line of the table of layers: addresses.
 FIELDS = ("qkv", "qkv_steps", "o", "o_steps", "gate_up", "gate_up_steps", "down", "down_steps",
-          "input_norm", "post_norm", "keys", "values")  # fmt: skip
+          "input_norm", "post_norm", "keys", "values", "qkv_bias", "q_norm", "k_norm")  # fmt: skip
 LINE = gl.constexpr(len(FIELDS))
-INPUT_NORM, POST_NORM, KEYS, VALUES = (gl.constexpr(FIELDS.index(name)) for name in FIELDS[8:])
+INPUT_NORM, POST_NORM, KEYS, VALUES, QKV_BIAS, Q_NORM, K_NORM = (gl.constexpr(i) for i in range(8, len(FIELDS)))
 # Stages under way at a time. They fill the memory's pipeline; what else waits in it delays the small loads between two
 # products: without this limit a step of LLaVA-1.5-7B takes 1.77 ms on an H100, with it 1.61.
 AHEAD = gl.constexpr(2)
 ROWS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
+SLOTS = gl.constexpr(
+    gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+)  # eight rows in a row lie in other banks: the tensor core's
 _LOOK = gl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 
 
@@ -108,13 +111,13 @@ def _stream_product(
 def _stream_slots(cache, ring, stage, phase, begin, stop, D: gl.constexpr, STAGES: gl.constexpr):
     """Bring a stage full of keys or values [slots, D], from slot `begin` on."""
     words_s, _pairs_s, full, empty = ring
-    SLOTS: gl.constexpr = words_s.shape[1] * 512 // D
+    COUNT: gl.constexpr = words_s.shape[1] * 512 // D
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [1, 1], [1, 0])
-    row = begin + gl.arange(0, SLOTS, gl.SliceLayout(1, L))[:, None]
+    row = begin + gl.arange(0, COUNT, gl.SliceLayout(1, L))[:, None]
     d = gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
     async_copy.wait_group(AHEAD - 1)
     mbarrier.wait(empty.index(stage), phase)
-    to = view(words_s.index(stage), cache.dtype.element_ty, [SLOTS, D], ROWS)
+    to = view(words_s.index(stage), cache.dtype.element_ty, [COUNT, D], SLOTS)
     copy(to, cache + row * D + d, mask=row + d * 0 < stop)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
     async_copy.commit_group()
@@ -127,7 +130,7 @@ def stream(
     SPLIT: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with everything that `_compute` takes out of it, in its order."""
-    SLOTS: gl.constexpr = ring[0].shape[1] * 512 // D
+    COUNT: gl.constexpr = ring[0].shape[1] * 512 // D
     stage, phase = 0, 1
     dealt = gl.program_id(0)
     h, _part, _now, begin, stop = own_slots(slot, first, KV, SPLIT)
@@ -139,7 +142,7 @@ def stream(
             if p == 0:
                 keys = address(here, KEYS, DTYPE) + h.to(gl.int64) * LENGTH * D
                 values = address(here, VALUES, DTYPE) + h.to(gl.int64) * LENGTH * D
-                for start in range(begin, stop, SLOTS):
+                for start in range(begin, stop, COUNT):
                     stage, phase = _stream_slots(keys, ring, stage, phase, start, stop, D, STAGES)
                     stage, phase = _stream_slots(values, ring, stage, phase, start, stop, D, STAGES)
 
