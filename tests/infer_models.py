@@ -141,8 +141,8 @@ def llava_7b(layers: int = 32) -> "transformers.LlavaConfig":  # noqa: F821
     return transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
 
 
-def qwen(version: int) -> torch.nn.Module:
-    """A random Qwen2-VL or Qwen3-VL (with deepstack) of two to three layers."""
+def qwen(version: int, **changes) -> torch.nn.Module:
+    """A random Qwen2-VL or Qwen3-VL (with deepstack), of two to three layers but for changes of its decoder."""
     import transformers
 
     kind = f"Qwen{version}VL"
@@ -150,7 +150,7 @@ def qwen(version: int) -> torch.nn.Module:
         hidden_size=64, intermediate_size=128, num_hidden_layers=version, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=160, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0, head_dim=16,
         rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-    )  # fmt: skip
+    ) | changes  # fmt: skip
     vision = {
         2: dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2),
         3: dict(

@@ -80,7 +80,7 @@ def round_in_place(model: nn.Module, device: torch.device) -> None:
                 scales = (groups.abs().amax(-1) / 7.5).bfloat16()
                 codes = (groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7).to(torch.int8)
                 codes = codes.view(child.weight.shape)
-                setattr(parent, name, Int4Linear(codes, scales, None, torch.bfloat16, device))
+                setattr(parent, name, Int4Linear(codes, scales, child.bias, torch.bfloat16, device))
 
 
 def measure(

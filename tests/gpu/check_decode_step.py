@@ -7,6 +7,7 @@ that is off.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,19 +107,21 @@ def check_small_kernels() -> None:
 
 def check_layers() -> None:
     """All layers in one launch against a launch per kernel, INT4, one sequence: outputs, new keys and values."""
-    for hidden, inner, heads, count in ((4096, 11008, 32, 4), (512, 1024, 8, 3)):
-        model = tiny(heads, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
-                     num_hidden_layers=count, initializer_range=0.02).bfloat16()  # fmt: skip
+    for name, model in shapes():
+        model = model.bfloat16().requires_grad_(False)
         fuse_dense(decoder(model))
+        for layer in decoder(model).layers:
+            if layer.self_attn.q_proj.linear.bias is not None:
+                nn.init.normal_(layer.self_attn.q_proj.linear.bias)
         round_in_place(model, CUDA)
-        for norm in [m for name, m in decoder(model).named_modules() if name.endswith("norm")]:
+        for norm in [m for part, m in decoder(model).named_modules() if part.endswith("norm")]:
             nn.init.uniform_(norm.weight, 0.5, 2)
         session = Session(model, 1, 704, fused=True)
         step = session._step
         assert step.persistent is not None, "the card or the model was refused"
         all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
         for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
-            step.token.random_(1000)
+            step.token.random_(100)
             step.position.fill_(now - padding), step.slot.fill_(now), step.first.fill_(padding)
             found = []
             for layers in (step._layer_by_layer, all_layers, all_layers):
@@ -132,12 +135,31 @@ def check_layers() -> None:
                 for kept in session.cache.layers:
                     assert now == 703 or kept.keys[:, :, now + 1 :].isnan().all()
                     found[-1] += [kept.keys[:, :, now].clone(), kept.values[:, :, now].clone()]
-            name = f"{count} layers of {hidden}, {now} tokens of which {padding} padding"
-            close(name, found[1][0], found[0][0], 3e-2)
+            case = f"{name}, {now} tokens of which {padding} padding"
+            close(case, found[1][0], found[0][0], 3e-2)
             for ours, theirs in zip(found[1][1:], found[0][1:], strict=True):
                 error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-                assert error < 3e-2, f"{name}: new key or value off by {error}"
-            assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{name}: not the same each time"
+                assert error < 3e-2, f"{case}: new key or value off by {error}"
+            assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{case}: not the same each time"
+
+
+def shapes() -> Iterator[tuple[str, nn.Module]]:
+    """A few layers of each kind, in real sizes and in small ones."""
+    for hidden, inner, heads, count in ((4096, 11008, 32, 4), (512, 1024, 8, 3)):
+        yield f"{count} layers of LLaVA, {hidden}", tiny(
+            heads, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=count,
+            initializer_range=0.02,
+        )  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    for version, hidden, inner, heads, key_value_heads in (
+        (2, 1536, 8960, 12, 2), (3, 2048, 6144, 16, 8), (3, 4096, 12288, 32, 8),  # Qwen2-VL-2B, Qwen3-VL-2B and 8B
+    ):  # fmt: skip
+        with CUDA:
+            model = qwen(
+                version, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+                num_key_value_heads=key_value_heads, head_dim=128, initializer_range=0.02, rope_parameters=rope,
+            )  # fmt: skip
+        yield f"{version} layers of Qwen{version}-VL, {hidden}", model
 
 
 def tiny(key_value_heads: int, **changes) -> nn.Module:
@@ -150,8 +172,9 @@ def tiny(key_value_heads: int, **changes) -> nn.Module:
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "vocab_size": 1000, "num_key_value_heads": key_value_heads, "initializer_range": 0.1,
     } | changes)  # fmt: skip
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
-    return model.to(CUDA).eval().requires_grad_(False)
+    with CUDA:
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
+    return model.eval().requires_grad_(False)
 
 
 def check_tokens() -> None:

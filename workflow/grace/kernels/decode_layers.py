@@ -32,7 +32,6 @@ from grace.kernels.decode_ring import (
     POST_NORM,
     Q_NORM,
     QKV_BIAS,
-    ROWS,
     VALUES,
     address,
     meet,
@@ -53,6 +52,7 @@ _NIBBLES = gl.constexpr(
     "lop3.b32 $2, high, 0x000f000f, 0x64006400, 0xea; lop3.b32 $3, high, 0x00f000f0, 0x64006400, 0xea; }"
 )
 _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+_ROWS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 _OPERAND = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]))
 
 
@@ -191,7 +191,7 @@ def _compute(
     """This program's share of every phase of every layer."""
     L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
     h, part, now, begin, stop = own_slots(slot, first, KV, SPLIT)
-    at, at_heads, at_inner = gl.arange(0, PADS[0], L), gl.arange(0, PADS[1], L), gl.arange(0, PADS[2], L)
+    at, at_inner = gl.arange(0, PADS[0], L), gl.arange(0, PADS[2], L)
     place = gl.load(position).to(gl.int32) * D
     dealt = gl.program_id(0)
     stage, phase, meeting = 0, 0, 0
@@ -221,7 +221,7 @@ def _compute(
         mbarrier.arrive(done)
         gain = gl.load(address(here, POST_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         meeting = _met(go, meeting)
-        mixed = joined(part_sum, part_top, at_heads, KV * G, D, SPLIT, DTYPE)
+        mixed = joined(part_sum, part_top, PADS[1], KV * G, D, SPLIT, DTYPE)
         unscale = _put(x_s, shift_s, mixed, gl.max(gl.abs(mixed), 0))
         stage, phase, dealt = _product(
             x_s, shift_s, unscale, ring, stage, phase, o, o, dealt, SHAPES, 1, P, STAGES, DTYPE
@@ -288,7 +288,7 @@ def layers_kernel(
     """hidden = the last norm of all layers' output for `token`; its keys and values are put into the cache."""
     DTYPE: gl.constexpr = qkv.dtype.element_ty
     STEPS: gl.constexpr = max(PADS[0], PADS[1], PADS[2]) // (128 * WAYS)
-    x_s = gl.allocate_shared_memory(gl.float16, [STEPS, WAYS, 128], ROWS)
+    x_s = gl.allocate_shared_memory(gl.float16, [STEPS, WAYS, 128], _ROWS)
     shift_s = gl.allocate_shared_memory(gl.float32, [STEPS, WAYS], _PLAIN)
     words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
     pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))

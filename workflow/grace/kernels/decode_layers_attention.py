@@ -96,16 +96,27 @@ def attend(
 
 
 @gluon.jit
-def joined(part_sum, part_top, at, HEADS: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr, DTYPE: gl.constexpr):
-    """The heads' outputs side by side, fp32 [PAD] exact in DTYPE, zero from HEADS D on."""
-    ok = at < HEADS * D
-    tops = part_top + at // D
-    best = gl.load(tops, mask=ok, other=0.0, cache_modifier=".cg")
+def joined(
+    part_sum, part_top, PAD: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, SPLIT: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """The heads' outputs side by side, fp32 [PAD] exact in DTYPE, zero from HEADS D on.
+
+    A thread takes eight values at a time, all of one head, and so looks up and computes that head's weights once.
+    """
+    EIGHTS: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+    eight = gl.arange(0, PAD // 8, gl.SliceLayout(1, EIGHTS))
+    at = (eight * 8)[:, None] + gl.arange(0, 8, gl.SliceLayout(0, EIGHTS))[None, :]
+    ok, some = at < HEADS * D, eight * 8 < HEADS * D
+    tops = part_top + eight * 8 // D
+    best = gl.load(tops, mask=some, other=0.0, cache_modifier=".cg")
     for part in gl.static_range(1, SPLIT):
-        best = gl.maximum(best, gl.load(tops + part * HEADS, mask=ok, other=0.0, cache_modifier=".cg"))
-    mixed, total = best * 0.0, best * 0.0
+        best = gl.maximum(best, gl.load(tops + part * HEADS, mask=some, other=0.0, cache_modifier=".cg"))
+    total = best * 0.0
+    mixed = gl.zeros((PAD // 8, 8), gl.float32, EIGHTS)
     for part in gl.static_range(SPLIT):
-        share = gl.exp2(gl.load(tops + part * HEADS, mask=ok, other=0.0, cache_modifier=".cg") - best)
+        share = gl.exp2(gl.load(tops + part * HEADS, mask=some, other=0.0, cache_modifier=".cg") - best)
         total += share
-        mixed += share * gl.load(part_sum + part * HEADS * D + at, mask=ok, other=0.0, cache_modifier=".cg")
-    return (mixed / total).to(DTYPE).to(gl.float32)
+        sums = gl.load(part_sum + part * HEADS * D + at, mask=ok, other=0.0, cache_modifier=".cg")
+        mixed += share[:, None] * sums
+    return (mixed / total[:, None]).to(DTYPE).to(gl.float32).reshape((PAD,))
