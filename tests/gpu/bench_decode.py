@@ -6,7 +6,7 @@
 
 Folders may be plain or packed. `--random` makes a model in its real shape with random weights, plain and rounded to
 nearest in groups of 128, in memory: speed and memory do not depend on what the weights are. Both are measured with keys
-and values in 16 bits and in 8. Prints one line per model, batch and cache, and the INT4 : bf16 ratios of this run.
+and values in 16 bits and in 8 (`--caches`). Prints one line per model, batch and cache, and the INT4 : bf16 ratios of this run.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def round_in_place(model: nn.Module, device: torch.device) -> None:
 
 
 def measure(
-    model: nn.Module, name: str, precision: str, batches: list[int], caches: tuple[int, ...], new_tokens: int,
+    model: nn.Module, name: str, precision: str, batches: list[int], caches: list[int], new_tokens: int,
     repeats: int, device: torch.device, kernels: bool,
 ) -> list:  # fmt: skip
     """Rows like decode.csv's for a model without a processor."""
@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--random", choices=["llava-1.5-7b", "qwen2-vl-2b"])
     parser.add_argument("--out", type=Path, default=Path("decode.json"))
     parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--caches", default="16,8", help="with --random: bits of keys and values")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kernels", action="store_true", help="with --random: also print the kernels of one step")
@@ -174,14 +175,14 @@ def main() -> None:
     if bool(chosen.models) == bool(chosen.random):
         raise SystemExit("give model folders, or --random llava-1.5-7b")
     device = torch.device("cuda")
-    batches = [int(text) for text in chosen.batches.split(",")]
+    batches, caches = ([int(n) for n in text.split(",")] for text in (chosen.batches, chosen.caches))
     limits = ceilings(device) | {"read_bytes_per_second": read_bandwidth(device)}
     if chosen.models:
         rows = bench_decode(chosen.models, batches, chosen.new_tokens, chosen.repeats, device)
     else:
         model = random_model(chosen.random, device)
         fuse_dense(decoder(model))
-        how = ((16, 8), chosen.new_tokens, chosen.repeats, device, chosen.kernels)
+        how = (caches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
         rows = measure(model, chosen.random, "bf16", batches, *how)
         round_in_place(model, device)
         gc.collect()

@@ -72,7 +72,8 @@ def _product(
 ):  # fmt: skip
     """y [OUT] = W x for this program's units; with PAIRED y [OUT / 2] = silu(gate x) * (up x), gate over up in W.
 
-    With BIASED y has `bias` [OUT] added, which is not read otherwise. x stands in x_s and shift_s as `_put` leaves it. The tensor core's right operand has eight columns: all are x.
+    With BIASED y has `bias` [OUT] added, which is not read otherwise. x stands in x_s and shift_s as `_put` leaves it.
+    The tensor core's right operand has eight columns: all are x.
     Returns the next stage, its parity, and the program's first unit of the next product.
     """
     words_s, pairs_s, full, empty = ring
