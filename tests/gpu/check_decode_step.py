@@ -145,7 +145,7 @@ def check_layers() -> None:
 
 def shapes() -> Iterator[tuple[str, nn.Module]]:
     """A few layers of each kind, in real sizes and in small ones."""
-    for hidden, inner, heads, count in ((4096, 11008, 32, 4), (512, 1024, 8, 3)):
+    for hidden, inner, heads, count in ((4096, 11008, 32, 4), (5120, 13824, 40, 2), (512, 1024, 8, 3)):
         yield f"{count} layers of LLaVA, {hidden}", tiny(
             heads, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=count,
             initializer_range=0.02,

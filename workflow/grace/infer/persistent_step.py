@@ -13,12 +13,13 @@ from grace.kernels.decode_attention import LOG2_E
 from grace.kernels.w4a16 import card, gluon
 from grace.kernels.w4a16_layout import CHUNK
 
-# What a card has run. Twice as wide a residual stream (LLaVA-1.5-13B) and fp16 compile, and wait for a card.
-WIDEST = (4096, 4096, 16384)  # residual stream, heads side by side, inner: padded, in registers of four warps
+# What a card has run. fp16 compiles, and waits for a card.
+WIDEST = (8192, 8192, 16384)  # residual stream, heads side by side, inner: padded, in registers of four warps
 DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
 HEAD_DIMS = (64, 128)
 MOST_QUERIES = 16  # of a key-value head: rows of the tensor core
+MOST_PARTS = 8  # of a head's slots: every program reads all parts of all heads, so more of them cost more than they spare
 
 
 class PersistentLayers:
@@ -144,7 +145,7 @@ def constants(
     )  # fmt: skip
     return {
         "SHAPES": shapes, "HIDDEN": hidden, "INNER": inner, "KV": heads, "G": group, "D": width, "NORMED": normed,
-        "PADS": pads, "SPLIT": min(16, programs // heads), "WAYS": kernel.WAYS, "STAGES": stages(pads, shared),
+        "PADS": pads, "SPLIT": min(MOST_PARTS, programs // heads), "WAYS": kernel.WAYS, "STAGES": stages(pads, shared),
         "P": programs,
     }  # fmt: skip
 
