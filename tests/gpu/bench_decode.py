@@ -2,7 +2,7 @@
 
     python tests/gpu/bench_decode.py MODEL [MODEL ...] --out decode.json [--batches 1,8,32] [--new-tokens 128]
     python tests/gpu/bench_decode.py --random llava-1.5-7b --out decode.json
-    python tests/gpu/bench_decode.py --random qwen2-vl-2b --out decode.json
+    python tests/gpu/bench_decode.py --random qwen2-vl-2b --out decode.json    (or qwen3-vl-2b)
 
 Folders may be plain or packed. `--random` makes a model in its real shape with random weights, plain and rounded to
 nearest in groups of 128, in memory: speed and memory do not depend on what the weights are. Both are measured with keys
@@ -40,9 +40,8 @@ def random_model(name: str, device: torch.device) -> nn.Module:
     import transformers
 
     if name == "llava-1.5-7b":
-        config = llava_7b()
-        build = transformers.LlavaForConditionalGeneration
-    else:
+        config, build = llava_7b(), transformers.LlavaForConditionalGeneration
+    elif name == "qwen2-vl-2b":
         text = dict(
             hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
             num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
@@ -50,6 +49,16 @@ def random_model(name: str, device: torch.device) -> nn.Module:
         )  # fmt: skip
         config = transformers.Qwen2VLConfig(text_config=text, vision_config={"hidden_size": 1536})
         build = transformers.Qwen2VLForConditionalGeneration
+    else:
+        text = dict(
+            hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5e6},
+        )  # fmt: skip
+        config = transformers.Qwen3VLConfig(
+            text_config=text, vision_config={"out_hidden_size": 2048}, tie_word_embeddings=True
+        )
+        build = transformers.Qwen3VLForConditionalGeneration
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -162,7 +171,7 @@ def print_kernels(session: Session, what: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path)
-    parser.add_argument("--random", choices=["llava-1.5-7b", "qwen2-vl-2b"])
+    parser.add_argument("--random", choices=["llava-1.5-7b", "qwen2-vl-2b", "qwen3-vl-2b"])
     parser.add_argument("--out", type=Path, default=Path("decode.json"))
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--caches", default="16,8", help="with --random: bits of keys and values")
