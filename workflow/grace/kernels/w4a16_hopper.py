@@ -141,7 +141,8 @@ def _add_products(
     """The products of chunks first to last, added to acc; and the next stage and parity.
 
     They are waited for before the next chunk is unpacked: ptxas would do so after each one if any ran on into the next
-    round of this loop, and registers that a running product reads must not be written.
+    round of this loop, and registers that a running product reads must not be written. And a stage is emptied after
+    products alone: said to be empty once unpacked, its words can be overwritten before a slow warp has loaded them.
     """
     x_s, words_s, full, empty = ring
     HALVES: gl.constexpr = full.shape[0] // STAGES
