@@ -19,9 +19,7 @@ DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
 HEAD_DIMS = (64, 128)
 MOST_QUERIES = 16  # of a key-value head: rows of the tensor core
-MOST_PARTS = (
-    8  # of a head's slots: every program reads all parts of all heads, so more of them cost more than they spare
-)
+MOST_PARTS = 8  # of a head's slots. Every program reads the parts of all heads: more cost more than they spare
 
 
 class PersistentLayers:
