@@ -56,8 +56,8 @@ def hopper(dtype: str, tile: Tile, **changes):
         "y": (dtype, [tile.block_m, 64], DENSE_LAYOUT),
     }
     constants = {
-        "GROUP": 128, "BLOCK_M": tile.block_m, "STAGES": tile.stages, "HALVES": 2 if tile.block_m == 256 else 1,
-        "BAND": 8, "PARTS": tile.split > 1, "HAS_BIAS": False, "PDL": True,
+        "GROUP": 128, "BLOCK_M": tile.block_m, "STAGES": tile.stages, "PARTS": tile.split > 1, "HAS_BIAS": False,
+        "PDL": True,
     } | changes  # fmt: skip
     names = hopper_kernel.arg_names
     kinds = {name: POINTERS.get(name, "i32" if name.isupper() else f"*{dtype}") for name in names}

@@ -12,23 +12,17 @@ import argparse
 from functools import partial
 from itertools import product as every
 
+import bench_w4a16
 import torch
 
 from grace.bench.machine import describe, last_cache_bytes, read_bandwidth
 from grace.bench.timing import copies_past_cache, interleaved_medians
 from grace.kernels.skinny import choose, product
 
-SHAPES = {
-    "LLaVA q+k+v": (12288, 4096),
-    "LLaVA o": (4096, 4096),
-    "LLaVA gate+up": (22016, 4096),
-    "LLaVA down": (4096, 11008),
-    "LLaVA head": (32064, 4096),
-    "Qwen2 q+k+v": (2048, 1536),
-    "Qwen2 o": (1536, 1536),
-    "Qwen2 gate+up": (17920, 1536),
-    "Qwen2 down": (1536, 8960),
-    "Qwen2 head": (151936, 1536),
+ALONE = ("llava gate|up", "qwen2 gate|up", "qwen2 k|v")  # a decoding step multiplies them joined
+SHAPES = {name: shape for name, shape in bench_w4a16.SHAPES.items() if name not in ALONE} | {
+    "llava head": (32064, 4096),
+    "qwen2 head": (151936, 1536),
 }
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 

@@ -111,9 +111,7 @@ def check_layers() -> None:
     for name, model in shapes():
         model = model.bfloat16().requires_grad_(False)
         fuse_dense(decoder(model))
-        for layer in decoder(model).layers:
-            if layer.self_attn.q_proj.linear.bias is not None:
-                nn.init.normal_(layer.self_attn.q_proj.linear.bias)
+        fill_biases(model)
         round_in_place(model, CUDA)
         for norm in [m for part, m in decoder(model).named_modules() if part.endswith("norm")]:
             nn.init.uniform_(norm.weight, 0.5, 2)
@@ -142,6 +140,13 @@ def check_layers() -> None:
                 error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
                 assert error < 3e-2, f"{case}: new key or value off by {error}"
             assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{case}: not the same each time"
+
+
+def fill_biases(model: nn.Module) -> None:
+    """Random biases of q, k and v, which a new model has as zeros, if at all."""
+    for layer in decoder(model).layers:
+        if layer.self_attn.q_proj.linear.bias is not None:
+            nn.init.normal_(layer.self_attn.q_proj.linear.bias)
 
 
 def shapes() -> Iterator[tuple[str, nn.Module]]:
@@ -217,8 +222,7 @@ def check_real_qwen() -> None:
     """Qwen2-VL-2B's decoder shape, random weights: one step's logits, by the fused step and by transformers' layers."""
     model = random_model("qwen2-vl-2b", CUDA)
     fuse_dense(decoder(model))
-    for layer in decoder(model).layers:
-        nn.init.normal_(layer.self_attn.q_proj.linear.bias)
+    fill_biases(model)
     for precision in ("bf16", "int4"):
         for batch in (3, 1):  # of one sequence in INT4 all layers are one launch
             ours, eight, theirs = (step_logits(model, batch, *how) for how in ((True, 16), (True, 8), (False, 16)))

@@ -36,7 +36,7 @@ Shape = tuple[int, int]  # out, in
 def candidates(rows: int, out: int, inputs: int, group: int, here: Card) -> Iterator[Tile]:
     """Tiles worth trying: those whose programs fill the card without cutting the inputs finer than that takes."""
     for tile in _grid(rows, group):
-        tiles = -(-rows // tile.block_m) * -(-out // tile.block_n)
+        tiles = tile.tiles(rows, out)
         most = inputs // 128 // (tile.warps if tile.kind == "ways" else 1)
         programs = tiles * tile.split
         fits = tile.shared() <= here.shared and tile.split <= max(most, 1)

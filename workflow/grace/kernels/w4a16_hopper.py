@@ -35,25 +35,32 @@ from grace.kernels.w4a16_triton import WEIGHTS_BF16, WEIGHTS_FP16
 
 DENSE_LAYOUT = gl.NVMMASharedLayout(128, 16, 2)  # activations and results: rows of 128 bytes, swizzled
 WORDS_LAYOUT = gl.NVMMASharedLayout(64, 16, 2)  # packed words: 64 bytes per output
-ROWS_SHARED = 1024  # rows that the programs of a wave work on: activations weigh four times what the words do
+ROWS_SHARED = gl.constexpr(1024)  # rows that the programs of a wave work on: activations weigh four times what words do
 
 
 @gluon.jit
-def _place(item, plan, BAND: gl.constexpr):
+def _items(plan):
+    """Whole tiles, and parts of those that are cut."""
+    return plan[0] + plan[1] * plan[2]
+
+
+@gluon.jit
+def _place(item, plan, BLOCK_M: gl.constexpr):
     """Item -> its tile, the tile's place in rows and outputs, its part of the inputs, first and last chunk; next item.
 
-    Tiles go BAND by BAND of row tiles, so that programs of a wave share activations and weights in L2. After the whole
+    Tiles go band by band of row tiles, so that programs of a wave share activations and weights in L2. After the whole
     tiles come the first parts of those that are cut, a program each, then their other parts, which the programs that are
     left share.
     """
     WHOLE, CUT, SPLIT, FIRST, CHUNKS, m_tiles, n_tiles = plan
+    BAND: gl.constexpr = ROWS_SHARED // BLOCK_M
     tile, part, after = item, item * 0, item + gl.num_programs(0)
     first, last = CHUNKS * 0, CHUNKS
-    if (item >= WHOLE) & (item < WHOLE + CUT * SPLIT):
+    if (item >= WHOLE) & (item < _items(plan)):
         tile, part = WHOLE + (item - WHOLE) % CUT, (item - WHOLE) // CUT
         if part == 0:
             last = FIRST
-            after = WHOLE + CUT * SPLIT
+            after = _items(plan)
         else:
             first = FIRST + (CHUNKS - FIRST) * (part - 1) // (SPLIT - 1)
             last = FIRST + (CHUNKS - FIRST) * part // (SPLIT - 1)
@@ -64,19 +71,16 @@ def _place(item, plan, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_tiles(
-    x, words, ring, plan, N, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PDL: gl.constexpr
-):
+def _fetch_tiles(x, words, ring, plan, N, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):
     """Fill stages with the chunks of every tile of this program, as soon as both warpgroups have emptied them."""
     x_s, words_s, full, empty = ring
-    WHOLE, CUT, SPLIT, _FIRST, _CHUNKS, _m_tiles, _n_tiles = plan
     HALVES: gl.constexpr = full.shape[0] // STAGES
     stage, phase = 0, 1
     if PDL:
         gdc_wait()
     item = gl.program_id(0)
-    while item < WHOLE + CUT * SPLIT:
-        _tile, tile_m, tile_n, _part, first, last, item = _place(item, plan, BAND)
+    while item < _items(plan):
+        _tile, tile_m, tile_n, _part, first, last, item = _place(item, plan, BLOCK_M)
         for chunk in range(first, last):
             for half in gl.static_range(2):
                 here = HALVES * stage + half * (HALVES - 1)
@@ -170,20 +174,19 @@ def _add_products(
 @gluon.jit
 def _multiply(
     pairs, bias, y, partial, locks, ring, y_s, plan, N, PADDED, SIDE: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, PARTS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    DTYPE: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One half (SIDE) of the outputs of every tile of this program."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    WHOLE, CUT, SPLIT, _FIRST, _CHUNKS, _m_tiles, _n_tiles = plan
+    WHOLE, _CUT, SPLIT, _FIRST, _CHUNKS, _m_tiles, _n_tiles = plan
     to = y_s.index(SIDE)
     stage, phase = 0, 0
     item = gl.program_id(0)
-    tile, tile_m, tile_n, part, first, last, after = _place(item, plan, BAND)
+    tile, tile_m, tile_n, part, first, last, after = _place(item, plan, BLOCK_M)
     pairs_at = _pairs_at(pairs, tile_n * 128 + SIDE * 64, PADDED)
     sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2))
-    while item < WHOLE + CUT * SPLIT:
+    while item < _items(plan):
         acc = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         acc, stage, phase = _add_products(
             acc, ring, stage, phase, sizes, pairs_at, PADDED // 2, first, last, SIDE, GROUP, STAGES, FACTOR, DTYPE
@@ -191,9 +194,9 @@ def _multiply(
         total = warpgroup_mma_wait(0, deps=[acc])
         out, row, lock, this_part = tile_n * 128 + SIDE * 64, tile_m * BLOCK_M, (tile - WHOLE) * 2 + SIDE, part
         item = after  # its first step sizes come while this one is stored
-        tile, tile_m, tile_n, part, first, last, after = _place(item, plan, BAND)
+        tile, tile_m, tile_n, part, first, last, after = _place(item, plan, BLOCK_M)
         pairs_at = _pairs_at(pairs, tile_n * 128 + SIDE * 64, PADDED)
-        sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2), mask=item < WHOLE + CUT * SPLIT, other=0)
+        sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2), mask=item < _items(plan), other=0)
         if PARTS:
             if lock >= 0:
                 _store_part(total, bias, y, partial, locks, to, lock, this_part, SPLIT, row, out, N, HAS_BIAS)
@@ -264,14 +267,13 @@ def hopper_kernel(
     GROUP: gl.constexpr,  # a multiple of 128
     BLOCK_M: gl.constexpr,  # 64, 128 or 256
     STAGES: gl.constexpr,
-    HALVES: gl.constexpr,  # of a stage's inputs, filled and emptied one by one: 2 where few stages fit
-    BAND: gl.constexpr,
     PARTS: gl.constexpr,  # whether CUT is not 0
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """y = x W^T + bias."""
     DTYPE: gl.constexpr = x.dtype
+    HALVES: gl.constexpr = 2 if BLOCK_M == 256 else 1  # of a stage, filled and emptied one by one where few stages fit
     x_s = gl.allocate_shared_memory(DTYPE, [2 * STAGES, BLOCK_M, 64], x.layout)
     words_s = gl.allocate_shared_memory(gl.int16, [2 * STAGES, 64, 32], words.layout)
     y_s = gl.allocate_shared_memory(DTYPE, [2, BLOCK_M, 64], y.layout)
@@ -286,14 +288,14 @@ def hopper_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                pairs, bias, y, partial, locks, ring, y_s, plan, N, PADDED, 0, GROUP, BLOCK_M, STAGES, BAND, PARTS,
-                HAS_BIAS, DTYPE,
+                pairs, bias, y, partial, locks, ring, y_s, plan, N, PADDED, 0, GROUP, BLOCK_M, STAGES, PARTS, HAS_BIAS,
+                DTYPE,
             )),
             (_multiply, (
-                pairs, bias, y, partial, locks, ring, y_s, plan, N, PADDED, 1, GROUP, BLOCK_M, STAGES, BAND, PARTS,
-                HAS_BIAS, DTYPE,
+                pairs, bias, y, partial, locks, ring, y_s, plan, N, PADDED, 1, GROUP, BLOCK_M, STAGES, PARTS, HAS_BIAS,
+                DTYPE,
             )),
-            (_fetch_tiles, (x, words, ring, plan, N, BLOCK_M, STAGES, BAND, PDL)),
+            (_fetch_tiles, (x, words, ring, plan, N, BLOCK_M, STAGES, PDL)),
         ],
         [4, 1],  # warps of the second warpgroup and of the one that loads, beside the first's four
         [240, 24],  # registers of their threads; the first warpgroup gets what is left, 240
@@ -325,8 +327,7 @@ def product(
         TensorDescriptor(y, [rows, outs], [outs, 1], [tile.block_m, 64], DENSE_LAYOUT),
         torch.empty(max(parts, 1), dtype=torch.float32, device=x.device), locks,
         rows, outs, outs + -outs % TILE, chunks, whole, cut, split, first,
-        GROUP=group_size, BLOCK_M=tile.block_m, STAGES=tile.stages, HALVES=2 if tile.block_m == 256 else 1,
-        BAND=ROWS_SHARED // tile.block_m, PARTS=parts > 0, HAS_BIAS=bias is not None, PDL=True, num_warps=4,
-        launch_pdl=True,
+        GROUP=group_size, BLOCK_M=tile.block_m, STAGES=tile.stages, PARTS=parts > 0, HAS_BIAS=bias is not None,
+        PDL=True, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return y

@@ -56,6 +56,10 @@ class Tile:
         buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
         return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
 
+    def tiles(self, rows: int, out: int) -> int:
+        """How many a product has."""
+        return -(-rows // self.block_m) * -(-out // self.block_n)
+
     def unsplit(self, tiles: int, multiprocessors: int) -> int:
         """How many of so many tiles are not split: all where `split` is 1, those of whole waves with `resident`."""
         if self.split == 1:
@@ -82,7 +86,7 @@ class Tile:
         Raises:
             GraceError: more tiles to split than there are locks.
         """
-        tiles = -(-rows // self.block_m) * -(-out // self.block_n)
+        tiles = self.tiles(rows, out)
         whole = self.unsplit(tiles, multiprocessors)
         if tiles - whole > locks:
             raise GraceError(
@@ -142,10 +146,10 @@ def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
     elif rows <= 128 or group < 128:
         block_m = min(max(8, rows_key(rows)), 64)
         tile = Tile("tile", block_m, 64, stages={8: 4, 16: 6, 32: 5}.get(block_m, 3))
-        tile = _with_split(tile, -(-rows // block_m) * -(-out // 64), chunks // 4, 5 * card.multiprocessors // 2)
+        tile = _with_split(tile, tile.tiles(rows, out), chunks // 4, 5 * card.multiprocessors // 2)
     elif rows < DENSE_FROM:
         tile = Tile("round", 128, 128 if rows * out >= 128 * 128 * card.multiprocessors else 64, stages=3, late=True)
-        tile = _with_split(tile, -(-rows // 128) * -(-out // tile.block_n), chunks // 8, 2 * card.multiprocessors)
+        tile = _with_split(tile, tile.tiles(rows, out), chunks // 8, 2 * card.multiprocessors)
     else:
         return DENSE
     return _that_fits(tile, card)
@@ -156,7 +160,7 @@ def hopper_tiles(rows: int, out: int, inputs: int, card: Card) -> list[Tile]:
     chunks, programs, times = -(-inputs // 128), card.multiprocessors, {}
     for (block_m, (stages, chunk_time)), split in product(HOPPER_TILES.items(), HOPPER_SPLITS):
         tile = Tile("hopper", block_m, 128, split, stages=stages)
-        tiles = -(-rows // block_m) * -(-out // 128)
+        tiles = tile.tiles(rows, out)
         whole = tile.unsplit(tiles, programs)
         cut = tiles - whole
         if tile.shared() > card.shared or (split > 1 and (not cut or chunks < 4 * split)):
