@@ -1,4 +1,4 @@
-# GRACE, from pictures to tables: `snakemake --cores all` builds the experiment that config.yaml describes,
+# GRACE, from images to tables: `snakemake --cores all` builds the experiment that config.yaml describes,
 # `snakemake --configfile workflow/experiments/small.yaml` another one. Outputs go to results/{experiment}/.
 
 import os
@@ -10,7 +10,7 @@ from snakemake.utils import min_version
 from grace.config.load import load_experiment, read_yaml
 from grace.config.plan import Plan
 from grace.errors import GraceError
-from grace.versions.records import restore
+from grace.provenance.snakemake_records import restore
 
 min_version("9.27")
 

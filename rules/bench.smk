@@ -7,7 +7,7 @@ rule bench_kernel:
     input:
         run="results/{experiment}/config/bench.json",
         model=plan.timed[0],
-        code=plan.code("grace.bench.verbs"),
+        code=plan.code("grace.bench.commands"),
     output:
         table="results/{experiment}/bench/kernel.csv",
         machine="results/{experiment}/bench/kernel.json",
@@ -33,7 +33,7 @@ rule bench_decode:
     input:
         run="results/{experiment}/config/bench.json",
         models=[plan.baseline, *plan.timed],
-        code=plan.code("grace.bench.verbs"),
+        code=plan.code("grace.bench.commands"),
     output:
         table="results/{experiment}/bench/decode.csv",
         machine="results/{experiment}/bench/decode.json",

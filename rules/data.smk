@@ -1,4 +1,4 @@
-# Pictures, conversations and benchmarks.
+# Images, conversations and benchmarks.
 # Needs: the experiment's `data` section. Makes: results/{experiment}/data/, consumed through its manifest.json:
 # train.parquet, development.parquet, benchmarks/*.parquet, processor/.
 
@@ -42,7 +42,7 @@ rule freeze:
 
 if plan.experiment.data.source == "demo":
 
-    # The demo's pictures, composed from the sources that ship with the package.
+    # The demo's images, composed from the sources that ship with the package.
     rule prepare:
         input:
             run="results/{experiment}/config/data.json",
@@ -62,13 +62,13 @@ if plan.experiment.data.source == "demo":
         params:
             out=subpath(output[0], parent=True),
         message:
-            "compose the pictures, conversations and benchmarks"
+            "compose the images, conversations and benchmarks"
         shell:
             "grace prepare --run {input.run:q} --out {params.out:q} > {log:q} 2>&1"
 
 else:
 
-    # Conversations and pictures of the user's own, read by the student's processor.
+    # Conversations and images of the user's own, read by the student's processor.
     rule prepare:
         input:
             run="results/{experiment}/config/data.json",
@@ -91,7 +91,7 @@ else:
             processor=subpath(input.student, parent=True),
             benchmarks=plan.benchmarks_flag,
         message:
-            "read the conversations, pictures and benchmarks"
+            "read the conversations, images and benchmarks"
         shell:
             "grace prepare --run {input.run:q} --processor {params.processor:q} {params.benchmarks}"
             " --out {params.out:q} > {log:q} 2>&1"

@@ -14,7 +14,7 @@ for asking in plan.asking:
             language=plan.language,
             data=f"{plan.folder}/data/manifest.json",
             models=asking.models,
-            code=plan.code("grace.evaluate.verbs", plan.adapter),
+            code=plan.code("grace.evaluate.commands", plan.adapter),
         output:
             asking.predictions,
         log:

@@ -12,7 +12,7 @@ rule tables:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.verbs"),
+        code=plan.code("grace.report.commands"),
     output:
         "results/{experiment}/tables/manifest.json",
     log:
@@ -42,7 +42,7 @@ rule figures:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.verbs"),
+        code=plan.code("grace.report.commands"),
     output:
         "results/{experiment}/figures/manifest.json",
     log:
@@ -73,7 +73,7 @@ rule metrics:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.verbs"),
+        code=plan.code("grace.report.commands"),
     output:
         "results/{experiment}/metrics.json",
     log:
@@ -99,7 +99,7 @@ rule page:
         tables="results/{experiment}/tables/manifest.json",
         figures="results/{experiment}/figures/manifest.json",
         metrics="results/{experiment}/metrics.json",
-        code=plan.code("grace.report.verbs"),
+        code=plan.code("grace.report.commands"),
     output:
         "results/{experiment}/report/index.html",
     log:

@@ -55,7 +55,7 @@ else:
         input:
             run="results/{experiment}/config/students/baseline/bf16/seed{seed}.json",
             data="results/{experiment}/data/manifest.json",
-            code=plan.code("grace.train.verbs"),
+            code=plan.code("grace.train.commands"),
         output:
             model="results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
             curve="results/{experiment}/students/baseline/bf16/seed{seed}/train.jsonl",
@@ -87,7 +87,7 @@ rule finetune:
         run="results/{experiment}/config/students/{recipe}/{precision}/seed{seed}.json",
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.train.verbs"),
+        code=plan.code("grace.train.commands"),
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",
@@ -123,7 +123,7 @@ rule distil:
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
         cache="results/{experiment}/teacher/cache/manifest.json",
-        code=plan.code("grace.train.verbs"),
+        code=plan.code("grace.train.commands"),
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",
@@ -159,7 +159,7 @@ rule quantize:
         run="results/{experiment}/config/students/{recipe}/{precision}/seed{seed}.json",
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.quant.verbs"),
+        code=plan.code("grace.quant.commands"),
     output:
         "results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
     log:

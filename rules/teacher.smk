@@ -36,7 +36,7 @@ else:
         input:
             run="results/{experiment}/config/teacher.json",
             data="results/{experiment}/data/manifest.json",
-            code=plan.code("grace.train.verbs"),
+            code=plan.code("grace.train.commands"),
         output:
             model="results/{experiment}/teacher/model/manifest.json",
             curve="results/{experiment}/teacher/train.jsonl",
@@ -68,7 +68,7 @@ rule write_cache:
         run="results/{experiment}/config/cache.json",
         teacher="results/{experiment}/teacher/model/manifest.json",
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.teacher.verbs"),
+        code=plan.code("grace.teacher.commands"),
     output:
         states=plan.cache_part("safetensors"),
         index=plan.cache_part("json"),
@@ -102,7 +102,7 @@ rule finish_cache:
         data="results/{experiment}/data/manifest.json",
         indexes=plan.cache_parts("json"),
         states=ancient(plan.cache_parts("safetensors")),
-        code=plan.code("grace.teacher.verbs"),
+        code=plan.code("grace.teacher.commands"),
     output:
         "results/{experiment}/teacher/cache/manifest.json",
     log:

@@ -23,17 +23,17 @@ def read(folder: Path, benchmarks: list[str]) -> dict[str, pd.DataFrame]:
 
 
 def aggregate(scores: pd.DataFrame) -> tuple[float, float, float, float]:
-    """Mean of means, variance from the pictures, and the two parts (between, chance) of the variance from the seeds."""
+    """Mean of means, variance from the images, and the two parts (between, chance) of the variance from the seeds."""
     by = scores.groupby("benchmark")
     deviation = (scores - by.transform("mean")) / by.transform("size").to_frame().to_numpy() / by.ngroups
     pull = deviation.groupby("image_id").sum()
-    pictures, seeds = pull.shape
+    images, seeds = pull.shape
     means = by.mean().mean()
-    questions = pictures / (pictures - 1) * (pull.mean(axis=1) ** 2).sum()
+    questions = images / (images - 1) * (pull.mean(axis=1) ** 2).sum()
     if seeds == 1:
         return means.mean(), questions, 0.0, 0.0
     off = pull.sub(pull.mean(axis=1), axis=0)
-    chance = pictures / (pictures - 1) * (off**2).to_numpy().sum() / seeds / (seeds - 1)
+    chance = images / (images - 1) * (off**2).to_numpy().sum() / seeds / (seeds - 1)
     return means.mean(), questions, means.var() / seeds, chance
 
 

@@ -1,4 +1,4 @@
-"""Measure decoding on a CUDA card, bf16 and INT4 in one run: prefill, tokens/s by batch size, memory.
+"""Measure decoding on a CUDA GPU, bf16 and INT4 in one run: prefill, tokens/s by batch size, memory.
 
     python tests/gpu/bench_decode.py MODEL [MODEL ...] --out decode.json [--batches 1,8,32] [--new-tokens 128]
     python tests/gpu/bench_decode.py --random llava-1.5-7b --out decode.json
@@ -27,16 +27,16 @@ from grace.infer.fuse import fuse_dense
 from grace.infer.int4_linear import Int4Linear
 from grace.models import decoder, output_head
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from infer_models import llava_7b
 
-PROMPT = 640  # tokens: 576 of the picture and a question
+PROMPT = 640  # tokens: 576 of the image and a question
 GROUP = 128
 MIB = 2**20
 
 
 def random_model(name: str, device: torch.device) -> nn.Module:
-    """A published model's shape in bf16 with random weights, made on the card."""
+    """A published model's shape in bf16 with random weights, made on the GPU."""
     import transformers
 
     if name == "llava-1.5-7b":
@@ -70,7 +70,7 @@ def random_model(name: str, device: torch.device) -> nn.Module:
 
 
 def prompts(model: nn.Module, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random tokens; for LLaVA with a random picture of 576 tokens among them."""
+    """Random tokens; for LLaVA with a random image of 576 tokens among them."""
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(5, 30000, (batch, PROMPT), device=device, generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -2,7 +2,7 @@
 
     python tests/gpu/bench_distill.py --out bench_distill.json
 
-Needs one card with 80 GB. Everything that a ratio is made of runs in this one process: the card's own ceilings (copy
+Needs one GPU with 80 GB. Everything that a ratio is made of runs in this one process: the GPU's own ceilings (copy
 bandwidth, bf16 product), the composed torch form of each loss, and the kernels. Each part is compared with fp64 first
 and the script exits with status 1 if an error exceeds its bound. Times are medians over `--repeats` of CUDA events.
 
@@ -68,7 +68,7 @@ def random(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = torc
 
 
 def ceilings(repeats: int) -> dict[str, float]:
-    """Copy bandwidth in TB/s (read + write) and bf16 product in TFLOP/s of this card, now."""
+    """Copy bandwidth in TB/s (read + write) and bf16 product in TFLOP/s of this GPU, now."""
     source = random(0, 2**29)
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source), repeats)
@@ -77,8 +77,8 @@ def ceilings(repeats: int) -> dict[str, float]:
     return {"copy_tb_s": 2 * source.nbytes / copy / 1e9, "bf16_tflop_s": 2 * 8192**3 / product / 1e9}
 
 
-def floor_ms(card: dict[str, float], bytes_moved: float = 0.0, flops: float = 0.0) -> float:
-    return bytes_moved / card["copy_tb_s"] / 1e9 + flops / card["bf16_tflop_s"] / 1e9
+def floor_ms(gpu: dict[str, float], bytes_moved: float = 0.0, flops: float = 0.0) -> float:
+    return bytes_moved / gpu["copy_tb_s"] / 1e9 + flops / gpu["bf16_tflop_s"] / 1e9
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -102,7 +102,7 @@ def composed_gated_dkd(
     return (gate * temperature**2 * (tckd + 4 * nckd)).sum()
 
 
-def bench_loss(name: str, card: dict[str, float], repeats: int) -> dict[str, float | str]:
+def bench_loss(name: str, gpu: dict[str, float], repeats: int) -> dict[str, float | str]:
     """Gated DKD + CE from hidden states, forward and backward, against composed torch operations."""
     vocabulary, d_s, d_t = HEADS[name]
     hidden = random(0, TOKENS, d_s).requires_grad_()
@@ -159,19 +159,19 @@ def bench_loss(name: str, card: dict[str, float], repeats: int) -> dict[str, flo
     scales = torch.tensor([weights["ce_weight"], weights["kd_weight"]], device=DEVICE)
     settings = {"mode": "gated", "temperature": 2.0, "alpha": 1.0, "beta_dkd": 4.0}
     rows_ms = milliseconds(lambda: loss_rows_(logits, teacher_logits, labels, scales, **settings), repeats)
-    rows_floor = floor_ms(card, 6.0 * TOKENS * vocabulary)
+    rows_floor = floor_ms(gpu, 6.0 * TOKENS * vocabulary)
     flops = 2.0 * TOKENS * vocabulary * (3 * d_s + d_t)
     return {
         "part": f"gated DKD + CE, {name}", "tokens": TOKENS, "vocabulary": vocabulary, "d_s": d_s, "d_t": d_t,
         "fused_ms": fused_ms, "student_products_ms": products_ms, "beyond_student_products_ms": fused_ms - products_ms,
-        "composed_ms": composed_ms, "speedup": composed_ms / fused_ms, "floor_ms": rows_floor + floor_ms(card, 0, flops),
+        "composed_ms": composed_ms, "speedup": composed_ms / fused_ms, "floor_ms": rows_floor + floor_ms(gpu, 0, flops),
         "rows_ms": rows_ms, "rows_floor_ms": rows_floor,
         "fused_peak_mib": fused_mib, "fused_peak_beyond_gradients_mib": fused_mib - gradients_mib,
         "composed_peak_mib": composed_mib, **errors,
     }  # fmt: skip
 
 
-def bench_relational_cka(card: dict[str, float], repeats: int) -> dict[str, float | str]:
+def bench_relational_cka(gpu: dict[str, float], repeats: int) -> dict[str, float | str]:
     """Relational CKA of cached Gram matrices, forward and backward, against the textbook form under autograd."""
     d_s, d_t = 4096, 5120
     students = [random(i, VISUAL, d_s).requires_grad_() for i in range(IMAGES)]
@@ -213,12 +213,12 @@ def bench_relational_cka(card: dict[str, float], repeats: int) -> dict[str, floa
     return {
         "part": "relational CKA", "images": IMAGES, "visual_tokens": VISUAL, "fused_ms": fused_ms,
         "composed_ms": composed_ms, "speedup": composed_ms / fused_ms, "fused_peak_mib": peak_mib(fused),
-        "composed_peak_mib": peak_mib(composed), "floor_ms": floor_ms(card, moved, IMAGES * 4.0 * VISUAL**2 * d_s),
+        "composed_peak_mib": peak_mib(composed), "floor_ms": floor_ms(gpu, moved, IMAGES * 4.0 * VISUAL**2 * d_s),
         **errors,
     }  # fmt: skip
 
 
-def bench_fake_quantisation(card: dict[str, float], repeats: int) -> dict[str, float | str]:
+def bench_fake_quantisation(gpu: dict[str, float], repeats: int) -> dict[str, float | str]:
     """All decoder linears of LLaVA-1.5-7B once: fake quantisation, then LSQ's gradients of a given gradient."""
     layer = []
     for seed, (out_features, in_features) in enumerate(LLAVA_7B.values()):
@@ -255,7 +255,7 @@ def bench_fake_quantisation(card: dict[str, float], repeats: int) -> dict[str, f
     return {
         "part": "fake quantisation + gradient, LLaVA-1.5-7B", "weights": count, "fused_ms": fused_ms,
         "composed_ms": composed_ms, "speedup": composed_ms / fused_ms, "fused_peak_mib": peak_mib(fused),
-        "floor_ms": floor_ms(card, 12.0 * count), **errors,
+        "floor_ms": floor_ms(gpu, 12.0 * count), **errors,
     }  # fmt: skip
 
 
@@ -271,20 +271,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
-    card = ceilings(arguments.repeats)
+    gpu = ceilings(arguments.repeats)
     parts = []
     for run in (
-        lambda: bench_loss("llava-1.5", card, arguments.repeats),
-        lambda: bench_loss("qwen2-vl", card, arguments.repeats),
-        lambda: bench_relational_cka(card, arguments.repeats),
-        lambda: bench_fake_quantisation(card, arguments.repeats),
+        lambda: bench_loss("llava-1.5", gpu, arguments.repeats),
+        lambda: bench_loss("qwen2-vl", gpu, arguments.repeats),
+        lambda: bench_relational_cka(gpu, arguments.repeats),
+        lambda: bench_fake_quantisation(gpu, arguments.repeats),
     ):
         parts.append(run())
         torch.cuda.empty_cache()
         print(json.dumps(parts[-1], indent=2), flush=True)
     result = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "repeats": arguments.repeats, "ceilings": card, "parts": parts,
+        "repeats": arguments.repeats, "ceilings": gpu, "parts": parts,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     wrong = [

@@ -1,4 +1,4 @@
-"""Check and time the products of a few rows with dense 16-bit weights on a CUDA card, beside cuBLAS.
+"""Check and time the products of a few rows with dense 16-bit weights on a CUDA GPU, beside cuBLAS.
 
     python tests/gpu/bench_skinny.py [--rows 1,2,4,8,16] [--dtype bfloat16]
 
@@ -17,7 +17,7 @@ import torch
 
 from grace.bench.machine import describe, last_cache_bytes, read_bandwidth
 from grace.bench.timing import copies_past_cache, interleaved_medians
-from grace.kernels.skinny import choose, product
+from grace.kernels.skinny_gemm import choose, product
 
 ALONE = ("llava gate|up", "qwen2 gate|up", "qwen2 k|v")  # a decoding step multiplies them joined
 SHAPES = {name: shape for name, shape in bench_w4a16.SHAPES.items() if name not in ALONE} | {

@@ -1,10 +1,10 @@
 """What GRACE costs over plain bf16 fine-tuning: whole optimiser steps of LLaVA-1.5-7B, side by side in one process.
 
-    python tests/gpu/bench_step.py --out bench_step.json          # one card with 80 GB
+    python tests/gpu/bench_step.py --out bench_step.json          # one GPU with 80 GB
     python tests/gpu/bench_step.py --out tiny.json --shape tiny   # two small layers, for a CPU
 
 The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `GRACE` (gated DKD, relational CKA, controller,
-INT4), `distilled bf16` (GRACE without quantisation) and `plain` again, whose two times show the spread. Weights, pictures and the
+INT4), `distilled bf16` (GRACE without quantisation) and `plain` again, whose two times show the spread. Weights, images and the
 teacher's states are random; the teacher's record is a real cache on the disk, read as in training. A step is 4
 micro-batches of 2 conversations of 1,024 tokens (576 of them visual, 440 supervised), with gradient checkpointing.
 The vision tower runs in every step.
@@ -35,14 +35,14 @@ from grace.bench.machine import describe
 from grace.config.runs import TrainRun
 from grace.config.schema import Method, Optimisation, Quantization
 from grace.data import Example
-from grace.data.pictures import Picture
+from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
+from grace.distributed import World, join_world
 from grace.files import sha256
 from grace.models import decoder_linears
 from grace.teacher.formats import gram
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
-from grace.train.distributed import World, join_world
 from grace.train.loop import Trainer
 
 
@@ -101,8 +101,8 @@ def build_model(shape: Shape, device: torch.device) -> LlavaForConditionalGenera
         torch.set_default_dtype(torch.float32)
 
 
-class RandomPicture(Picture):
-    """Stands in for a picture file: decoding JPEGs is not what is measured."""
+class RandomImage(EncodedImage):
+    """Stands in for an image file: decoding JPEGs is not what is measured."""
 
     def open(self) -> str:
         return self.name
@@ -119,7 +119,7 @@ def build_processor(shape: Shape) -> SimpleNamespace:
 
 
 def build_examples(shape: Shape, count: int) -> list[Example]:
-    """Conversations of `tokens` tokens: a start token, the picture, a prompt, and an answer that is supervised."""
+    """Conversations of `tokens` tokens: a start token, the image, a prompt, and an answer that is supervised."""
     generator = torch.Generator().manual_seed(2)
     examples = []
     for number in range(count):
@@ -127,8 +127,8 @@ def build_examples(shape: Shape, count: int) -> list[Example]:
         ids[1 : 1 + shape.visual] = shape.vocabulary - 1
         labels = ids.clone()
         labels[: 1 + shape.visual + PROMPT] = -100
-        picture = RandomPicture(f"picture {number}", b"", None, f"{number:064x}")
-        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, image=picture))
+        image = RandomImage(f"image {number}", b"", None, f"{number:064x}")
+        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, image=image))
     return examples
 
 

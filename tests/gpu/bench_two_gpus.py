@@ -1,6 +1,6 @@
 """Two GPUs over one: the same GRACE steps of the same global batch, their losses and their times.
 
-    python tests/gpu/bench_two_gpus.py --out two.json                  # a host with two cards of 80 GB
+    python tests/gpu/bench_two_gpus.py --out two.json                  # a host with two GPUs of 80 GB
     python tests/gpu/bench_two_gpus.py --out two.json --shape tiny     # two CPU processes over gloo: losses alone
 
 Each run is a torchrun of its own with the trainer of `bench_step.py`; decoder layers are sharded by FSDP2. Exits with
@@ -18,7 +18,7 @@ import bench_step
 import torch
 
 from grace.bench.machine import describe
-from grace.train.distributed import join_world
+from grace.distributed import join_world
 
 GOAL, NOISE = 1.8, 5e-3  # NOISE: relative, of a loss in bf16 after a few steps
 

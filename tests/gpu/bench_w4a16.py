@@ -1,9 +1,9 @@
-"""Measure the int4 product on a CUDA card: shapes of LLaVA-1.5-7B and Qwen2-VL-2B, M from 1 to 4096, all backends.
+"""Measure the int4 product on a CUDA GPU: shapes of LLaVA-1.5-7B and Qwen2-VL-2B, M from 1 to 4096, all backends.
 
     python tests/gpu/bench_w4a16.py --out kernel.json [--quick] [--table tuned.json]
 
 Writes the JSON with machine, ceilings and every row, and prints one line per shape and M: the floor, cuBLAS, every
-backend, the fastest of them, its speed-up over cuBLAS and its share of the floor. Exits with 1 if the card's products
+backend, the fastest of them, its speed-up over cuBLAS and its share of the floor. Exits with 1 if the GPU's products
 differ from a float64 reference, or if the inline PTX and the plain arithmetic disagree in any bit.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from grace.bench.backends import Backend, installed
+from grace.bench.backend import Backend
+from grace.bench.backends import installed
 from grace.bench.kernel import bench_kernel
 from grace.bench.machine import describe
 from grace.bench.tune import compile_ahead

@@ -1,4 +1,4 @@
-"""Check the hand-fused decoding step on a CUDA card: each kernel against float64, the step against transformers' layers.
+"""Check the hand-fused decoding step on a CUDA GPU: each kernel against float64, the step against transformers' layers.
 
     python tests/gpu/check_decode_step.py [kernels attend attend-8-bit layers tokens qwen chat qwen-2b]
 
@@ -25,7 +25,7 @@ from grace.kernels import decode_step
 from grace.kernels.decode_attention import attend
 from grace.models import decoder, load_processor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from infer_models import qwen, qwen_inputs, save_llava, save_packed
 
 CUDA = torch.device("cuda")
@@ -117,7 +117,7 @@ def check_layers() -> None:
             nn.init.uniform_(norm.weight, 0.5, 2)
         session = Session(model, 1, 704, fused=True)
         step = session._step
-        assert step.persistent is not None, "the card or the model was refused"
+        assert step.persistent is not None, "the GPU or the model was refused"
         all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
         for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
             step.token.random_(100)
@@ -253,20 +253,20 @@ def step_logits(model: nn.Module, batch: int, fused: bool, bits: int) -> torch.T
 
 
 def check_chat() -> None:
-    """`grace chat` on the card: its first word is the one that transformers' own layers give (later ones may tie in bf16)."""
+    """`grace chat` on the GPU: its first word is the one that transformers' own layers give (later ones may tie in bf16)."""
     from PIL import Image
 
     from grace.infer.load import load_for_inference
-    from grace.infer.prompt import build_prompts, open_picture
+    from grace.infer.prompt import build_prompts, open_image
 
     with TemporaryDirectory() as place:
         plain = save_llava(Path(place) / "plain")
         Image.effect_noise((120, 80), 90).convert("RGB").save(Path(place) / "noise.png")
         for folder in (plain, save_packed(plain, Path(place) / "packed")):
-            picture, question = Path(place) / "noise.png", "what is this"
-            text = chat(folder, picture, question, device="cuda", new_tokens=12)
+            image, question = Path(place) / "noise.png", "what is this"
+            text = chat(folder, image, question, device="cuda", new_tokens=12)
             model = load_for_inference(folder, device="cuda")
-            inputs = build_prompts(load_processor(folder), [(open_picture(picture), question)])
+            inputs = build_prompts(load_processor(folder), [(open_image(image), question)])
             session = Session(model, 1, inputs["input_ids"].shape[1] + 12, fused=False, compile=False)
             tokens = torch.cat(list(stream(session, inputs, 12)))
             told = load_processor(folder).tokenizer.decode(tokens, skip_special_tokens=True)

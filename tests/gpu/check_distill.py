@@ -1,4 +1,4 @@
-"""Are the method's kernels right on this card? Against fp64 written from the equations, on inputs chosen to break them.
+"""Are the method's kernels right on this GPU? Against fp64 written from the equations, on inputs chosen to break them.
 
     python tests/gpu/check_distill.py
 

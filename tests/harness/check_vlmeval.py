@@ -11,18 +11,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-from evaluate_models import picture, write_asked
+from evaluate_models import make_image, write_asked
+
 from grace.evaluate import harness_vlmeval
-from grace.evaluate.predictions import read_rows
-from grace.evaluate.verbs import evaluate
+from grace.evaluate.commands import evaluate
+from grace.results.predictions import read_rows
 
 MME = ["OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene", "code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"]  # fmt: skip
 
 
 def _image(seed: int) -> str:
-    return base64.b64encode(picture(seed)).decode()
+    return base64.b64encode(make_image(seed)).decode()
 
 
 def _choice(i: int, shift: int = 0) -> dict:

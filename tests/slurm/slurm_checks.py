@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+
+from stub_tree import BIN, ROOT, Tree
 
 from grace.cluster.lock import lock_path
 from grace.cluster.slurm import check_slurm
 from grace.config.sections import Resources
 from grace.errors import GraceError
-from stub_tree import BIN, ROOT, Tree
 
 SNAKEMAKE = [sys.executable, str(ROOT / "tests/slurm/quick_snakemake.py")]
 # this Slurm keeps no accounting, and a test need not wait 40 s for its first look at a job
@@ -34,7 +35,7 @@ FINETUNE = RESULTS / "students/finetune/int4/seed0"
 TRAINED = str(FINETUNE / "model/manifest.json")
 AGAIN = ["--force", "--rerun-triggers", "mtime", "--", TRAINED]  # this job alone, though the folder has moved
 
-# What a stubbed verb does before it leaves its marks, by words of its command line.
+# What a stubbed subcommand does before it leaves its marks, by words of its command line.
 HOOK = """
 
 _leave_marks = main
@@ -66,7 +67,7 @@ def main():
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    """The workflow with stubbed verbs, some of which take their time."""
+    """The workflow with stubbed subcommands, some of which take their time."""
     tree = Tree.make(tmp_path / "tree")
     with (tree.folder / "workflow/grace/cli.py").open("a") as file:
         file.write(HOOK)
@@ -97,7 +98,7 @@ def shrunken(tmp_path: Path) -> Path:
 
 
 def real(folder: Path, *arguments: str, **resources: dict) -> subprocess.Popen:
-    """Snakemake with the real verbs and the shrunken experiment, through Slurm; its words are in snakemake.txt."""
+    """Snakemake with the real subcommands and the shrunken experiment, through Slurm; its words are in snakemake.txt."""
     (folder / "resources.yaml").write_text(yaml.safe_dump({"resources": resources}))
     command = [*SNAKEMAKE, "--snakefile", str(ROOT / "Snakefile"), *SQUEUE]
     command += ["--workflow-profile", str(ROOT / "workflow/profiles/slurm")]
@@ -159,7 +160,7 @@ def finish(running: subprocess.Popen, tree: Tree, seconds: float = 500) -> None:
 
 
 def test_predictions_are_those_of_a_local_run(tmp_path: Path) -> None:
-    """The shrunken experiment with the real verbs, from nothing to the page; the cache's parts as an array."""
+    """The shrunken experiment with the real subcommands, from nothing to the page; the cache's parts as an array."""
     import pandas as pd
 
     ended(real(tmp_path), tmp_path)

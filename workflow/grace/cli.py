@@ -1,4 +1,4 @@
-"""The command line: one verb per step of the pipeline. Each imports what it needs only when it runs."""
+"""The command line: one subcommand per step of the pipeline. Each imports what it needs only when it runs."""
 
 import errno
 import gc
@@ -26,10 +26,10 @@ def _group(name: str, text: str) -> typer.Typer:
     return group
 
 
-cache_verbs = _group("cache", "The teacher's cache: what training reads instead of the teacher.")
-bench_verbs = _group("bench", "Speed of the INT4 product and of decoding, side by side with bf16.")
-report_verbs = _group("report", "Tables, figures, metrics and the page.")
-config_verbs = _group("config", "The experiment's configuration.")
+cache_commands = _group("cache", "The teacher's cache: what training reads instead of the teacher.")
+bench_commands = _group("bench", "Speed of the INT4 product and of decoding, side by side with bf16.")
+report_commands = _group("report", "Tables, figures, metrics and the page.")
+config_commands = _group("config", "The experiment's configuration.")
 
 
 def _start(processes: int, nodes: int = 1) -> None:
@@ -112,7 +112,7 @@ def train(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
     from grace.cluster.lock import one_writer
-    from grace.train.verbs import train as run_training
+    from grace.train.commands import train as run_training
 
     if os.environ.get("RANK", "0") != "0":  # the first process holds the lock for all
         run_training(run, data, out, log, checkpoints, init, cache, teacher)
@@ -121,7 +121,7 @@ def train(
         run_training(run, data, out, log, checkpoints, init, cache, teacher)
 
 
-@cache_verbs.command("write")
+@cache_commands.command("write")
 def cache_write(
     run: Run,
     teacher: Annotated[Path, typer.Option(help="the teacher's model folder")],
@@ -130,33 +130,33 @@ def cache_write(
     shard: Annotated[int, typer.Option(help="which part to write, from 0")],
 ) -> None:
     """Run the teacher over one part of the conversations and keep what training needs."""
-    from grace.teacher.verbs import write
+    from grace.teacher.commands import write
 
     write(run, teacher, data, out, shard)
 
 
-@cache_verbs.command("finish")
+@cache_commands.command("finish")
 def cache_finish(
     run: Run, teacher: Annotated[Path, typer.Option(help="the teacher's model folder")], data: Data, out: Out
 ) -> None:
     """Check that every part is there, audit the cache's error, and write its manifest."""
-    from grace.teacher.verbs import finish
+    from grace.teacher.commands import finish
 
     finish(run, teacher, data, out)
 
 
-@cache_verbs.command("info")
+@cache_commands.command("info")
 def cache_info(cache: Path) -> None:
     """Say what a cache holds and what it costs."""
-    from grace.teacher.verbs import info
+    from grace.teacher.commands import info
 
     info(cache)
 
 
-@cache_verbs.command("verify")
+@cache_commands.command("verify")
 def cache_verify(cache: Path) -> None:
     """Re-hash every part of a cache and name the bad ones."""
-    from grace.teacher.verbs import verify
+    from grace.teacher.commands import verify
 
     verify(cache)
 
@@ -164,7 +164,7 @@ def cache_verify(cache: Path) -> None:
 @app.command()
 def quantize(run: Run, init: Annotated[Path, typer.Option(help="model folder to round")], data: Data, out: Out) -> None:
     """Round a model without training it: RTN, AWQ or GPTQ."""
-    from grace.quant.verbs import quantize as round_model
+    from grace.quant.commands import quantize as round_model
 
     round_model(run, init, data, out)
 
@@ -204,7 +204,7 @@ def evaluate(
         )
     _start(processes)
     from grace.cluster.lock import one_writer
-    from grace.evaluate.verbs import evaluate as ask
+    from grace.evaluate.commands import evaluate as ask
 
     first = os.environ.get("RANK", "0") == "0"  # it holds the lock for all
     failed = []
@@ -218,54 +218,54 @@ def evaluate(
         raise GraceError("; ".join(failed))
 
 
-@bench_verbs.command("kernel")
+@bench_commands.command("kernel")
 def bench_kernel(
     run: Run, model: Annotated[Path, typer.Option(help="packed folder whose shapes to time")], out: Out
 ) -> None:
     """Time the INT4 product against the dense one, after checking that it is right."""
-    from grace.bench.verbs import kernel
+    from grace.bench.commands import kernel
 
     kernel(run, model, out)
 
 
-@bench_verbs.command("decode")
+@bench_commands.command("decode")
 def bench_decode(
     run: Run, model: Annotated[list[Path], typer.Option(help="model folder; repeat the flag to compare")], out: Out
 ) -> None:
     """Time prefill and decoding of several models in one run."""
-    from grace.bench.verbs import decode
+    from grace.bench.commands import decode
 
     decode(run, model, out)
 
 
-@report_verbs.command("tables")
+@report_commands.command("tables")
 def report_tables(results: Results, out: Out) -> None:
     """Write the tables as Markdown, CSV and LaTeX, with the paper's values beside."""
-    from grace.report.verbs import tables
+    from grace.report.commands import tables
 
     tables(results, out)
 
 
-@report_verbs.command("figures")
+@report_commands.command("figures")
 def report_figures(results: Results, out: Out) -> None:
     """Draw the figures as SVG and PNG."""
-    from grace.report.verbs import figures
+    from grace.report.commands import figures
 
     figures(results, out)
 
 
-@report_verbs.command("metrics")
+@report_commands.command("metrics")
 def report_metrics(results: Results, out: Out) -> None:
     """Write the numbers that versions are compared by."""
-    from grace.report.verbs import metrics
+    from grace.report.commands import metrics
 
     metrics(results, out)
 
 
-@report_verbs.command("page")
+@report_commands.command("page")
 def report_page(results: Results, out: Out) -> None:
     """Build the self-contained HTML page."""
-    from grace.report.verbs import page
+    from grace.report.commands import page
 
     page(results, out)
 
@@ -277,7 +277,7 @@ def chat(
     model: Annotated[Path, typer.Option(help="packed folder or plain checkpoint")],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one by default")] = None,
 ) -> None:
-    """Ask a model about a picture; the answer streams."""
+    """Ask a model about an image; the answer streams."""
     from grace.infer.chat import chat as answer
 
     answer(model, image, question, device)
@@ -294,7 +294,7 @@ def diff(
     fail_on_regression: Annotated[bool, typer.Option(help="exit 1 when a drop is significant")] = False,
 ) -> None:
     """Say what changed between two versions of the results, with a paired test for every change."""
-    from grace.versions.diff import diff as compare
+    from grace.diff.compare import diff as compare
 
     compare(a, b, experiment, repository, markdown, page, fail_on_regression)
 
@@ -306,7 +306,7 @@ def provenance(
     everything: Annotated[bool, typer.Option("--all", help="do not shorten long lists")] = False,
 ) -> None:
     """Tell what made an output, back to the data."""
-    from grace.versions.provenance import provenance as tell
+    from grace.provenance.tree import provenance as tell
 
     tell(path, json, everything)
 
@@ -314,7 +314,7 @@ def provenance(
 @app.command()
 def verify(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
     """Re-hash a results tree and name every file that differs, is missing or is not listed."""
-    from grace.versions.verify import verify as check
+    from grace.provenance.verify import verify as check
 
     check(results)
 
@@ -331,7 +331,7 @@ def plan(
     estimate(configfile, price, slurm)
 
 
-@config_verbs.command("schema")
+@config_commands.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of the configuration."""
     from grace.config.generate import schema
@@ -339,7 +339,7 @@ def config_schema() -> None:
     print(schema(), end="")
 
 
-@config_verbs.command("default")
+@config_commands.command("default")
 def config_default(file: Annotated[Path, typer.Argument()] = Path("config.yaml")) -> None:
     """Print a configuration file with every key, its value and its explanation."""
     from grace.config.generate import explain_file
@@ -347,7 +347,7 @@ def config_default(file: Annotated[Path, typer.Argument()] = Path("config.yaml")
     print(explain_file(file), end="")
 
 
-@config_verbs.command("check")
+@config_commands.command("check")
 def config_check(file: Path) -> None:
     """Check a configuration file and say what it would run."""
     from grace.config.load import load_experiment

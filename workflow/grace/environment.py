@@ -11,7 +11,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 
-# whatever a tensor, a picture, a token or a score passes through
+# whatever a tensor, an image, a token or a score passes through
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "compressed-tensors", "numpy", "pillow", "pyarrow",
     "pandas", "scipy", "datasets", "lm-eval", "lmms-eval", "snakemake", "dvc",
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
         code: `revision` (git's commit, None outside a repository), `modified` (whether the package's files differ from
             it) and `sha256` over the package's Python files.
         packages: versions of those of `PACKAGES` that are installed.
-        hardware: processor, cores, memory in GiB, graphics cards by name with their driver.
+        hardware: processor, cores, memory in GiB, GPUs by name with their driver.
         python, system: versions; threads: of the arithmetic, where OMP_NUM_THREADS says so.
     """
     return {
@@ -70,14 +70,14 @@ def _version(package: str) -> str | None:
 
 def _hardware() -> dict[str, Any]:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    cards = [_field(path, "Model") for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    gpus = [_field(path, "Model") for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
     about: dict[str, Any] = {
         "processor": _field(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages * size / 2**30),
-        "gpus": cards,
+        "gpus": gpus,
     }
-    if cards:
+    if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         about |= {"visible": visible, "driver": _line(Path("/proc/driver/nvidia/version"))}
     return about

@@ -1,6 +1,6 @@
-"""The int4 products that run on a CUDA card: this project's, torch's tinygemm, and packages of an optional extra.
+"""The int4 products that run on a CUDA GPU: this project's, torch's tinygemm, and packages of an optional extra.
 
-gemlite, humming-kernels and bitsandbytes are used where they are installed; each gets the same codes and step sizes
+gemlite, humming-kernels and bitsandbytes are used where they are installed; each gets the same codes and scales
 in its own layout. bitsandbytes multiplies another 4-bit format (NF4), so it is compared with its own weights.
 """
 
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from grace.bench.backends import Backend, dense, group_of
+from grace.bench.backend import Backend, dense, group_of
 from grace.kernels import w4a16
 from grace.kernels.w4a16_layout import ZERO, pack_int4
 

@@ -1,13 +1,13 @@
 """Decoding side by side: teacher, bf16 student and packed student, in one run and through one runner.
 
-Every model answers the same question about the same picture; rounds go over the models in turn. On a card, a packed
+Every model answers the same question about the same image; rounds go over the models in turn. On a GPU, a packed
 model is measured twice: with keys and values in 16 bits, as bf16 models have them, and in 8. What is reported:
 
 - cache: bits of keys and values;
 - prefill_ms: median time from the processor's output to the first token, vision tower included;
 - tokens_per_second: batch size over the median time of one decoding step, all steps after the first token;
 - weight_mib: parameters and buffers of the whole model;
-- peak_mib: the weights and the most that anything else holds at once (cache, activations), by the card's allocator on
+- peak_mib: the weights and the most that anything else holds at once (cache, activations), by the GPU's allocator on
   CUDA and by adding up live tensors on a CPU.
 """
 
@@ -29,8 +29,8 @@ from grace.infer.prompt import build_prompts
 from grace.models import load_processor, model_folder
 from grace.progress import progress
 
-QUESTION = "what is shown in the picture"
-PICTURE = 336  # side in pixels, LLaVA-1.5's; the processor resizes it to what the model takes
+QUESTION = "what is shown in the image"
+IMAGE = 336  # side in pixels, LLaVA-1.5's; the processor resizes it to what the model takes
 MIB = 2**20
 
 
@@ -42,13 +42,13 @@ def bench_decode(
     All models are held in memory together, which keeps the rounds interleaved.
     """
     runs = [_Run(model, bits) for model in (_Model(folder, device) for folder in folders) for bits in model.caches]
-    noise = np.random.default_rng(seed).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
+    noise = np.random.default_rng(seed).integers(0, 256, (IMAGE, IMAGE, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
     table = []
     with progress("decoding benchmark", len(batches) * len(runs) * (repeats + 1)) as advance:
         for batch in batches:
             for run in runs:
-                run.prepare(picture, batch, new_tokens)
+                run.prepare(image, batch, new_tokens)
                 advance(note=f"{run.model.name}, batch {batch}")
             for _ in range(repeats):
                 for run in runs:
@@ -77,11 +77,11 @@ class _Run:
     def __init__(self, model: _Model, cache_bits: int) -> None:
         self.model, self.cache_bits, self.device = model, cache_bits, model.device
 
-    def prepare(self, picture: Image.Image, batch: int, new_tokens: int) -> None:
+    def prepare(self, image: Image.Image, batch: int, new_tokens: int) -> None:
         """Make the session of one batch size, warm it up, and account for its memory."""
         self.session = None  # frees the last batch size's cache first
         self.prefill, self.step = [], []
-        self.inputs = build_prompts(self.model.processor, [(picture, QUESTION)] * batch)
+        self.inputs = build_prompts(self.model.processor, [(image, QUESTION)] * batch)
         length = self.inputs["input_ids"].shape[1] + new_tokens
 
         def work() -> None:

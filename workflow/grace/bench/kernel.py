@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from grace.bench import machine
-from grace.bench.backends import DEQUANTISE, Backend, dense, installed
+from grace.bench.backend import Backend, dense
+from grace.bench.backends import DEQUANTISE, installed
 from grace.bench.timing import copies_past_cache, interleaved_medians
 from grace.errors import GraceError
 from grace.progress import progress
@@ -37,7 +38,7 @@ def bench_kernel(
     Args:
         shapes: name -> (out, in); a shape whose inputs the group does not divide is refused.
         rows: the values of M.
-        group_size: inputs per step size.
+        group_size: inputs per scale.
         repeats: interleaved rounds per case.
 
     Another package's backend that fails or is wrong in a case is left out of it, with a line on standard error.

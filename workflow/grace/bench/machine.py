@@ -13,7 +13,7 @@ _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor or card, threads, clocks where the driver tells them, and the versions that matter (JSON-able)."""
+    """Processor or GPU, threads, clocks where the driver tells them, and the versions that matter (JSON-able)."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -76,7 +76,7 @@ def processor_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or `cpu`."""
+    """The GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 

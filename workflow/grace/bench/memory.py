@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs beyond what was there before, on a CPU and on a card."""
+"""How much memory a piece of work needs beyond what was there before, on a CPU and on a GPU."""
 
 import weakref
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""Extends the table of tiles of the Triton product by measuring them on this machine's card.
+"""Extends the table of tiles of the Triton product by measuring them on this machine's GPU.
 
     python -m grace.bench.tune --shapes 4096x4096,22016x4096 --rows 1,2,4,8,16,32,64,128,256,1024,4096 --out table.json
 
 All candidates are compiled first, by one process per core. Then each is checked against a reference and timed with
 weights that miss the L2 cache; the fastest few are measured again side by side, and the fastest of these is kept. Copy
-the result over `grace/kernels/w4a16_table/configs.json` to ship it: entries of other cards and shapes are left as they are.
+the result over `grace/kernels/w4a16_table/configs.json` to ship it: entries of other GPUs and shapes are left as they are.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from grace.bench.machine import device_name, last_cache_bytes
 from grace.bench.timing import copies_past_cache, interleaved_medians
 from grace.errors import GraceError
 from grace.files import read_json, write_json
-from grace.kernels.w4a16 import card, launch, pack
+from grace.kernels.w4a16 import gpu, launch, pack
 from grace.kernels.w4a16_layout import dequantise
-from grace.kernels.w4a16_table import DENSE, SHIPPED, Card, Tile, hopper_tiles, takes_hopper, with_entry
+from grace.kernels.w4a16_table import DENSE, GPU, SHIPPED, Tile, hopper_tiles, takes_hopper, with_entry
 from grace.progress import progress
 
 TOLERANCE = 1e-2
@@ -33,8 +33,8 @@ FINALISTS = 6  # measured again, side by side
 Shape = tuple[int, int]  # out, in
 
 
-def candidates(rows: int, out: int, inputs: int, group: int, here: Card) -> Iterator[Tile]:
-    """Tiles worth trying: those whose programs fill the card without cutting the inputs finer than that takes."""
+def candidates(rows: int, out: int, inputs: int, group: int, here: GPU) -> Iterator[Tile]:
+    """Tiles worth trying: those whose programs fill the GPU without cutting the inputs finer than that takes."""
     for tile in _grid(rows, group):
         tiles = tile.tiles(rows, out)
         most = inputs // 128 // (tile.warps if tile.kind == "ways" else 1)
@@ -101,7 +101,7 @@ class Problem:
                 error = (calls[tile][0]().double() - expected).norm() / expected.norm()
                 if error <= TOLERANCE:
                     found.append((interleaved_medians({"": calls[tile]}, 5, device)[""], tile))
-            except Exception as failure:  # a tile that needs more shared memory or registers than the card has
+            except Exception as failure:  # a tile that needs more shared memory or registers than the GPU has
                 if "out of resource" not in str(failure):
                     raise
         best = [tile for _, tile in sorted(found, key=lambda one: one[0])[:FINALISTS]]
@@ -150,7 +150,7 @@ def main() -> None:
     device, dtype = torch.device("cuda"), getattr(torch, chosen.dtype)
     shapes = [tuple(map(int, text.split("x"))) for text in chosen.shapes.split(",")]
     rows = sorted(int(text) for text in chosen.rows.split(","))
-    here = card(device)[0]
+    here = gpu(device)[0]
     tried = {(s, m): list(candidates(m, *s, chosen.group, here)) for s in shapes for m in rows}
     # tiles of the same kernels are compiled once: what specialises them is whether sizes are whole numbers of tiles
     jobs = {_kernel(tile, s, m): (s, m, chosen.group, dtype, tile) for (s, m), tiles in tried.items() for tile in tiles}
@@ -165,7 +165,7 @@ def main() -> None:
                 found = problem.measure(m, fewest if 1 < m <= 8 and fewest else tried[shape, m])
                 if not found:
                     raise GraceError(
-                        f"no tile gave a right product at {shape}, {m} rows; do not use the kernel on this card"
+                        f"no tile gave a right product at {shape}, {m} rows; do not use the kernel on this GPU"
                     )
                 if m == 1:
                     fewest = [tile for _, tile in found]  # up to 8 rows the same kernels read the same weights

@@ -10,22 +10,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from grace.cluster.kinds import KINDS, kind_of
+from grace.cluster.slurm import check_slurm
 from grace.config.load import load_experiment
 from grace.config.sections import Resources
 from grace.errors import GraceError
-
-# the kind of job, in `resources` of the configuration, that each rule asks as; rules that only write a file ask nothing
-KINDS = {
-    "fetch_teacher": "fetch", "fetch_baseline": "fetch", "prepare": "prepare", "train_teacher": "train_teacher",
-    "write_cache": "cache", "finish_cache": "cache", "train_baseline": "train_baseline", "finetune": "finetune",
-    "distil": "distil", "quantize": "quantize", "pack": "pack", "evaluate": "evaluate", "bench_kernel": "bench",
-    "bench_decode": "bench", "tables": "report", "figures": "report", "metrics": "report", "page": "report",
-}  # fmt: skip
-
-
-def kind_of(rule: str) -> str | None:
-    """The kind of job of a rule; None for a rule that only writes a file. Evaluations are named after their models."""
-    return KINDS.get("evaluate" if rule.startswith("evaluate_") else rule)
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,6 @@ def plan(
     requests = [Request(kind, counts[kind], resources.get(kind, Resources())) for kind in kinds]
     _show(requests, configfile, price)
     if slurm:
-        from grace.cluster.slurm import check_slurm
-
         check_slurm({request.kind: request.asked for request in requests})
         print("Slurm would take every kind of job.")
     return requests
@@ -106,9 +93,9 @@ def _show(requests: list[Request], configfile: Path, price: float | None) -> Non
             f"{asked.runtime} min", f"{request.core_hours:,.1f}", f"{request.gpu_hours:,.1f}" if asked.gpus else "",
         )  # fmt: skip
     jobs, cores = sum(r.jobs for r in requests), sum(r.core_hours for r in requests)
-    cards = sum(r.gpu_hours for r in requests)
+    gpus = sum(r.gpu_hours for r in requests)
     table.add_section()
-    table.add_row("all", str(jobs), "", "", "", "", f"{cores:,.1f}", f"{cards:,.1f}" if cards else "")
+    table.add_row("all", str(jobs), "", "", "", "", f"{cores:,.1f}", f"{gpus:,.1f}" if gpus else "")
     Console().print(table)
-    cost = f", {cards * price:,.2f} at {price:g} per GPU hour" if price is not None else ""
-    print(f"At most {cards:,.1f} GPU hours{cost}: as if every job took all of the time that it asks for, once.")
+    cost = f", {gpus * price:,.2f} at {price:g} per GPU hour" if price is not None else ""
+    print(f"At most {gpus:,.1f} GPU hours{cost}: as if every job took all of the time that it asks for, once.")

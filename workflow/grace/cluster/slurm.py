@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 
+from grace.cluster.kinds import kind_of
 from grace.config.sections import Resources
 from grace.errors import GraceError
 
@@ -39,8 +40,6 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
 
 def check_submission(rules: Iterable[str], resources: Mapping[str, Resources], status_command: str) -> None:
     """`check_slurm` for the jobs of these rules, with what the configuration says of them."""
-    from grace.cluster.estimate import kind_of
-
     kinds = sorted({kind for rule in rules if (kind := kind_of(rule))})
     check_slurm({kind: resources.get(kind, Resources()) for kind in kinds}, status_command)
 

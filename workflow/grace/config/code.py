@@ -20,7 +20,7 @@ def code_files(*modules: str) -> list[str]:
     """Every file of the package that `modules` import, directly or not, with the data files beside them.
 
     Args:
-        modules: dotted names, such as `grace.train.verbs`.
+        modules: dotted names, such as `grace.train.commands`.
 
     Returns:
         Sorted paths relative to the working directory, as Snakemake records them.
@@ -60,7 +60,7 @@ def _imports(source: Path) -> tuple[str, ...]:
 
 @cache
 def _data(package: Path) -> tuple[Path, ...]:
-    """What a package holds besides code: pictures, weights, tables, templates."""
+    """What a package holds besides code: images, weights, tables, templates."""
     return tuple(
         path
         for path in package.rglob("*")

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from grace.benchmarks.registry import ADAPTERS
 from grace.config.code import code_files
 from grace.config.runs import (
     BenchRun,
@@ -18,7 +19,6 @@ from grace.config.runs import (
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Section
-from grace.evaluate.registry import ADAPTERS
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
 

@@ -1,7 +1,7 @@
 """The frozen parameters of one job: what a rule writes to `results/{experiment}/config/` and the job alone reads.
 
 Jobs never read config.yaml: an edit while jobs are queued would otherwise run with new values and be recorded with
-the old ones. Each class is one verb's complete set of parameters; paths come as command-line flags instead.
+the old ones. Each class is one subcommand's complete set of parameters; paths come as command-line flags instead.
 """
 
 from typing import Literal
@@ -24,7 +24,7 @@ from grace.config.schema import (
 
 
 class DataRun(Section):
-    """`grace prepare`: the pictures, the conversations and the benchmarks."""
+    """`grace prepare`: the images, the conversations and the benchmarks."""
 
     data: DemoData | LlavaData
     benchmarks: list[str]

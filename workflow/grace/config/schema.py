@@ -69,7 +69,7 @@ class Runs(Section):
 
 
 class Experiment(Section):
-    """One experiment, from pictures to tables."""
+    """One experiment, from images to tables."""
 
     experiment: Name = Field(description="name of the experiment and of its folder under results/")
     family: Literal["llava", "qwen2_vl", "qwen3_vl"] = Field("llava", description="model family of teacher and student")
@@ -77,7 +77,7 @@ class Experiment(Section):
         "bfloat16",
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
     )
-    data: Annotated[DemoData | LlavaData, Field(discriminator="source", description="pictures and conversations")]
+    data: Annotated[DemoData | LlavaData, Field(discriminator="source", description="images and conversations")]
     teacher: Model = Field(description="the large model that is learned from")
     student: Model = Field(description="the small model: its bf16 baseline is where every recipe starts")
     cache: Cache = Field(Cache(), description="what is kept of the teacher, so that it never runs inside training")
@@ -120,7 +120,7 @@ class Experiment(Section):
                 f"evaluation.benchmarks: no benchmark `{unknown[0]}` in the demo; it has {', '.join(DEMO_BENCHMARKS)}"
             )
         if isinstance(self.data, LlavaData) and self.student.pretrained is None:
-            raise ValueError("data.source `llava` needs student.pretrained: its processor reads the pictures")
+            raise ValueError("data.source `llava` needs student.pretrained: its processor reads the images")
         return self
 
     def _check_recipes(self) -> None:

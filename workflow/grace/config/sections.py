@@ -36,24 +36,24 @@ class Section(BaseModel):
 
 
 class DemoData(Section):
-    """Pictures composed from real garments, digits and textures; nothing is downloaded."""
+    """Images composed from real garments, digits and textures; nothing is downloaded."""
 
     source: Literal["demo"] = Field("demo", description="demo: made here; llava: files of your own")
-    pictures: PositiveInt = Field(4000, description="training pictures")
-    questions_per_picture: PositiveInt = Field(
-        12, description="questions asked of each training picture, in one conversation"
+    images: PositiveInt = Field(4000, description="training images")
+    questions_per_image: PositiveInt = Field(
+        12, description="questions asked of each training image, in one conversation"
     )
     development_questions: PositiveInt = Field(200, description="questions per benchmark in the development split")
     benchmark_questions: PositiveInt = Field(1000, description="questions per benchmark in the test split")
-    seed: Seed = Field(0, description="seed of the pictures and questions")
+    seed: Seed = Field(0, description="seed of the images and questions")
 
 
 class LlavaData(Section):
-    """A conversation file in LLaVA's format beside its picture folder, as in LLaVA-1.5's mix665k."""
+    """A conversation file in LLaVA's format beside its image folder, as in LLaVA-1.5's mix665k."""
 
     source: Literal["llava"] = Field(description="demo: made here; llava: files of your own")
     conversations: str = Field(description="path of the JSON file with the conversations")
-    pictures: str = Field(description="folder that the JSON file's `image` paths start from")
+    images: str = Field(description="folder that the JSON file's `image` paths start from")
     limit: PositiveInt | None = Field(None, description="take only the first so many conversations")
     benchmarks: str | None = Field(
         None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
@@ -162,8 +162,8 @@ class Method(Section):
 class Quantization(Section):
     """How decoder weights become integers."""
 
-    group_size: Literal[16, 32, 64, 128, 256] = Field(128, description="weights along the input that share a step size")
-    scale_lr_factor: PositiveFloat = Field(10.0, description="learning rate of the step sizes over that of the weights")
+    group_size: Literal[16, 32, 64, 128, 256] = Field(128, description="weights along the input that share a scale")
+    scale_lr_factor: PositiveFloat = Field(10.0, description="learning rate of the scales over that of the weights")
     calibration: PositiveInt = Field(128, description="training conversations that AWQ and GPTQ look at")
     outlier_every: PositiveInt = Field(32, description="the outlier transform scales one channel in so many")
     outlier_factor: PositiveFloat = Field(16.0, description="by this factor")

@@ -17,8 +17,8 @@ class Batch:
     Attributes:
         input_ids, attention_mask: int64 [batch, tokens].
         labels: int64 [batch, tokens], -100 where nothing is asked; not shifted.
-        pixels: what the model's forward takes of the pictures: `pixel_values` (for Qwen also `image_grid_thw`), or
-            `vision_features` [batch, n, d] where the frozen tower's output was kept (`models.picture_inputs`).
+        pixels: what the model's forward takes of the images: `pixel_values` (for Qwen also `image_grid_thw`), or
+            `vision_features` [batch, n, d] where the frozen tower's output was kept (`models.image_inputs`).
         keys: the teacher records, in order.
         ids: the conversations, in order.
     """
@@ -56,8 +56,8 @@ def collate(examples: Sequence[Example], processor) -> Batch:
     if all(example.features is not None for example in examples):
         pixels = {"vision_features": torch.stack([example.features for example in examples])}
     else:
-        pictures = [example.image.open() for example in examples]
-        pixels = dict(processor.image_processor(images=pictures, return_tensors="pt"))
+        images = [example.image.open() for example in examples]
+        pixels = dict(processor.image_processor(images=images, return_tensors="pt"))
     return Batch(input_ids, attention_mask, labels, pixels, [e.key for e in examples], [e.id for e in examples])
 
 

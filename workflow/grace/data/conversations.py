@@ -1,4 +1,4 @@
-"""Reading `train.parquet`: one row is one picture with its conversation."""
+"""Reading `train.parquet`: one row is one image with its conversation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace.data.pictures import Picture
+from grace.data.images import EncodedImage
 from grace.errors import GraceError
 
 COLUMNS = ("id", "image", "conversation")
@@ -14,17 +14,17 @@ COLUMNS = ("id", "image", "conversation")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One picture and what is said about it.
+    """One image and what is said about it.
 
     Attributes:
         id: unique in the file.
-        image: the encoded picture.
+        image: the encoded image.
         turns: (question, answer) pairs in order.
-        caption: whether it only describes the picture: for models made from scratch to learn to see from.
+        caption: whether it only describes the image: for models made from scratch to learn to see from.
     """
 
     id: str
-    image: Picture
+    image: EncodedImage
     turns: tuple[tuple[str, str], ...]
     caption: bool = False
 
@@ -37,20 +37,18 @@ def load_conversations(path: str | Path, limit: int | None = None) -> list[Conve
     table = _read(path, limit)
     said = table["conversation"].to_pylist()
     found = []
-    for number, (picture, caption, turns) in enumerate(
-        zip(_pictures(path, table), _captions(table), said, strict=True)
-    ):
+    for number, (image, caption, turns) in enumerate(zip(_images(path, table), _captions(table), said, strict=True)):
         if not turns:
-            raise GraceError(f"{path}: row {number} (id {picture.name}) has no conversation; build the data again")
+            raise GraceError(f"{path}: row {number} (id {image.name}) has no conversation; build the data again")
         turns = tuple((turn["question"], turn["answer"]) for turn in turns)
-        found.append(Conversation(picture.name, picture, turns, caption))
+        found.append(Conversation(image.name, image, turns, caption))
     return found
 
 
-def load_pictures(path: str | Path) -> list[tuple[Picture, bool]]:
-    """Every row's picture, named by the row's id, and whether it is a caption; a tenth of the time of all columns."""
+def load_images(path: str | Path) -> list[tuple[EncodedImage, bool]]:
+    """Every row's image, named by the row's id, and whether it is a caption; a tenth of the time of all columns."""
     table = _read(path, None)
-    return list(zip(_pictures(path, table), _captions(table), strict=True))
+    return list(zip(_images(path, table), _captions(table), strict=True))
 
 
 def _read(path: str | Path, limit: int | None) -> pa.Table:
@@ -74,8 +72,8 @@ def _captions(table: pa.Table) -> list[bool]:
     return [bool(value) for value in table["caption"].to_pylist()]
 
 
-def _pictures(path: str | Path, table: pa.Table) -> list[Picture]:
-    """A row's picture is its `image.bytes`, or, where these are null, the file `image.path` with `image_sha256`."""
+def _images(path: str | Path, table: pa.Table) -> list[EncodedImage]:
+    """A row's image is its `image.bytes`, or, where these are null, the file `image.path` with `image_sha256`."""
     hashes = table["image_sha256"].to_pylist() if "image_sha256" in table.column_names else [None] * len(table)
     found = []
     for number, (name, image, sha256) in enumerate(
@@ -83,9 +81,9 @@ def _pictures(path: str | Path, table: pa.Table) -> list[Picture]:
     ):
         image = image or {}
         if image.get("bytes"):
-            found.append(Picture.from_bytes(name, image["bytes"]))
+            found.append(EncodedImage.from_bytes(name, image["bytes"]))
         elif image.get("path") and sha256:
-            found.append(Picture(name, None, image["path"], sha256))
+            found.append(EncodedImage(name, None, image["path"], sha256))
         else:
-            raise GraceError(f"{path}: row {number} (id {name}) has no picture; build the data again")
+            raise GraceError(f"{path}: row {number} (id {name}) has no image; build the data again")
     return found

@@ -14,7 +14,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grace.data.conversations import Conversation, load_conversations
-from grace.data.pictures import Picture
+from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.progress import progress
 
@@ -30,8 +30,8 @@ class Example:
         key: identifies its teacher record (`record_key`).
         input_ids: int64 [tokens], visual tokens included.
         labels: int64 [tokens], -100 where nothing is asked; not shifted.
-        caption: whether it only describes the picture.
-        image: the encoded picture.
+        caption: whether it only describes the image.
+        image: the encoded image.
         features: what the frozen vision tower makes of it, fp32 [n, d], where that was kept.
     """
 
@@ -40,7 +40,7 @@ class Example:
     input_ids: torch.Tensor
     labels: torch.Tensor
     caption: bool
-    image: Picture
+    image: EncodedImage
     features: torch.Tensor | None = None
 
     def supervised_tokens(self) -> int:
@@ -48,19 +48,19 @@ class Example:
         return int((self.labels[1:] != IGNORED).sum())
 
 
-def record_key(input_ids: torch.Tensor, picture: Picture) -> str:
-    """SHA-256 (hex) over the token ids as little-endian int32 and the SHA-256 of the picture's bytes."""
+def record_key(input_ids: torch.Tensor, image: EncodedImage) -> str:
+    """SHA-256 (hex) over the token ids as little-endian int32 and the SHA-256 of the image's bytes."""
     digest = hashlib.sha256(input_ids.numpy().astype("<i4").tobytes())
-    digest.update(bytes.fromhex(picture.sha256))
+    digest.update(bytes.fromhex(image.sha256))
     return digest.hexdigest()
 
 
 def messages(turns: tuple[tuple[str, str], ...]) -> list[dict]:
-    """The conversation in the form that chat templates read; the picture stands before the first question."""
+    """The conversation in the form that chat templates read; the image stands before the first question."""
     said = []
     for number, (question, answer) in enumerate(turns):
-        picture = [{"type": "image"}] if number == 0 else []
-        said.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        image = [{"type": "image"}] if number == 0 else []
+        said.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         said.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return said
 
@@ -101,9 +101,9 @@ class Tokeniser:
         self.tokens = {name: getattr(self.tokenizer, name) or "" for name in ("bos_token", "eos_token", "pad_token")}
         self.visual_tokens: dict[tuple[int, int], int] = {}
 
-    def _count_visual_tokens(self, picture: Picture) -> int:
-        """How many visual tokens this picture takes; only its size matters."""
-        size = picture.size()
+    def _count_visual_tokens(self, image: EncodedImage) -> int:
+        """How many visual tokens this image takes; only its size matters."""
+        size = image.size()
         if size not in self.visual_tokens:
             counts = self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])
             self.visual_tokens[size] = counts["num_image_tokens"][0]
@@ -116,7 +116,7 @@ class Tokeniser:
             text, answers = _answer_spans(messages(conversation.turns), self.template, self.tokens)
             at = text.find(self.processor.image_token)
             if at < 0:
-                raise GraceError(f"conversation {conversation.id}: the chat template leaves no place for the picture")
+                raise GraceError(f"conversation {conversation.id}: the chat template leaves no place for the image")
             more = self._count_visual_tokens(conversation.image) - 1
             token = self.processor.image_token
             texts.append(text[:at] + token * (more + 1) + text[at + len(token) :])

@@ -27,7 +27,7 @@ ROW = pa.schema(
 
 
 def _turns(entry: dict, where: str) -> list[dict[str, str]]:
-    """LLaVA's alternating human and gpt messages as question-answer pairs, without the picture's placeholder."""
+    """LLaVA's alternating human and gpt messages as question-answer pairs, without the image's placeholder."""
     said = entry.get("conversations")
     if not said or len(said) % 2 or any(m["from"] != ("human", "gpt")[i % 2] for i, m in enumerate(said)):
         raise GraceError(f"{where}: `conversations` must alternate human and gpt and end with gpt; mend or drop it")
@@ -36,9 +36,9 @@ def _turns(entry: dict, where: str) -> list[dict[str, str]]:
 
 
 def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out: Path) -> None:
-    """Write `out` (train.parquet, processor/, benchmarks/) from a conversation file and its pictures.
+    """Write `out` (train.parquet, processor/, benchmarks/) from a conversation file and its images.
 
-    Pictures stay where they are; the Parquet file holds their path and SHA-256. Conversations without a picture are
+    Images stay where they are; the Parquet file holds their path and SHA-256. Conversations without an image are
     left out and counted in the manifest. `benchmarks` is a folder of Parquet files in this project's format.
     """
     source = Path(data.conversations)
@@ -48,21 +48,21 @@ def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out
         raise GraceError(f"{source}: no such file; set data.conversations to LLaVA's JSON file") from None
     except json.JSONDecodeError as error:
         raise GraceError(f"{source}: not valid JSON ({error}); download it again") from error
-    pictured = [entry for entry in entries if entry.get("image")][: data.limit]
+    shown = [entry for entry in entries if entry.get("image")][: data.limit]
     from grace.models import load_processor
 
-    with whole_folder(out, data=data.model_dump(), without_picture=len(entries) - len(pictured)) as folder:
+    with whole_folder(out, data=data.model_dump(), without_image=len(entries) - len(shown)) as folder:
         with (
             pq.ParquetWriter(folder / "train.parquet", ROW) as table,
-            progress("reading conversations", len(pictured)) as advance,
+            progress("reading conversations", len(shown)) as advance,
         ):
-            for start in range(0, len(pictured), ROWS_PER_GROUP):
+            for start in range(0, len(shown), ROWS_PER_GROUP):
                 rows = []
-                for entry in pictured[start : start + ROWS_PER_GROUP]:
-                    path = (Path(data.pictures) / entry["image"]).resolve()
+                for entry in shown[start : start + ROWS_PER_GROUP]:
+                    path = (Path(data.images) / entry["image"]).resolve()
                     if not path.is_file():
                         raise GraceError(
-                            f"{path}: no such picture; set data.pictures to the folder that {source} names them from"
+                            f"{path}: no such image; set data.images to the folder that {source} names them from"
                         )
                     digest = hashlib.sha256(path.read_bytes()).hexdigest()
                     turns = _turns(entry, f"{source}: conversation {entry.get('id')}")

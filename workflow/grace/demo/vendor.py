@@ -24,7 +24,7 @@ def _idx(path: Path, header: int) -> np.ndarray:
 def vendor(folder: Path, out: Path = GARMENTS_FILE) -> None:
     """Write a balanced choice of garments: `images` [n, 28, 28], `labels` [n], `splits` [n], `official` [n].
 
-    The first garments of each class are taken in the official order, each picture once (the official files hold a few
+    The first garments of each class are taken in the official order, each image once (the official files hold a few
     exact duplicates), so that the result depends on nothing but those files.
     """
     seen: set[bytes] = set()

@@ -1,4 +1,4 @@
-"""Every word of the demo: what can be in a picture, what it is called, and the words that questions are made of."""
+"""Every word of the demo: what can be in an image, what it is called, and the words that questions are made of."""
 
 COLOURS = {
     "red": (225, 45, 40),

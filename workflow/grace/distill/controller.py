@@ -17,7 +17,7 @@ class InformationBottleneckController:
 
     Args:
         tau: budget of the distillation loss, in the loss's own units
-        eta: step size, > 0
+        eta: scale, > 0
         beta_init, beta_min, beta_max: start and bounds of beta
         ema_decay: share of the old average that is kept, in [0, 1)
 

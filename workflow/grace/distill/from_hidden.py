@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grace.distill.check import check_labels, check_labels_shape, check_temperature, check_vocabularies
-from grace.distill.rows import Mode, loss_rows_
+from grace.distill.chunk_loss import Mode, loss_rows_
 from grace.errors import GraceError
 from grace.first_order import first_order
 

@@ -2,7 +2,7 @@
 
 A task is made from the registry as the dictionary that a YAML file of lm-eval would hold; `task_yaml` writes that file,
 so that lm-eval's own command line can run the same task on the same Parquet file. In process the only difference is
-where rows come from: the table is in memory already, prompts are rendered once, and a row names its picture instead of
+where rows come from: the table is in memory already, prompts are rendered once, and a row names its image instead of
 carrying it, because lm-eval copies, hashes and logs whole rows.
 """
 
@@ -20,13 +20,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
+from grace.benchmarks.extraction import Answer, normalise
+from grace.benchmarks.registry import LM_EVAL, Benchmark
 from grace.errors import GraceError
-from grace.evaluate.answer import Answer, normalise
-from grace.evaluate.predictions import SCHEMA, read_questions
-from grace.evaluate.registry import LM_EVAL, Benchmark
 from grace.evaluate.runner import Question, Runner
+from grace.results.predictions import SCHEMA, read_questions
 
-PICTURE = "<image>"  # lm-eval's own placeholder
+IMAGE = "<image>"  # lm-eval's own placeholder
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 FILTERS: dict[str, list[dict]] = {
@@ -46,7 +46,7 @@ FILTERS: dict[str, list[dict]] = {
         {"function": "take_first"},
     ],
 }  # fmt: skip
-"""lm-eval's filters that do what `grace.evaluate.answer.EXTRACTIONS` does, by the same names."""
+"""lm-eval's filters that do what `grace.benchmarks.extraction.EXTRACTIONS` does, by the same names."""
 
 
 def task_config(benchmark: Benchmark, max_new_tokens: int) -> dict:
@@ -106,10 +106,10 @@ def build_task(benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) ->
 
 
 class RunnerLM(TemplateLM):
-    """Our runner as a model of lm-eval: answers about pictures, and likelihoods of text for its language tasks.
+    """Our runner as a model of lm-eval: answers about images, and likelihoods of text for its language tasks.
 
     Attributes:
-        pictures: encoded picture by question id; set before each task.
+        images: encoded image by question id; set before each task.
         answers: the last task's answers by `doc_id`, with what lm-eval does not keep.
     """
 
@@ -118,8 +118,8 @@ class RunnerLM(TemplateLM):
     def __init__(self, runner: Runner, advance: Callable[[int], None] = lambda steps: None) -> None:
         super().__init__()
         self.runner, self.tokenizer, self.advance = runner, runner.tokenizer, advance
-        self._render = cache(self._render)  # the same question is asked of many pictures
-        self.pictures: Mapping[str, bytes] = {}
+        self._render = cache(self._render)  # the same question is asked of many images
+        self.images: Mapping[str, bytes] = {}
         self.answers: dict[int, Answer] = {}
 
     @property
@@ -141,28 +141,28 @@ class RunnerLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """lm-eval's messages in the processor's template; `<image>` in a message becomes a picture."""
+        """lm-eval's messages in the processor's template; `<image>` in a message becomes an image."""
         return self._render(tuple((message["role"], message["content"]) for message in chat_history))
 
     def _render(self, messages: tuple[tuple[str, str], ...]) -> str:
         said = []
         for role, content in messages:
-            before, picture, after = content.partition(PICTURE)
+            before, image, after = content.partition(IMAGE)
             parts = [{"type": "text", "text": before}] if before else []
-            parts += [{"type": "image"}] if picture else []
+            parts += [{"type": "image"}] if image else []
             said.append({"role": role, "content": [*parts, {"type": "text", "text": after}]})
         return self.runner.render(said)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers in the order of `requests`, each about one picture, cut at the task's stop strings."""
+        """Answers in the order of `requests`, each about one image, cut at the task's stop strings."""
         questions = []
         for request in requests:
             if len(request.args) < 3:
                 raise GraceError(
-                    f"lm-eval task {request.task_name}: has no pictures; this model generates about pictures only"
+                    f"lm-eval task {request.task_name}: has no images; this model generates about images only"
                 )
             name = request.args[2]["visual"][0]
-            questions.append(Question(name, request.args[0], self.pictures[name]))
+            questions.append(Question(name, request.args[0], self.images[name]))
         found = self.runner.answer(questions, self.advance)
         self.answers = {request.doc_id: answer for request, answer in zip(requests, found, strict=True)}
         texts = []
@@ -223,7 +223,7 @@ def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Calla
 def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame) -> pd.DataFrame:
     """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`."""
     task = build_task(benchmark, rows, lm.runner.max_new_tokens)
-    lm.pictures = dict(zip(rows["id"], rows["image"], strict=True))
+    lm.images = dict(zip(rows["id"], rows["image"], strict=True))
     results = evaluate(
         lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0
     )

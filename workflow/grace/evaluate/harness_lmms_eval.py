@@ -1,6 +1,6 @@
 """lmms-eval asks and scores: its official tasks on local copies of their data, around our batched runner.
 
-A task of the paper is lmms-eval's own YAML (prompt, picture, scoring, aggregation) with its data set replaced by
+A task of the paper is lmms-eval's own YAML (prompt, image, scoring, aggregation) with its data set replaced by
 `benchmarks/{name}.parquet`, a local copy in that data set's columns. The demo's tasks are written here in the same
 terms. Installed without its dependencies (`envs/lmms-eval.txt`), lmms-eval runs in the environment of the rest.
 """
@@ -23,23 +23,23 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image, ImageFile
 
+from grace.benchmarks.extraction import EXTRACTIONS, Answer, normalise
+from grace.benchmarks.registry import LMMS_EVAL, Benchmark
 from grace.errors import GraceError
-from grace.evaluate.answer import EXTRACTIONS, Answer, normalise
-from grace.evaluate.predictions import SCHEMA, read_questions
-from grace.evaluate.registry import LMMS_EVAL, Benchmark
 from grace.evaluate.runner import Question, Runner
+from grace.results.predictions import SCHEMA, read_questions
 
-# importing lmms-eval lets the whole process read pictures that are cut short as if they were whole
+# importing lmms-eval lets the whole process read images that are cut short as if they were whole
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 class RunnerLMM(lmms):
-    """Our runner as a model of lmms-eval, for tasks that show one picture.
+    """Our runner as a model of lmms-eval, for tasks that show one image.
 
     Attributes:
-        answers: the last task's answers by document, and the prompt and picture of each as SHA-256.
+        answers: the last task's answers by document, and the prompt and image of each as SHA-256.
     """
 
     def __init__(self, runner: Runner, advance: Callable[[int], None] = lambda steps: None) -> None:
@@ -53,17 +53,17 @@ class RunnerLMM(lmms):
         for request in requests:
             context, _, doc_to_visual, doc_id, task, split = request.args
             try:
-                pictures = doc_to_visual(self.task_dict[task][split][doc_id])
-            except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no picture, or one that is none
+                images = doc_to_visual(self.task_dict[task][split][doc_id])
+            except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no image, or one that is none
                 raise GraceError(
-                    f"lmms-eval task {task}: document {doc_id} has no readable picture ({error}); mend that row"
+                    f"lmms-eval task {task}: document {doc_id} has no readable image ({error}); mend that row"
                 ) from error
-            if len(pictures) != 1:
+            if len(images) != 1:
                 raise GraceError(
-                    f"lmms-eval task {task}: document {doc_id} has {len(pictures)} pictures; this model takes one"
+                    f"lmms-eval task {task}: document {doc_id} has {len(images)} images; this model takes one"
                 )
             said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": context}]}]
-            questions.append(Question(f"{task}/{doc_id}", self.runner.render(said), _encoded(pictures[0])))
+            questions.append(Question(f"{task}/{doc_id}", self.runner.render(said), _encoded(images[0])))
             owners.append(doc_id)
         found = self.runner.answer(questions, self.advance)
         self.answers = {
@@ -131,7 +131,7 @@ def _official_task(manager: TaskManager, name: str) -> dict[str, Any]:
     config = load_yaml_config(manager._task_index[name]["yaml_path"], mode="full")
     config["metric_list"] = [metric for metric in config["metric_list"] if metric["metric"] != "submission"]
     config.pop("tag", None)
-    config.pop("process_docs", None)  # GQA's fetches the pictures; a local copy has them beside the questions
+    config.pop("process_docs", None)  # GQA's fetches the images; a local copy has them beside the questions
     return config
 
 
@@ -164,14 +164,14 @@ def _row(sample: dict, metrics: list[str], task, benchmark: Benchmark, model: Ru
     doc, number = sample["doc"], sample["doc_id"]
     metric = next(name for name in metrics if name in sample)
     value = sample[metric]
-    answer, prompt_hash, picture_hash = model.answers[number]
+    answer, prompt_hash, image_hash = model.answers[number]
     extracted = value.get("parsed_pred", value.get("pred")) if isinstance(value, dict) else None
     if not isinstance(extracted, str):
         extracted = normalise(EXTRACTIONS[benchmark.extraction](sample["filtered_resps"][0]))
     index = doc.get("id") if benchmark.mirrors else doc.get("index") if benchmark.metric == "circular" else number
     return {
         "sample_id": str(index),
-        "image_id": doc.get("image_id") if benchmark.mirrors else picture_hash,
+        "image_id": doc.get("image_id") if benchmark.mirrors else image_hash,
         "group": str(doc.get("category") or doc.get("group") or doc.get("question_type") or ""),
         "prompt_hash": prompt_hash,
         "prediction": answer.text,
@@ -205,7 +205,7 @@ def _opened(image: Any) -> Image.Image:
 
 
 def _encoded(image: Image.Image) -> bytes:
-    """The picture as PPM: lossless, and quicker to write than PNG."""
+    """The image as PPM: lossless, and quicker to write than PNG."""
     kept = io.BytesIO()
     image.convert("RGB").save(kept, "PPM")
     return kept.getvalue()

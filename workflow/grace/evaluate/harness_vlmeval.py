@@ -20,11 +20,11 @@ from typing import Any
 
 import pandas as pd
 
+from grace.benchmarks.extraction import EXTRACTIONS, Answer, normalise
+from grace.benchmarks.registry import VLMEVAL, Benchmark
 from grace.errors import GraceError
-from grace.evaluate.answer import EXTRACTIONS, Answer, normalise
-from grace.evaluate.predictions import SCHEMA, read_questions
-from grace.evaluate.registry import VLMEVAL, Benchmark
 from grace.evaluate.runner import Question, Runner
+from grace.results.predictions import SCHEMA, read_questions
 
 MODEL = "grace"  # VLMEvalKit reuses predictions by model name, so every benchmark works in a new folder
 
@@ -50,22 +50,22 @@ def _model_class(base: type) -> type:
     """Our runner as a model of VLMEvalKit."""
 
     class RunnerVLM(base):
-        INTERLEAVE = False  # one picture; VLMEvalKit's own rule picks the first where there are more
+        INTERLEAVE = False  # one image; VLMEvalKit's own rule picks the first where there are more
 
         def __init__(self, runner: Runner, advance: Callable[[int], None]) -> None:
             super().__init__()
             self.runner, self.advance = runner, advance
             self.answers: dict[
                 tuple[str, str], tuple[Answer, str]
-            ] = {}  # (text, picture's path) -> answer, prompt's hash
+            ] = {}  # (text, image's path) -> answer, prompt's hash
 
         def answer_all(self, messages: list[list[dict]], dataset: str) -> list[tuple[Answer, str]]:
             """Answer all messages as a batch and remember them; also the SHA-256 of each rendered prompt."""
             keys = [self.message_to_promptimg(message, dataset=dataset) for message in messages]
             questions = []
-            for text, picture in keys:
+            for text, image in keys:
                 said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-                questions.append(Question(picture, self.runner.render(said), Path(picture).read_bytes()))
+                questions.append(Question(image, self.runner.render(said), Path(image).read_bytes()))
             hashes = [hashlib.sha256(question.prompt.encode()).hexdigest() for question in questions]
             found = list(zip(self.runner.answer(questions, self.advance), hashes, strict=True))
             self.answers = dict(zip(keys, found, strict=True))
@@ -100,8 +100,8 @@ def predict(model: Any, benchmark: Benchmark, path: Path, limit: int | None) -> 
         if [str(index) for index in said["index"]] != [str(index) for index in asked["index"]]:
             raise GraceError(f"{path}: VLMEvalKit returned other rows than it was asked; give every row its own index")
         scored = _scored(dataset, benchmark, str(file), asked, [answer.text for answer, _ in found])
-        pictures = [hashlib.sha256(str(image).encode()).hexdigest() for image in asked["image"]]
-    columns = asked.get("image_id", pd.Series(pictures, index=asked.index))
+        images = [hashlib.sha256(str(image).encode()).hexdigest() for image in asked["image"]]
+    columns = asked.get("image_id", pd.Series(images, index=asked.index))
     groups = asked.get("category", asked.get("l2-category", pd.Series("", index=asked.index))).astype(object)
     return pd.DataFrame(
         {
@@ -149,7 +149,7 @@ def _demo_dataset(benchmark: Benchmark, path: Path, name: str, root: Path) -> An
     rows = read_questions(path)
     table = rows.assign(
         index=range(len(rows)),
-        image=[base64.b64encode(picture).decode() for picture in rows["image"]],
+        image=[base64.b64encode(image).decode() for image in rows["image"]],
         category=rows["group"],
     )
     table = table[["index", "id", "image_id", "image", "question", "answer", "category"]]

@@ -1,8 +1,8 @@
-"""Answering many questions about pictures, greedily and in batches.
+"""Answering many questions about images, greedily and in batches.
 
 A question costs one row of a batched prefill and one row of a few decoding steps. What would cost more is done once:
-a picture is decoded, preprocessed and sent through the vision tower once however many questions it serves, and
-questions of equal length share a batch, so that little padding is computed. The picture's features take the place of
+an image is decoded, preprocessed and sent through the vision tower once however many questions it serves, and
+questions of equal length share a batch, so that little padding is computed. The image's features take the place of
 the `<image>` token exactly as in the model's own forward.
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from grace.data.pictures import Picture
+from grace.benchmarks.extraction import Answer
+from grace.data.images import EncodedImage
 from grace.errors import GraceError
-from grace.evaluate.answer import Answer
-from grace.evaluate.parts import Parts
-from grace.evaluate.pixels import Pixels
-from grace.evaluate.share import Share
+from grace.evaluate.answer_log import Parts
+from grace.evaluate.distribute import Share
+from grace.evaluate.preprocess import Pixels
 from grace.models import decoder, image_token_id, output_head
 
-FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same pictures
+FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Question:
     Attributes:
         id: names the row in messages.
         prompt: text rendered by the chat template, up to where the answer begins, with one image placeholder.
-        image: the encoded picture (JPEG or PNG).
+        image: the encoded image (JPEG or PNG).
     """
 
     id: str
@@ -45,14 +45,14 @@ class Runner:
     """Greedy answers of one model; also the likelihood of plain text under its decoder.
 
     LLaVA is decoded here. Other families (Qwen2-VL, Qwen3-VL) go through their processor and transformers' own
-    `generate`, because only their forward knows how pictures and positions enter: slower, the same questions and files.
+    `generate`, because only their forward knows how images and positions enter: slower, the same questions and files.
 
     Args:
         model: a vision-language model in evaluation mode, on any device, in any dtype.
         processor: its processor, with a chat template.
         batch: sequences per forward pass.
         max_new_tokens: longest answer in tokens.
-        kept: what the model's tower makes of pictures, bf16 [n, d] by SHA-256, where that was kept.
+        kept: what the model's tower makes of images, bf16 [n, d] by SHA-256, where that was kept.
 
     Attributes:
         parts: where answers are kept as they come, if anywhere; set before each benchmark.
@@ -102,18 +102,18 @@ class Runner:
         for question, ids in zip(questions, prompts, strict=True):
             if ids.count(self.image_id) != 1:
                 raise GraceError(
-                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for the picture, not one; "
+                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for the image, not one; "
                     "check the chat template"
                 )
-        pictures = [hashlib.sha256(question.image).digest() for question in questions]
-        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), pictures[i], i))
-        name = self._name(questions, pictures) if self.parts else ""
+        images = [hashlib.sha256(question.image).digest() for question in questions]
+        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), images[i], i))
+        name = self._name(questions, images) if self.parts else ""
         answers = self.share.agreed(self.parts.read(name) if self.parts else {})
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
             if self.decoded_here:
-                looked = self._look([(pictures[i], questions[i]) for i in rows])
+                looked = self._look([(images[i], questions[i]) for i in rows])
                 found = self._generate([prompts[i] for i in rows], looked)
             else:
                 found = self._by_transformers([questions[i] for i in rows])
@@ -141,15 +141,15 @@ class Runner:
             found |= theirs
         return found
 
-    def _name(self, questions: Sequence[Question], pictures: Sequence[bytes]) -> str:
+    def _name(self, questions: Sequence[Question], images: Sequence[bytes]) -> str:
         """A hash of all that is asked, and of how it is cut into batches."""
         digest = hashlib.sha256(f"{self.batch} {self.max_new_tokens}".encode())
-        for question, picture in zip(questions, pictures, strict=True):
-            digest.update(question.prompt.encode() + b"\0" + picture)
+        for question, image in zip(questions, images, strict=True):
+            digest.update(question.prompt.encode() + b"\0" + image)
         return digest.hexdigest()[:16]
 
     def _look(self, wanted: list[tuple[bytes, Question]]) -> torch.Tensor:
-        """Visual features [rows, visual tokens, d], each picture computed once while it is remembered."""
+        """Visual features [rows, visual tokens, d], each image computed once while it is remembered."""
         new = {digest: question for digest, question in wanted if digest not in self._features}
         here = {digest: self._features[digest] for digest, _ in wanted if digest in self._features}
         if new:
@@ -161,11 +161,11 @@ class Runner:
         return torch.stack([here[digest] for digest, _ in wanted])
 
     def _project(self, new: Mapping[bytes, Question]) -> Iterable[torch.Tensor]:
-        """The visual features of pictures not seen yet, each [visual tokens, d]."""
+        """The visual features of images not seen yet, each [visual tokens, d]."""
         if all(digest in self.kept for digest in new):
             features = torch.stack([self.kept[digest] for digest in new])
             return self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
-        images = [Picture.from_bytes(question.id, question.image).open() for question in new.values()]
+        images = [EncodedImage.from_bytes(question.id, question.image).open() for question in new.values()]
         pixels = self.pixels(images).to(self.model.device, self.model.dtype)
         return self.model.get_image_features(pixels).pooler_output
 
@@ -216,7 +216,7 @@ class Runner:
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=[question.prompt for question in questions],
-            images=[Picture.from_bytes(question.id, question.image).open() for question in questions],
+            images=[EncodedImage.from_bytes(question.id, question.image).open() for question in questions],
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (bos and questions[0].prompt.startswith(bos)),

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
-TINY = 1e-30  # step size that a vector of zeros is divided by
+TINY = 1e-30  # scale that a vector of zeros is divided by
 
 
 def make_cache(
@@ -21,7 +21,7 @@ def make_cache(
 
 
 class Int8Layer(StaticLayer):
-    """Keys and values as int8 codes [B, KV, length, D] and a step size per token and head, fp32 [B, KV, length].
+    """Keys and values as int8 codes [B, KV, length, D] and a scale per token and head, fp32 [B, KV, length].
 
     For prompts: `update` returns the keys and values that it was given, unrounded, so that nothing but the codes stays.
     Decoding steps read and write the codes themselves (`grace.kernels.decode_attention`).
@@ -47,6 +47,6 @@ class Int8Layer(StaticLayer):
 
 
 def round_to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes in [-127, 127] like x [..., D] and step sizes fp32 [...] with x = code * step, off by at most half a step."""
+    """Codes in [-127, 127] like x [..., D] and scales fp32 [...] with x = code * step, off by at most half a step."""
     steps = x.abs().amax(-1).float() / 127
     return (x / steps.clamp(min=TINY).unsqueeze(-1)).add_(0.5).floor_().to(torch.int8), steps

@@ -1,4 +1,4 @@
-"""Ask a model about a picture and print the answer as it comes."""
+"""Ask a model about an image and print the answer as it comes."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 from grace.errors import GraceError
 from grace.infer.decode import Session, stream
 from grace.infer.load import load_for_inference
-from grace.infer.prompt import build_prompts, open_picture
+from grace.infer.prompt import build_prompts, open_image
 from grace.models import load_processor
 
 
@@ -24,17 +24,17 @@ def chat(
     """Answer `question` about `image` with the checkpoint folder `model`, packed or plain; returns the answer.
 
     Args:
-        device: "cpu" or "cuda"; None takes a card where there is one.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
         new_tokens: longest answer.
         write: receives each piece of text when it is ready.
     """
     if not question.strip():
-        raise GraceError("the question is empty; ask something about the picture")
-    picture = open_picture(image)
+        raise GraceError("the question is empty; ask something about the image")
+    pixels = open_image(image)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = load_for_inference(model, device=device)
     processor = load_processor(model)
-    inputs = build_prompts(processor, [(picture, question)])
+    inputs = build_prompts(processor, [(pixels, question)])
     session = Session(network, 1, inputs["input_ids"].shape[1] + new_tokens, compile=False)
     answer = ""
     for piece in pieces(processor.tokenizer, (int(token[0]) for token in stream(session, inputs, new_tokens))):

@@ -1,4 +1,4 @@
-"""Greedy decoding in batches over a static cache, the same for bf16 and packed models, on a CPU or a card.
+"""Greedy decoding in batches over a static cache, the same for bf16 and packed models, on a CPU or a GPU.
 
 Everything that a step reads and writes has a fixed place (cache, token, position), so that on a CUDA device the step
 is captured once in a graph and replayed; on a CPU the very same function runs as it is. On CUDA, decoders that
@@ -15,7 +15,7 @@ from grace.errors import GraceError
 from grace.infer.cache import make_cache
 from grace.models import decoder, output_head
 
-CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a card
+CHECK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at whether all rows are done: a look stalls a GPU
 
 
 class Session:
@@ -47,7 +47,7 @@ class Session:
         fused = takes_fused_step(model) if fused is None else fused
         if cache_bits != 16 and (cache_bits != 8 or not fused):
             raise GraceError(
-                f"a cache of {cache_bits} bits: keys and values are kept in 16 bits, or, on a CUDA card and for "
+                f"a cache of {cache_bits} bits: keys and values are kept in 16 bits, or, on a CUDA GPU and for "
                 f"the decoders of LLaVA, Qwen2-VL and Qwen3-VL, in 8; use 16"
             )
         self.cache_bits = cache_bits
@@ -142,7 +142,7 @@ class Session:
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
-        """Say what to do where the card has no memory left."""
+        """Say what to do where the GPU has no memory left."""
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:

@@ -9,7 +9,7 @@ from grace.kernels.w4a16_layout import check_codes, dequantise, pack_int4, unpac
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T + b, with W kept as 4-bit codes and one step size per group of consecutive inputs.
+    """y = x W^T + b, with W kept as 4-bit codes and one scale per group of consecutive inputs.
 
     The backend follows the device and the shape: on CUDA the Triton product; on a CPU torch's int4 kernel where it
     takes the shape (bf16, outputs a multiple of 16, groups of 32, 64, 128 or 256); elsewhere the weight is
@@ -17,7 +17,7 @@ class Int4Linear(nn.Module):
 
     Args:
         codes: int8 [out, in] in [-8, 7].
-        scales: step sizes [out, in/group].
+        scales: scales [out, in/group].
         bias: [out], or None.
         dtype: of activations and outputs, bf16, fp16 or fp32.
         device: where the layer runs.
@@ -37,7 +37,7 @@ class Int4Linear(nn.Module):
         self.out_features, self.in_features = codes.shape
         if scales.dim() != 2 or len(scales) != self.out_features or self.in_features % max(scales.shape[1], 1):
             raise GraceError(
-                f"int4 step sizes {list(scales.shape)} do not fit codes {list(codes.shape)}; pack the model again"
+                f"int4 scales {list(scales.shape)} do not fit codes {list(codes.shape)}; pack the model again"
             )
         self.group_size = self.in_features // scales.shape[1]
         self.backend = choose_backend(self.out_features, self.in_features, self.group_size, dtype, device)

@@ -12,7 +12,8 @@ from transformers.cache_utils import StaticLayer
 
 from grace.infer import persistent_step
 from grace.infer.fuse import Fused
-from grace.kernels import decode_step, skinny
+from grace.kernels import decode_step
+from grace.kernels import skinny_gemm as skinny
 from grace.kernels.decode_attention import attend
 
 # Decoders whose layers are norm, attention with rotary embeddings, norm, gated MLP. The Qwen ones give every position

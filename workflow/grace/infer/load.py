@@ -18,7 +18,7 @@ from grace.kernels.w4a16_layout import unpack_int4
 from grace.models import decoder, load_model, model_folder
 from grace.quant.packed import PackedModel
 
-OLDEST_CARD = (8, 0)  # compute capability with bf16 tensor cores
+OLDEST_GPU = (8, 0)  # compute capability with bf16 tensor cores
 
 
 def load_for_inference(
@@ -36,7 +36,7 @@ def load_for_inference(
         fuse: whether to join q, k and v, and gate and up, into one product each.
 
     Raises:
-        GraceError: a folder that is no checkpoint, a damaged file, or a card that is too old or too small.
+        GraceError: a folder that is no checkpoint, a damaged file, or a GPU that is too old or too small.
     """
     folder = Path(folder)
     config = model_folder(folder)
@@ -56,7 +56,7 @@ def load_for_inference(
         return model.to(device).eval().requires_grad_(False)
     except torch.cuda.OutOfMemoryError as error:
         raise GraceError(
-            f"{folder}: does not fit into the memory of {device}; use a card with more memory, or a packed folder"
+            f"{folder}: does not fit into the memory of {device}; use a GPU with more memory, or a packed folder"
         ) from error
 
 
@@ -103,7 +103,7 @@ def check_device(device: str, what: str | Path) -> None:
         raise GraceError(
             f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
         )
-    if torch.cuda.get_device_capability(device) < OLDEST_CARD:
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
         name = torch.cuda.get_device_name(device)
         raise GraceError(f"{what}: {name} is older than compute capability 8.0 (Ampere); use the CPU")
 

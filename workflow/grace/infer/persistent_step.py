@@ -1,4 +1,4 @@
-"""All layers of one sequence's step in one launch, where model and card allow it: `grace.kernels.decode_layers`."""
+"""All layers of one sequence's step in one launch, where model and GPU allow it: `grace.kernels.decode_layers`."""
 
 import warnings
 from types import ModuleType
@@ -10,10 +10,10 @@ from transformers.cache_utils import StaticLayer
 
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.decode_attention import LOG2_E
-from grace.kernels.w4a16 import card, gluon
+from grace.kernels.w4a16 import gluon, gpu
 from grace.kernels.w4a16_layout import CHUNK
 
-# What a card has run. fp16 compiles, and waits for a card.
+# What a GPU has run. fp16 compiles, and waits for a GPU.
 WIDEST = (8192, 8192, 16384)  # residual stream, heads side by side, inner: padded, in registers of four warps
 DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
@@ -39,7 +39,7 @@ class PersistentLayers:
         _, heads, self.length, width = cache.layers[0].keys.shape
         qkv, o, _, down = _linears(layers[0])
         hidden, wide, inner = o.out_features, o.in_features, down.in_features
-        here = card(device)[0]
+        here = gpu(device)[0]
         self.kernel, self.programs = _kernel().layers_kernel, here.multiprocessors
         self.constants = constants(
             hidden, inner, heads, wide // width // heads, width, here.shared, self.programs,
@@ -74,7 +74,7 @@ def prepare(
     turns: tuple[torch.Tensor, torch.Tensor],
     *places: torch.Tensor,
 ) -> PersistentLayers | None:
-    """The layers in one launch, tried once over an empty cache; None where `serves` refuses, or the card the launch.
+    """The layers in one launch, tried once over an empty cache; None where `serves` refuses, or the GPU the launch.
 
     It does where not all multiprocessors are this process's (MPS): all programs have to run at once.
 
@@ -93,12 +93,12 @@ def prepare(
 
 
 def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
-    """Whether `PersistentLayers` computes this decoder's steps, on its card, over this cache.
+    """Whether `PersistentLayers` computes this decoder's steps, on its GPU, over this cache.
 
-    It takes a Hopper card, bf16, one sequence, at most 16 heads for each key-value head, and INT4 linears in groups of
+    It takes a Hopper GPU, bf16, one sequence, at most 16 heads for each key-value head, and INT4 linears in groups of
     128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and shared memory.
     """
-    keys, here = cache.layers[0].keys, card(embedding.device)[0]
+    keys, here = cache.layers[0].keys, gpu(embedding.device)[0]
     if not here.hopper or _kernel() is None or len(keys) != 1 or not keys.dtype == embedding.dtype == DTYPE:
         return False
     kinds = set()

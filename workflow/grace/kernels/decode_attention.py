@@ -4,7 +4,7 @@ It rotates (and norms) the new queries and keys, keeps the new key and value in 
 use alone. Blocks of slots are multiplied by tensor cores, except where a key-value head has one query and a program all
 its slots: there every row of a block keeps a softmax of its own, and no value crosses a warp before the end.
 
-An 8-bit cache holds int8 codes and one fp32 step size per token and head: key = code * step. The steps multiply logits
+An 8-bit cache holds int8 codes and one fp32 scale per token and head: key = code * step. The steps multiply logits
 and weights of the softmax instead of keys and values, so codes go into the products as they are. The new token attends
 to itself with its exact key and value, later ones see its codes.
 """
@@ -38,7 +38,7 @@ def _rotated(values, gain, at, other, cos, sin, EPS, D: tl.constexpr, NORM: tl.c
 
 @triton.jit
 def _keep(cache, steps, slot, d, value, D: tl.constexpr, CODES: tl.constexpr):
-    """Write one head's key or value [D] (fp32) into its slot, rounded to codes with a step size if CODES."""
+    """Write one head's key or value [D] (fp32) into its slot, rounded to codes with a scale if CODES."""
     if CODES:
         step = tl.max(tl.abs(value), 0) / 127.0
         value = tl.floor(value / tl.maximum(step, 1e-30) + 0.5)
@@ -280,7 +280,7 @@ def attend(
         cos, sin: of every position, [positions, D], as transformers' rotary embedding gives them.
         position: int64 [B]; slot: int64 scalar.
         scale: of the logits.
-        steps: step sizes of int8 keys and values, fp32 [B, KV, length] each.
+        steps: scales of int8 keys and values, fp32 [B, KV, length] each.
         gains, eps: of the norms of queries and keys, where the family has them.
 
     Returns:

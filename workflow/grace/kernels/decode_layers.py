@@ -3,7 +3,7 @@
 At one sequence a step is the reading of every weight. As a kernel per product, each loses microseconds until its loads
 are under way; here nothing stops the reading. One program stays on each multiprocessor through all layers:
 
-`stream`    one warp brings weights, step sizes and old keys and values, in the order of their use, into a ring of STAGES
+`stream`    one warp brings weights, scales and old keys and values, in the order of their use, into a ring of STAGES
             in shared memory. None of them depends on the token, so the ring fills while the others wait.
 `_compute`  four warps take them out: norm, q k v, attention, output product, norm, gate and up, down, and so on. What a
             program computes goes through memory to all others; every program holds the residual stream.
@@ -42,7 +42,7 @@ from grace.kernels.decode_ring import (
 from grace.kernels.gluon_names import barrier, next_stage, view
 
 WAYS = 16  # chunks of 128 inputs per stage
-STAGE_BYTES = WAYS * 16 * 64 + 2 * WAYS * 32  # of words, and of pairs of step sizes
+STAGE_BYTES = WAYS * 16 * 64 + 2 * WAYS * 32  # of words, and of pairs of scales
 SHARED_REST = 4096  # bytes of shared memory at most, for barriers and sums across warps
 MEETINGS = gl.constexpr(5)  # of all programs, per layer
 

@@ -1,7 +1,7 @@
 """The warps of `decode_layers` that do not compute: one that loads ahead of all others, one that waits for all programs.
 
 The ring is (words_s, pairs_s, full, empty): int16 [STAGES, WAYS, 16, 32] for words of weights, or keys or values,
-int32 [STAGES, 2 WAYS, 8] for pairs of step sizes, and a barrier per stage that says it is full, or empty again.
+int32 [STAGES, 2 WAYS, 8] for pairs of scales, and a barrier per stage that says it is full, or empty again.
 """
 
 from triton.experimental import gluon
@@ -62,7 +62,7 @@ def _stream_product(
     P: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Bring the words and pairs of step sizes of all this program's units, WAYS chunks per stage.
+    """Bring the words and pairs of scales of all this program's units, WAYS chunks per stage.
 
     Returns the next stage, its parity, and the program's first unit of the next product.
     """
@@ -71,7 +71,7 @@ def _stream_product(
     CHUNKS: gl.constexpr = SHAPES[WHICH][1]
     PAIRED: gl.constexpr = SHAPES[WHICH][2]
     WAYS: gl.constexpr = words_s.shape[1]
-    HALF: gl.constexpr = (OUT + 127) // 128 * 64  # words of step sizes per group
+    HALF: gl.constexpr = (OUT + 127) // 128 * 64  # words of scales per group
     SIDES: gl.constexpr = 2 if PAIRED else 1
     L: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [1, 1, 1], [2, 1, 0])
     S: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [1, 1], [1, 0])

@@ -49,7 +49,7 @@ def waited(PDL: tl.constexpr):
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a card; where Triton interprets on a CPU, a number that makes both one and several parts occur."""
+    """Of a GPU; where Triton interprets on a CPU, a number that makes both one and several parts occur."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 12
 
 

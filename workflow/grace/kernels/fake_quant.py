@@ -117,7 +117,7 @@ def lsq_gradient_(
 
     Args:
         weight, scales, bits: what `fake_quantize` was given, before the step's update
-        theta: fp32 [out, in / group], log step sizes
+        theta: fp32 [out, in / group], log scales
         gradient: [out, in], any float dtype: accumulated gradient of the fake-quantised weight; overwritten
         gradient_scale: multiply theta's gradient by LSQ's 1 / sqrt(group Qp)
 

@@ -6,7 +6,7 @@ against the rest: no `1 - p` is ever computed from p). The second reads both row
 gradient over the student's logits. Traffic: 4 bytes read twice and 2 written per bf16 pair of logits, against about
 100 for composed operations.
 
-Formulas: `grace.distill.rows`, the torch form that this is tested against.
+Formulas: `grace.distill.chunk_loss`, the torch form that this is tested against.
 """
 
 import math
@@ -209,7 +209,7 @@ def loss_rows_(
     beta_dkd: float,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grace.distill.rows.loss_rows_`, in fp32 whatever the dtype of the logits, without waiting for the device.
+    """As `grace.distill.chunk_loss.loss_rows_`, in fp32 whatever the dtype of the logits, without waiting for the device.
 
     Rows must be contiguous along the vocabulary. A label outside it, or a NaN among the logits, makes the row's
     losses and gradient NaN.

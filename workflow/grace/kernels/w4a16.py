@@ -1,6 +1,6 @@
 """y = x W^T + b with 4-bit weights and 16-bit activations (W4A16), on CUDA through Triton.
 
-Symmetric codes in [-8, 7], one step size in bf16 or fp16 per group of 32, 64, 128 or 256 consecutive inputs, any number
+Symmetric codes in [-8, 7], one scale in bf16 or fp16 per group of 32, 64, 128 or 256 consecutive inputs, any number
 of rows and outputs, inputs a multiple of the group (the last chunk of 128 is padded when weights are packed).
 
 Up to about a hundred rows the product is bound by reading the weights, so the kernels unpack them in registers, keep
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from grace.errors import GraceError
 from grace.kernels.w4a16_layout import CHUNK, TILE, pair_steps, shuffle
-from grace.kernels.w4a16_table import Card, Tile, choose, rule, takes_hopper
+from grace.kernels.w4a16_table import GPU, Tile, choose, rule, takes_hopper
 from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
 GROUPS = (32, 64, 128, 256)
@@ -39,7 +39,7 @@ def serves(in_features: int, group_size: int, dtype: torch.dtype) -> bool:
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [out, in], step sizes [out, in/group] bf16 or fp16 -> (int16 [chunks, out, 32], [groups, padded out]).
+    """int8 codes [out, in], scales [out, in/group] bf16 or fp16 -> (int16 [chunks, out, 32], [groups, padded out]).
 
     Raises:
         GraceError: a group size, a code or a type that the kernel does not take.
@@ -48,10 +48,10 @@ def pack(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch
     if group not in GROUPS or group * scales.shape[1] != codes.shape[1]:
         raise GraceError(
             f"the W4A16 kernel takes groups of {', '.join(map(str, GROUPS))} that divide the inputs; "
-            f"{codes.shape[1]} inputs with {scales.shape[1]} step sizes per output are not: quantise with one of these"
+            f"{codes.shape[1]} inputs with {scales.shape[1]} scales per output are not: quantise with one of these"
         )
     if scales.dtype not in _TYPES:
-        raise GraceError(f"the W4A16 kernel takes step sizes in bf16 or fp16, got {scales.dtype}: export them in one")
+        raise GraceError(f"the W4A16 kernel takes scales in bf16 or fp16, got {scales.dtype}: export them in one")
     missing = -codes.shape[1] % CHUNK // group  # groups that the padding of the last chunk would have
     return shuffle(codes), pair_steps(torch.nn.functional.pad(scales, (0, missing)))
 
@@ -66,7 +66,7 @@ def w4a16(
 ) -> torch.Tensor:
     """x [..., in] bf16 or fp16, times the weight that `pack` made: [..., out] in x's dtype.
 
-    Sums are fp32, multiplied once per group by its step size; the result is rounded once (twice for many rows, where
+    Sums are fp32, multiplied once per group by its scale; the result is rounded once (twice for many rows, where
     the dequantised weight is rounded to x's dtype first).
     """
     if x.shape[-1] != in_features or x.dtype not in _TYPES:
@@ -84,7 +84,7 @@ def _w4a16(
     rows, inputs = x.shape
     if rows == 0:
         return x.new_empty(0, words.shape[1])
-    tile = choose(rows, words.shape[1], inputs, group_size, str(x.dtype)[6:], card(x.device)[0])
+    tile = choose(rows, words.shape[1], inputs, group_size, str(x.dtype)[6:], gpu(x.device)[0])
     return launch(x, words, scales, bias, group_size, tile)
 
 
@@ -109,7 +109,7 @@ def launch(
     ptx = x.is_cuda if ptx is None else ptx
     chunks, outs, _ = words.shape
     x = torch.nn.functional.pad(x, (0, chunks * CHUNK - x.shape[1])) if x.shape[1] % CHUNK else x.contiguous()
-    here, early = card(x.device)
+    here, early = gpu(x.device)
     if tile.kind == "hopper":
         x = x if x.data_ptr() % 16 == 0 else x.clone()  # the copy engine's blocks
         if takes_hopper(outs, group_size, here) and scales.dtype == x.dtype and words.data_ptr() % 16 == 0:
@@ -188,17 +188,17 @@ def dequantised(
 
 
 @cache
-def card(device: torch.device) -> tuple[Card, bool]:
-    """The card, and whether it can launch a kernel before its predecessor ends (compute capability 9.0 on).
+def gpu(device: torch.device) -> tuple[GPU, bool]:
+    """The GPU, and whether it can launch a kernel before its predecessor ends (compute capability 9.0 on).
 
-    Stands in for a card where Triton interprets on a CPU.
+    Stands in for a GPU where Triton interprets on a CPU.
     """
     if device.type != "cuda":
-        return Card("interpreter", 4, 1 << 20), False
+        return GPU("interpreter", 4, 1 << 20), False
     about = torch.cuda.get_device_properties(device)
     runs_hopper = about.major == 9 and gluon("w4a16_hopper") is not None
     shared = about.shared_memory_per_block_optin
-    return Card(about.name, about.multi_processor_count, shared, runs_hopper), about.major >= 9
+    return GPU(about.name, about.multi_processor_count, shared, runs_hopper), about.major >= 9
 
 
 @cache

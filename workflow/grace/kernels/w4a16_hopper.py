@@ -2,7 +2,7 @@
 
 y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program stays on its multiprocessor
 and works on item after item: a tile of 128 outputs and BLOCK_M rows, or a part of the inputs of one where the last wave
-of tiles would not fill the card.
+of tiles would not fill the GPU.
 
 `_fetch_tiles`  one warp, which lets the copy engine (TMA) bring chunks of activations and packed words into a ring of
                 STAGES in shared memory.
@@ -99,14 +99,14 @@ def _fetch_tiles(x, words, ring, plan, N, BLOCK_M: gl.constexpr, STAGES: gl.cons
 
 @gluon.jit
 def _pairs_at(pairs, out, PADDED):
-    """Where the pairs of step sizes of outputs out to out + 64 lie, by the threads that unpack these outputs."""
+    """Where the pairs of scales of outputs out to out + 64 lie, by the threads that unpack these outputs."""
     OWNERS: gl.constexpr = gl.DistributedLinearLayout([], [[0], [0], [1], [2], [4]], [[8], [16]], [], [32])
     return pairs + gl.minimum(out // 2 + gl.arange(0, 32, OWNERS), PADDED // 2 - 1)
 
 
 @gluon.jit
 def _steps(pairs, like, DTYPE: gl.constexpr):
-    """int32 pairs of step sizes [H / 2] -> step sizes [H, 32] where `like` has the words of their outputs."""
+    """int32 pairs of scales [H / 2] -> scales [H, 32] where `like` has the words of their outputs."""
     low = (pairs & 65535).to(gl.int16).to(DTYPE, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
     steps = gl.join(low, high).reshape((pairs.shape[0] // 8, 8, 2)).permute((0, 2, 1)).reshape((like.shape[0],))
@@ -117,7 +117,7 @@ def _steps(pairs, like, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _unpack(words, steps, DTYPE: gl.constexpr):
-    """int16 words [H, 32], step sizes [H, 32] -> the weights of the chunk's four slices of 32 inputs, each [H, 32]."""
+    """int16 words [H, 32], scales [H, 32] -> the weights of the chunk's four slices of 32 inputs, each [H, 32]."""
     if gl.bfloat16 == DTYPE:
         w0, w1, w2, w3 = gl.inline_asm_elementwise(
             WEIGHTS_BF16, "=&r,=&r,=&r,=&r,r,r", [words, steps],
@@ -193,7 +193,7 @@ def _multiply(
         )
         total = warpgroup_mma_wait(0, deps=[acc])
         out, row, lock, this_part = tile_n * 128 + SIDE * 64, tile_m * BLOCK_M, (tile - WHOLE) * 2 + SIDE, part
-        item = after  # its first step sizes come while this one is stored
+        item = after  # its first scales come while this one is stored
         tile, tile_m, tile_n, part, first, last, after = _place(item, plan, BLOCK_M)
         pairs_at = _pairs_at(pairs, tile_n * 128 + SIDE * 64, PADDED)
         sizes = gl.load(pairs_at + first * 128 // GROUP * (PADDED // 2), mask=item < _items(plan), other=0)

@@ -1,6 +1,6 @@
 """How 4-bit weights lie in memory: as compressed-tensors ships them, and as the Triton product reads them.
 
-A *code* is a signed integer in [-8, 7]; a weight is its code times the step size of its group (consecutive inputs of
+A *code* is a signed integer in [-8, 7]; a weight is its code times the scale of its group (consecutive inputs of
 one output). A *nibble* is a code + 8, in 0..15.
 
 The Triton layout is made of chunks of 128 inputs: int16 [chunks, out, 32], where bits 4i..4i+3 of word j hold the
@@ -14,7 +14,7 @@ nibble of input 128 * chunk + 32 * i + j. So
 - every slice of 32 inputs lies within one group of 32, 64, 128 or 256: one layout serves them all.
 
 Step sizes lie group by group, the outputs of 16 in the order 0, 8, 1, 9, ..., 7, 15: a thread of a tensor-core product
-holds outputs j and j + 8, so it reads both step sizes as one 32-bit word, the least that an asynchronous copy moves.
+holds outputs j and j + 8, so it reads both scales as one 32-bit word, the least that an asynchronous copy moves.
 """
 
 import torch

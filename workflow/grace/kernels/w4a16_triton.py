@@ -10,7 +10,7 @@ w4a16_compile.py` counts them).
                 outputs; the warps' sums are added at the end. Many loads in flight with few outputs: small layers.
 `tile_kernel`   any number of rows: all warps on one chunk. With ROUND the dequantised weight is rounded to the
                 activations' type and summed at once, as a 16-bit model does; without, sums of codes are multiplied by
-                their group's step size in fp32, so that only the result is rounded.
+                their group's scale in fp32, so that only the result is rounded.
 `dequantise_kernel`  the weight as a dense matrix, for cuBLAS.
 
 Programmatic dependent launch (PDL, Hopper on): a program first asks the L2 cache for its first weights, then waits for
@@ -42,7 +42,7 @@ _TIMES = {  # a product rounded once; as an FMA with -0 on bf16, for the same re
 
 
 def _assembly(kind: str, nibbles: tuple[int, ...], scaled: bool) -> tl.constexpr:
-    """PTX that turns a pair of words into a pair of 16-bit codes per nibble, times a pair of step sizes if `scaled`."""
+    """PTX that turns a pair of words into a pair of 16-bit codes per nibble, times a pair of scales if `scaled`."""
     word, step = f"${len(nibbles)}", f"${len(nibbles) + 1}"
     lines = ["{ .reg .b32 one, zero, nothing, shifted;", _CONSTANTS[kind]]
     for index, nibble in enumerate(nibbles):
@@ -103,7 +103,7 @@ def _half(words, steps, DTYPE: tl.constexpr, SECOND: tl.constexpr, PTX: tl.const
 
 @triton.jit
 def _steps(pairs, DTYPE: tl.constexpr):
-    """int32 [B, N/2], outputs 16i + j (low half) and 16i + j + 8 (high) in word 8i + j -> step sizes [B, N] in fp32."""
+    """int32 [B, N/2], outputs 16i + j (low half) and 16i + j + 8 (high) in word 8i + j -> scales [B, N] in fp32."""
     if tl.bfloat16 == DTYPE:
         low = (pairs << 16).to(tl.float32, bitcast=True)
         high = (pairs & -65536).to(tl.float32, bitcast=True)
@@ -124,7 +124,7 @@ def _ask(at):
 
 @triton.jit
 def _ask_ahead(words, pairs, first, last, group, groups, at_n, N, PADDED, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr):
-    """Ask for the first CHUNKS chunks of words of BLOCK_N outputs, and for their step sizes of up to 64 groups."""
+    """Ask for the first CHUNKS chunks of words of BLOCK_N outputs, and for their scales of up to 64 groups."""
     lines: tl.constexpr = BLOCK_N // 2  # of 128 bytes, per chunk
     line = tl.arange(0, CHUNKS * lines)
     chunk = tl.minimum(first + line // lines, tl.maximum(last, 1) - 1).to(tl.int64)
@@ -276,7 +276,7 @@ def tile_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
-    ROUND: tl.constexpr,  # needs GROUP >= 128 and step sizes in x's type
+    ROUND: tl.constexpr,  # needs GROUP >= 128 and scales in x's type
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -365,7 +365,7 @@ def dequantise_kernel(
     PTX: tl.constexpr,
     STEP_TYPE: tl.constexpr,
 ):
-    """weight = codes * step sizes, rounded once; one program per chunk and BLOCK_N outputs."""
+    """weight = codes * scales, rounded once; one program per chunk and BLOCK_N outputs."""
     chunk = tl.program_id(0)
     block = START + tl.program_id(1) * BLOCK_N
     outs = block + tl.arange(0, BLOCK_N)

@@ -6,9 +6,9 @@ from grace.models.parts import (
     decoder,
     decoder_linears,
     freeze_vision,
+    image_inputs,
     image_token_id,
     output_head,
-    picture_inputs,
     vision_tower,
 )
 
@@ -17,11 +17,11 @@ __all__ = [
     "decoder",
     "decoder_linears",
     "freeze_vision",
+    "image_inputs",
     "image_token_id",
     "load_model",
     "load_processor",
     "model_folder",
     "output_head",
-    "picture_inputs",
     "vision_tower",
 ]

@@ -52,7 +52,7 @@ def load_model(
 
 
 def load_processor(folder: str | Path):
-    """The processor (tokenizer, picture preprocessing, chat template) kept beside a model or in the data folder."""
+    """The processor (tokenizer, image preprocessing, chat template) kept beside a model or in the data folder."""
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

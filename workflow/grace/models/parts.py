@@ -47,8 +47,8 @@ def vision_tower(model: nn.Module) -> nn.Module | None:
     return getattr(model.model, "vision_tower", None)
 
 
-def picture_inputs(model: nn.Module, pixels: dict[str, torch.Tensor]) -> dict:
-    """What the forward takes of a batch's pictures, on the model's device and in its dtype.
+def image_inputs(model: nn.Module, pixels: dict[str, torch.Tensor]) -> dict:
+    """What the forward takes of a batch's images, on the model's device and in its dtype.
 
     Kept tower features (`vision_features`, fp32 [batch, n, d]) go through the projector here, so that the forward
     need not run the tower.

@@ -1,6 +1,6 @@
-"""The integer grid: signed symmetric codes, one bf16 step size per group of weights along the input.
+"""The integer grid: signed symmetric codes, one bf16 scale per group of weights along the input.
 
-A weight `w` with step size `s` has the code `q = round(clamp(w / s, -Qn, Qp))` and ships as `bf16(q * s)`, with
+A weight `w` with scale `s` has the code `q = round(clamp(w / s, -Qn, Qp))` and ships as `bf16(q * s)`, with
 `Qn = 2^(bits-1)` and `Qp = 2^(bits-1) - 1` (LSQ, arXiv 1902.08153, eq. 1 and 2). The clamp comes before the rounding.
 Step sizes are always on bf16's grid, since that is what a packed model stores.
 """
@@ -37,7 +37,7 @@ def group_count(in_features: int, group_size: int, name: str = "weight") -> int:
 
 
 def on_bf16_grid(scales: torch.Tensor) -> torch.Tensor:
-    """Positive step sizes rounded to bf16 and kept normal, so that no weight is ever divided by zero."""
+    """Positive scales rounded to bf16 and kept normal, so that no weight is ever divided by zero."""
     return scales.float().clamp(SMALLEST, LARGEST).to(torch.bfloat16)
 
 
@@ -87,7 +87,7 @@ def _largest(weight: torch.Tensor, group_size: int, name: str) -> torch.Tensor:
 
 
 def largest_scales(weight: torch.Tensor, bits: int, group_size: int, name: str = "weight") -> torch.Tensor:
-    """Round-to-nearest's step sizes, max|w| / Qp, bf16 [out, groups]: nothing is clipped."""
+    """Round-to-nearest's scales, max|w| / Qp, bf16 [out, groups]: nothing is clipped."""
     return on_bf16_grid(_largest(weight, group_size, name) / code_range(bits)[1])
 
 

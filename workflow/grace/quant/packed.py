@@ -21,7 +21,7 @@ class PackedModel:
 
     Attributes:
         config: config.json.
-        group_size: inputs per step size; -1 where an output has one.
+        group_size: inputs per scale; -1 where an output has one.
         linears: {key of the dense weight, such as `...q_proj.weight`: module name in memory}.
         kept: keys of the tensors that are not quantised.
     """
@@ -64,7 +64,7 @@ class PackedModel:
         if steps[1] * self.group_size != columns:
             raise GraceError(
                 f"{self.folder / 'config.json'}: group_size {self.group_size} does not fit {key}, whose {columns} inputs "
-                f"have {steps[1]} step sizes; set it to {columns // max(steps[1], 1)}, or pack the model again"
+                f"have {steps[1]} scales; set it to {columns // max(steps[1], 1)}, or pack the model again"
             )
         if self.tensors.spec(f"{key}_packed").shape != expected or steps[0] != rows:
             raise GraceError(

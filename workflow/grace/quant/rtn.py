@@ -1,6 +1,6 @@
 """Round-to-nearest: the baseline that looks at nothing but the weights.
 
-The step size of a group is max|w| / Qp, as the field's RTN has it, so nothing is clipped. (The best of 20 step sizes
+The scale of a group is max|w| / Qp, as the field's RTN has it, so nothing is clipped. (The best of 20 scales
 by squared error is where quantisation-aware training starts, and what AWQ and GPTQ round with.) Needs neither
 transformers nor data, and holds one tensor at a time.
 """

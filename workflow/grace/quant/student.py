@@ -1,4 +1,4 @@
-"""How a quantised student is kept: codes and step sizes beside the dequantised checkpoint.
+"""How a quantised student is kept: codes and scales beside the dequantised checkpoint.
 
 `quantization.safetensors` holds `{linear}.codes` int8 [out, in] and `{linear}.scales` bf16 [out, in / group_size];
 `quantization.json` holds bits, group_size, method and the linears' names (as modules in memory). The folder's

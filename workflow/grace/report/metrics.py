@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from grace.files import write_json
-from grace.report.claims import findings
-from grace.report.deployment import decode_rows
-from grace.report.entropy import entropy_numbers
+from grace.report.figures.entropy import entropy_numbers
 from grace.report.paper import AVERAGE
-from grace.report.read import BASELINE, TEACHER, Results, Row
+from grace.report.tables.claims import findings
+from grace.report.tables.deployment import decode_rows
+from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
 def metrics(results: Results) -> dict[str, Any]:

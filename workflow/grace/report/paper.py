@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from grace.config.schema import Experiment, Recipe
-from grace.report.read import BASELINE, TEACHER, Row
+from grace.results.read import BASELINE, TEACHER, Row
 
 GRACE = "grace"
 AVERAGE = "average"
@@ -122,7 +122,7 @@ def paper_model(experiment: Experiment, table: str) -> str:
 def what_was_run(experiment: Experiment, seeds: tuple[int, ...], trained: bool = True) -> str:
     """The column that keeps a reader from taking one model, or its data, for another."""
     if experiment.data.source == "demo":
-        what = f"{DEMO}, on demo pictures"
+        what = f"{DEMO}, on demo images"
     else:
         names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
         what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family

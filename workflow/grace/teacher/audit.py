@@ -53,7 +53,7 @@ def audited(cache: TeacherCache) -> Iterator[Audited]:
 
 
 def rounded_head(head: torch.Tensor, bits: int) -> Student:
-    """The teacher with its head [V, d_T] rounded to `bits`, one step size per row: a student at a known distance."""
+    """The teacher with its head [V, d_T] rounded to `bits`, one scale per row: a student at a known distance."""
     scales = largest_scales(head, bits, head.shape[1], "teacher head")
     weight = dequantize(quantize(head, scales, bits), scales).float()
     return lambda record: record.states @ weight.T
@@ -167,7 +167,7 @@ def _cached(
 
 
 def _gram_error(cache: TeacherCache, records: Sequence[Audited]) -> dict[str, float | int | None]:
-    """The error of `1 - CKA`, averaged over pictures, for a student whose rows are the teacher's with noise added."""
+    """The error of `1 - CKA`, averaged over images, for a student whose rows are the teacher's with noise added."""
     generator = torch.Generator().manual_seed(0)
     losses, errors = [], []
     for record in records:

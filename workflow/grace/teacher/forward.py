@@ -11,9 +11,9 @@ from torch import nn
 
 from grace.data import Batch, Example, collate
 from grace.errors import GraceError
-from grace.models import image_token_id, output_head, picture_inputs
-from grace.teacher.background import ahead
+from grace.models import image_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
+from grace.teacher.prefetch import ahead
 
 TOKENS_AT_ONCE = 8192  # padded tokens of one forward pass
 
@@ -45,7 +45,7 @@ def check_examples(examples: Sequence[Example], model: nn.Module) -> None:
         where = f"conversation {example.id}"
         if not (example.input_ids == image).any():
             raise GraceError(
-                f"{where}: its picture has no visual tokens (id {image} is not among its tokens); check that the "
+                f"{where}: its image has no visual tokens (id {image} is not among its tokens); check that the "
                 "processor belongs to the model"
             )
         asked = example.labels[example.labels != -100]
@@ -82,8 +82,8 @@ def see(model: nn.Module, processor, examples: Sequence[Example]) -> Iterator[tu
     for indices, batch in zip(batches, collated, strict=True):
         states, labels, visual = _forward(model, batch, head, image)
         counts = [supervised_tokens(examples[index]) for index in indices]
-        pictures = (batch.input_ids == image).sum(1).tolist()
-        parts = zip(states.split(counts), labels.split(counts), visual.split(pictures), strict=True)
+        images = (batch.input_ids == image).sum(1).tolist()
+        parts = zip(states.split(counts), labels.split(counts), visual.split(images), strict=True)
         yield from ((index, Seen(*part)) for index, part in zip(indices, parts, strict=True))
 
 
@@ -95,6 +95,6 @@ def _forward(model: nn.Module, batch: Batch, head: torch.Tensor, image: int) -> 
         attention_mask=batch.attention_mask.to(head.device),
         use_cache=False,
         output_hidden_states=True,
-        **picture_inputs(model, batch.pixels),
+        **image_inputs(model, batch.pixels),
     )
     return outputs.last_hidden_state[rows, columns], labels, outputs.hidden_states[-2][input_ids == image]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
-from grace.teacher.background import ahead
 from grace.teacher.formats import decode_int8
-from grace.teacher.pins import differences
+from grace.teacher.identity import differences
+from grace.teacher.prefetch import ahead
 from grace.teacher.sampled import SampledRecord
 from grace.teacher.shard import REBUILD, Shard, damage
 
@@ -35,7 +35,7 @@ class CachedTargets:
         gates: fp32 [tokens].
         hidden: bf16 [tokens, d_T], the teacher's last hidden states; None in a `sampled` cache.
         sampled: the sampled record of these tokens; None in the other formats.
-        grams: per record, fp32 [n, n], the Gram matrix of its picture's l2-normalised visual tokens.
+        grams: per record, fp32 [n, n], the Gram matrix of its image's l2-normalised visual tokens.
     """
 
     keys: list[str]
@@ -97,7 +97,7 @@ class TeacherCache:
 
         Args:
             folder: the cache's folder.
-            expect: pins that the manifest must share, as from `grace.teacher.pins.expected`; `temperature` counts for
+            expect: pins that the manifest must share, as from `grace.teacher.identity.expected`; `temperature` counts for
                 a `sampled` cache alone.
             verify: check every shard's checksum now instead of on first use.
 

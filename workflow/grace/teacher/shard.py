@@ -1,7 +1,7 @@
 """One shard: a safetensors file of concatenated records, and a JSON sidecar that says when it is whole.
 
 The file holds
-    keys            uint8 [records, 32]     SHA-256 of each record's tokens and picture
+    keys            uint8 [records, 32]     SHA-256 of each record's tokens and image
     token_offsets   int64 [records + 1]     where each record's supervised tokens stand
     gates           fp32 [tokens]
     hidden | hidden.codes, hidden.scales | log_odds, negentropy, log_tail, entries      [tokens, ...], by format

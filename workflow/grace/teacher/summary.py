@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grace.teacher.pins import short
+from grace.teacher.identity import short
 
 
 def size(count: float) -> str:

@@ -19,7 +19,7 @@ from grace.models import image_token_id, load_model, load_processor, output_head
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
 from grace.teacher.forward import Seen, check_examples, see, supervised_tokens
-from grace.teacher.pins import run_pins
+from grace.teacher.identity import run_pins
 from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
 from grace.teacher.shard import ShardBuilder, damage, read_sidecar, shard_name, shard_range, write_shard
 
@@ -106,7 +106,7 @@ def record(
                 raise GraceError(
                     f"conversation {example.id}: the teacher's states are NaN or infinite; check the teacher"
                 )
-            builder.put_gram(index, picture_identity(example, image), matrix)
+            builder.put_gram(index, image_identity(example, image), matrix)
             if index in audited:
                 builder.put_audit(index, seen.labels, seen.states, matrix)
             advance(1)
@@ -122,7 +122,7 @@ def audited_records(keys: Sequence[str], share: float) -> set[int]:
     return set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
 
 
-def picture_identity(example: Example, image: int) -> str:
+def image_identity(example: Example, image: int) -> str:
     """Two conversations that share this share their visual tokens' states, for attention is causal."""
     last = int((example.input_ids == image).nonzero()[-1])
     prefix = example.input_ids[: last + 1].to(torch.int32).numpy().tobytes()

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from grace.distributed import World
 from grace.errors import GraceError
 from grace.files import read_json, whole_file, write_json
-from grace.train.distributed import World
 
 LATEST = "latest.json"
 

@@ -15,14 +15,14 @@ import torch
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
 from grace.distill import InformationBottleneckController
+from grace.distributed import World, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
 from grace.progress import progress
-from grace.teacher.background import ahead
+from grace.teacher.prefetch import ahead
 from grace.teacher.reader import CachedTargets, TeacherCache
 from grace.train.checkpoint import cut_log, load_checkpoint, save_checkpoint
-from grace.train.distributed import World, shard
 from grace.train.meter import Meter
 from grace.train.objective import Objective
 from grace.train.optimizer import MasterAdamW

@@ -14,7 +14,7 @@ from grace.config.runs import TrainRun
 from grace.data import Batch, Example
 from grace.distill import distillation_loss_from_hidden, relational_cka_sum
 from grace.errors import GraceError
-from grace.models import image_token_id, output_head, picture_inputs
+from grace.models import image_inputs, image_token_id, output_head
 from grace.teacher.reader import CachedTargets, TeacherCache
 from grace.teacher.sampled import distillation_loss_from_record
 
@@ -77,7 +77,7 @@ class Objective:
             attention_mask=here(batch.attention_mask),
             use_cache=False,
             output_hidden_states=run.rcka,
-            **picture_inputs(self.model, batch.pixels),
+            **image_inputs(self.model, batch.pixels),
         )
         target = target.to(device) if target is not None else None
         states = outputs.last_hidden_state[rows, columns]  # [tokens, d]

@@ -1,7 +1,7 @@
 """AdamW on fp32 masters, with quantisation once per optimiser step.
 
 The model holds what its ordinary layers multiply with: weights on bf16's grid, dequantised where the recipe
-quantises. The optimiser holds the fp32 masters and the step sizes' theta. After the micro-batches of a step have
+quantises. The optimiser holds the fp32 masters and the scales' theta. After the micro-batches of a step have
 accumulated the gradient of the dequantised weights, the LSQ rule is applied to it once; the rule is linear in that
 gradient, so this equals quantising in every micro-batch at a fraction of the cost.
 """
@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grace.config.schema import Optimisation, Quantization
+from grace.distributed import World, local, whole_rows
 from grace.models import decoder_linears
 from grace.quant import LearnedStepSize, lsq_gradients
-from grace.train.distributed import World, local, whole_rows
 
 
 class MasterAdamW:
@@ -26,7 +26,7 @@ class MasterAdamW:
         model: its trainable parameters are driven; any floating dtype, whole or sharded by rows.
         optimisation: learning rate, decay, clipping and schedule.
         bits: width of the decoder's linears; None leaves them in bf16.
-        quantization: group size and the learning rate of the step sizes.
+        quantization: group size and the learning rate of the scales.
         world: the processes that share the work.
 
     Raises:

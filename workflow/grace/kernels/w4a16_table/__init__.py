@@ -49,8 +49,8 @@ class Tile:
     resident: int = 0
 
     def shared(self) -> int:
-        """Bytes of shared memory that the pipeline takes, about: activations, words and step sizes."""
-        if self.kind == "hopper":  # and the results on their way out; step sizes come without
+        """Bytes of shared memory that the pipeline takes, about: activations, words and scales."""
+        if self.kind == "hopper":  # and the results on their way out; scales come without
             return self.stages * (256 * self.block_m + 64 * 128) + 2 * self.block_m * 128 + 512
         chunks = self.warps if self.kind == "ways" else 1
         buffers = self.stages - (self.kind == "ways")  # Hopper's tensor cores read activations from one more
@@ -100,7 +100,7 @@ DENSE = Tile("dense")
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """What the choice depends on: name, multiprocessors, bytes of shared memory that a program may have, and whether
     the kind "hopper" runs there."""
 
@@ -116,54 +116,54 @@ def rows_key(rows: int) -> int:
 
 
 @cache
-def choose(rows: int, out: int, inputs: int, group: int, dtype: str, card: Card) -> Tile:
-    """The tile for x [rows, inputs] in `dtype` times a weight [out, inputs] on `card`.
+def choose(rows: int, out: int, inputs: int, group: int, dtype: str, gpu: GPU) -> Tile:
+    """The tile for x [rows, inputs] in `dtype` times a weight [out, inputs] on `GPU`.
 
     Measured entries hold for their own shape and the power of two that `rows` rounds up to; elsewhere `rule` decides.
     fp16 does the same work as bf16, so it takes bf16's entries where it has none of its own.
     """
-    here = read_table()["cards"].get(card.name, {})
+    here = read_table()["GPUs"].get(gpu.name, {})
     measured = (here.get(f"{dtype}/{group}") or here.get(f"bfloat16/{group}", {})).get(f"{out}x{inputs}", {})
     tile = Tile(**measured[str(rows_key(rows))]) if str(rows_key(rows)) in measured else None
-    if tile is None or (tile.kind == "hopper" and not takes_hopper(out, group, card)):
-        return rule(rows, out, inputs, group, card)
+    if tile is None or (tile.kind == "hopper" and not takes_hopper(out, group, gpu)):
+        return rule(rows, out, inputs, group, gpu)
     return tile
 
 
-def takes_hopper(out: int, group: int, card: Card) -> bool:
-    """Whether the kind "hopper" serves such a layer on `card`: groups of whole chunks, rows of results of 16 bytes."""
-    return card.hopper and group % 128 == 0 and out % 8 == 0
+def takes_hopper(out: int, group: int, gpu: GPU) -> bool:
+    """Whether the kind "hopper" serves such a layer on `GPU`: groups of whole chunks, rows of results of 16 bytes."""
+    return gpu.hopper and group % 128 == 0 and out % 8 == 0
 
 
-def rule(rows: int, out: int, inputs: int, group: int, card: Card) -> Tile:
+def rule(rows: int, out: int, inputs: int, group: int, gpu: GPU) -> Tile:
     """Programs for every multiprocessor, inputs split no further than that takes; drawn from what an H100 measured."""
     chunks = -(-inputs // 128)
-    if rows <= 16 and chunks <= 32 and out <= (32 if rows <= 8 else 16) * card.multiprocessors:
-        block_n = 32 if out >= 16 * card.multiprocessors else 16
+    if rows <= 16 and chunks <= 32 and out <= (32 if rows <= 8 else 16) * gpu.multiprocessors:
+        block_n = 32 if out >= 16 * gpu.multiprocessors else 16
         tile = Tile("ways", 8 if rows <= 8 else 16, block_n, stages=6 if block_n == 32 else 4)
-    elif rows > 64 and rows * out * chunks >= HOPPER_FROM and takes_hopper(out, group, card):
-        return hopper_tiles(rows, out, inputs, card)[0]
+    elif rows > 64 and rows * out * chunks >= HOPPER_FROM and takes_hopper(out, group, gpu):
+        return hopper_tiles(rows, out, inputs, gpu)[0]
     elif rows <= 128 or group < 128:
         block_m = min(max(8, rows_key(rows)), 64)
         tile = Tile("tile", block_m, 64, stages={8: 4, 16: 6, 32: 5}.get(block_m, 3))
-        tile = _with_split(tile, tile.tiles(rows, out), chunks // 4, 5 * card.multiprocessors // 2)
+        tile = _with_split(tile, tile.tiles(rows, out), chunks // 4, 5 * gpu.multiprocessors // 2)
     elif rows < DENSE_FROM:
-        tile = Tile("round", 128, 128 if rows * out >= 128 * 128 * card.multiprocessors else 64, stages=3, late=True)
-        tile = _with_split(tile, tile.tiles(rows, out), chunks // 8, 2 * card.multiprocessors)
+        tile = Tile("round", 128, 128 if rows * out >= 128 * 128 * gpu.multiprocessors else 64, stages=3, late=True)
+        tile = _with_split(tile, tile.tiles(rows, out), chunks // 8, 2 * gpu.multiprocessors)
     else:
         return DENSE
-    return _that_fits(tile, card)
+    return _that_fits(tile, gpu)
 
 
-def hopper_tiles(rows: int, out: int, inputs: int, card: Card) -> list[Tile]:
+def hopper_tiles(rows: int, out: int, inputs: int, gpu: GPU) -> list[Tile]:
     """The "hopper" tiles for a product, the shortest estimated time first: waves of tiles, the parts, joining them."""
-    chunks, programs, times = -(-inputs // 128), card.multiprocessors, {}
+    chunks, programs, times = -(-inputs // 128), gpu.multiprocessors, {}
     for (block_m, (stages, chunk_time)), split in product(HOPPER_TILES.items(), HOPPER_SPLITS):
         tile = Tile("hopper", block_m, 128, split, stages=stages)
         tiles = tile.tiles(rows, out)
         whole = tile.unsplit(tiles, programs)
         cut = tiles - whole
-        if tile.shared() > card.shared or (split > 1 and (not cut or chunks < 4 * split)):
+        if tile.shared() > gpu.shared or (split > 1 and (not cut or chunks < 4 * split)):
             continue
         time = -(-whole // programs) * (chunks * chunk_time + TILE_TIME)
         if cut:
@@ -181,9 +181,9 @@ def _with_split(tile: Tile, tiles: int, most: int, programs: int) -> Tile:
     return Tile(**asdict(tile) | {"split": split})
 
 
-def _that_fits(tile: Tile, card: Card) -> Tile:
-    """`tile`, with fewer stages or else fewer rows where the card's shared memory asks for it."""
-    while tile.shared() > card.shared and (tile.stages > 2 or tile.block_m > 16):
+def _that_fits(tile: Tile, gpu: GPU) -> Tile:
+    """`tile`, with fewer stages or else fewer rows where the GPU's shared memory asks for it."""
+    while tile.shared() > gpu.shared and (tile.stages > 2 or tile.block_m > 16):
         less = {"stages": tile.stages - 1} if tile.stages > 2 else {"block_m": tile.block_m // 2}
         tile = Tile(**asdict(tile) | less)
     return tile
@@ -195,7 +195,7 @@ def read_table() -> dict:
     return json.loads(SHIPPED.read_text())
 
 
-def with_entry(table: dict, card: str, dtype: str, group: int, shape: tuple[int, int], rows: int, tile: Tile) -> None:
+def with_entry(table: dict, gpu: str, dtype: str, group: int, shape: tuple[int, int], rows: int, tile: Tile) -> None:
     """Put a measured tile into `table` in place."""
-    shapes = table["cards"].setdefault(card, {}).setdefault(f"{dtype}/{group}", {})
+    shapes = table["GPUs"].setdefault(gpu, {}).setdefault(f"{dtype}/{group}", {})
     shapes.setdefault(f"{shape[0]}x{shape[1]}", {})[str(rows_key(rows))] = asdict(tile)

@@ -1,0 +1,156 @@
+"""A copy of the workflow whose subcommands only leave marks: Snakefile, rules and config code are the real ones.
+
+`grace` in the copy writes, instead of models and predictions, hashes of what it was given, so that outputs change
+exactly when inputs do and a whole experiment takes seconds.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+STUB = '''"""Stands in for the command line: every output holds a hash of the command and of what it reads."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+
+def fingerprint(path):
+    path = Path(path)
+    return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
+
+
+def main():
+    words = sys.argv[1:]
+    flags = dict(zip(words, words[1:]))
+    read = [fingerprint(b) for a, b in zip(words, words[1:]) if a in READ]
+    value = int(hashlib.sha256(json.dumps(read).encode()).hexdigest()[:4], 16) / 1000
+    out = Path(flags["--out"])
+    if words[0] == "report":
+        results = Path(flags["--results"])
+        every = sorted(results.rglob("predictions/manifest.json")) + [results / "config/experiment.json"]
+        value = sum(json.loads(p.read_text()).get("accuracy", 0) for p in every)
+        read = [fingerprint(p) for p in every]
+    about = {"benchmarks": ["colour", "object"]} if words[0] == "prepare" else {}  # a list, as in the real data
+    text = json.dumps({"accuracy": value, "read": read, "files": {}, **about}) + "\\n"
+    targets = [out / "manifest.json"]
+    if words[0] == "evaluate":
+        asked = [[b for a, b in zip(words, words[1:]) if a == flag] for flag in ("--model", "--out")]
+        for model, place in zip(*asked, strict=True):
+            made = [fingerprint(path) for path in (flags["--run"], flags["--data"], model)]
+            value = int(hashlib.sha256(json.dumps(made).encode()).hexdigest()[:4], 16) / 1000
+            Path(place).mkdir(parents=True, exist_ok=True)
+            Path(place, "manifest.json").write_text(json.dumps({"accuracy": value, "read": made, "files": {}}) + "\\n")
+        return
+    if words[:2] == ["cache", "write"]:
+        shards = json.loads(Path(flags["--run"]).read_text())["cache"]["shards"]
+        stem = f"shard-{int(flags['--shard']):05d}-of-{shards:05d}"
+        targets = [out / f"{stem}.safetensors", out / f"{stem}.json"]
+    elif out.suffix == ".csv":
+        text = "batch,tokens_per_second\\n1,2\\n"
+        targets = [out, out.with_suffix(".json")]
+    elif out.suffix:
+        targets = [out]
+    if "--log" in flags:
+        targets.append(Path(flags["--log"]))
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+READ = ("--run", "--data", "--init", "--cache", "--teacher", "--model")
+'''
+
+CONFIG = """
+experiment: demo
+family: llava
+compute_dtype: float32
+data: {source: demo, images: 60}
+teacher:
+  architecture: {hidden_size: 64, intermediate_size: 128, layers: 2, heads: 4}
+  train: {steps: 20, learning_rate: 1e-3}
+student:
+  architecture: {hidden_size: 32, intermediate_size: 64, layers: 2, heads: 4}
+  train: {steps: 20, learning_rate: 1e-3}
+cache: {shards: 1}
+quantization: {group_size: 32}
+finetune: {steps: 20, learning_rate: 1e-3}
+recipes:
+  finetune: {}
+  grace: {kd: gated, rcka: true, controller: true}
+  rtn: {post_training: rtn}
+runs:
+  - {recipes: [finetune, grace, rtn], precisions: [int4], seeds: [0]}
+evaluation: {benchmarks: [colour, object]}
+"""
+
+
+class Tree:
+    """A folder with the workflow, a small experiment and stubbed subcommands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def make(cls, folder: Path) -> "Tree":
+        """Copy what decides the DAG; data files of the package stay behind, nothing reads them."""
+        shutil.copytree(
+            ROOT / "workflow", folder / "workflow",
+            ignore=shutil.ignore_patterns("__pycache__", "*.npz", "*.safetensors", "*.egg-info"),
+        )  # fmt: skip
+        shutil.copytree(ROOT / "rules", folder / "rules")
+        shutil.copytree(ROOT / "envs", folder / "envs")
+        (folder / "profiles").symlink_to("workflow/profiles")
+        shutil.copy(ROOT / "Snakefile", folder)
+        (folder / "workflow/grace/cli.py").write_text(STUB)
+        (folder / "config.yaml").write_text(CONFIG)
+        return cls(folder)
+
+    def copy(self, folder: Path) -> "Tree":
+        """The same tree elsewhere, with times, results and records."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Tree(folder)
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command in the tree, with its own copy of the package first."""
+        here = {
+            "PYTHONPATH": str(self.folder / "workflow"),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "DVC_NO_ANALYTICS": "1",
+        }
+        done = subprocess.run(command, cwd=self.folder, env={**os.environ, **here}, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return done
+
+    def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake on two cores."""
+        return self.run("snakemake", "--cores", "2", *arguments, check=check)
+
+    def planned(self, *arguments: str) -> list[str]:
+        """What a dry run would do: the jobs' messages, sorted, without the frozen parameters; empty for a no-op."""
+        said = self.snakemake("--dry-run", *arguments)
+        jobs = re.findall(r"^Job \d+: (.*)$", said.stdout + said.stderr, re.MULTILINE)
+        return sorted(job for job in jobs if not job.startswith("freeze "))
+
+    def edit(self, **changes: object) -> None:
+        """Set keys of the config; `a__b` is key b of section a."""
+        path = self.folder / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            *sections, last = key.split("__")
+            place = config
+            for section in sections:
+                place = place[section]
+            place[last] = value
+        path.write_text(yaml.safe_dump(config, sort_keys=False))

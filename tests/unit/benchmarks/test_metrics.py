@@ -1,0 +1,98 @@
+"""Metrics and extraction: by hand, against lm-eval where it has them, and against stored values of the other harnesses.
+
+`harness_values.json` holds what lmms-eval 0.7.3 and VLMEvalKit e8e78f05 computed for the predictions in it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.metrics import exact_match_hf_evaluate
+
+from grace.benchmarks.extraction import letter, normalise, whole, yes_no
+from grace.benchmarks.metrics import all_right, circular, clustered_stderr, hallusion, mme, pope, vqa_accuracy
+
+STORED = json.loads((Path(__file__).parent / "harness_values.json").read_text())
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_normalised_equality_is_lm_evals_exact_match_but_for_spaces(one, other):
+    one, other = " ".join(one.split()), " ".join(other.split())
+    theirs = exact_match_hf_evaluate([one], [other], ignore_case=True, ignore_punctuation=True)["exact_match"]
+    assert theirs <= (normalise(one) == normalise(other))
+
+
+@pytest.mark.parametrize(
+    ("said", "is_yes_no", "is_letter"),
+    [
+        ("Yes.", "yes", ""), ("no", "no", ""), ("Yes, not no", "", ""), ("nothing", "", ""), ("", "", ""),
+        ("B", "", "B"), ("(C) red", "", "C"), ("D. the dog", "", "D"), ("A dog", "", ""), ("The answer is B.", "", ""),
+    ],
+)  # fmt: skip
+def test_extraction(said, is_yes_no, is_letter):
+    assert (yes_no(said), letter(said), whole(f" {said} ")) == (is_yes_no, is_letter, said)
+
+
+def test_vqa_accuracy_by_hand():
+    others = ["x"] * 7
+    assert vqa_accuracy("red", ["red"] * 3 + others) == pytest.approx(0.9)  # 7 x 1 + 3 x 2/3
+    assert vqa_accuracy("red", ["red"] * 4 + others[:6]) == 1
+    assert vqa_accuracy("blue", ["red"] * 10) == 0
+
+
+def test_all_right_counts_whole_groups():
+    assert all_right([1, 1, 1, 0, 1], ["a", "a", "b", "b", "c"]) == pytest.approx(2 / 3)
+
+
+def test_clustered_stderr_is_the_plain_one_for_lone_questions_and_grows_with_repeats():
+    scores = np.random.default_rng(0).integers(0, 2, 400).astype(float)
+    plain = scores.std(ddof=1) / math.sqrt(len(scores))
+    assert clustered_stderr(scores.tolist(), range(400)) == pytest.approx(plain, rel=1e-12)
+    twice = np.repeat(scores, 2).tolist()
+    assert clustered_stderr(twice, np.repeat(np.arange(400), 2).tolist()) == pytest.approx(plain, rel=1e-12)
+    assert math.isnan(clustered_stderr([1.0, 0.0], ["a", "a"]))
+
+
+def test_pope_by_hand():
+    rows = pd.DataFrame(
+        {"extracted": ["yes", "yes", "no", ""], "target": ["yes", "no", "no", "yes"], "score": [1, 0, 1, 0.0]}
+    )
+    assert pope(rows) == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
+    never = rows.assign(extracted="no")
+    assert pope(never)["f1"] == 0 and pope(never)["yes_ratio"] == 0
+
+
+def test_pope_is_the_harnesses():
+    rows = pd.DataFrame(STORED["pope"]["rows"])
+    readable = rows[rows["extracted"] != "maybe"]  # lmms-eval's recall leaves out what is neither yes nor no
+    for harness, asked in (("lmms-eval", readable), ("vlmeval", rows)):
+        for name, value in STORED["pope"][harness].items():
+            assert pope(asked)[name] == pytest.approx(value, abs=1e-9), (harness, name)
+
+
+def test_mme_is_the_harnesses():
+    ours = mme(pd.DataFrame(STORED["mme"]["rows"]))
+    assert ours["score"] == pytest.approx(STORED["mme"]["lmms-eval"], abs=1e-9)
+    assert ours["score"] == pytest.approx(STORED["mme"]["vlmeval"], abs=1e-9)
+
+
+def test_circular_is_the_harness():
+    assert circular(pd.DataFrame(STORED["circular"]["rows"]))["circular"] == pytest.approx(
+        STORED["circular"]["lmms-eval"]
+    )
+
+
+def test_hallusion_is_the_harness():
+    ours = hallusion(pd.DataFrame(STORED["hallusion"]["rows"]))
+    for name, value in STORED["hallusion"]["vlmeval"].items():
+        assert ours[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_vqa_accuracy_is_the_harness():
+    for row in STORED["vqa"]:
+        assert vqa_accuracy(row["answer"], row["answers"]) == pytest.approx(row["lmms-eval"], abs=1e-9)

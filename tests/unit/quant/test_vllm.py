@@ -1,0 +1,100 @@
+"""Packed folders held against what vLLM's compressed-tensors reader expects; `vllm_load.py` runs that reader itself.
+
+The rules below restate it (v0.11 and main of 2026): a linear is left unquantised where `ignore` names it or a
+`re:` pattern matches from its start; joined linears (qkv, gate-up) must agree on that; the rest match the target
+`Linear`, whose weights must be a static symmetric group of 4 or 8 bits without activations (its WNA16 scheme); and that
+scheme registers weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group] in the model's dtype and
+weight_shape int64 [2]. vLLM names modules as the checkpoint does for LLaVA, and moves prefixes for the Qwen families.
+"""
+
+import re
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from quant_models import make_student
+from safetensors.torch import load_file
+
+from grace.files import read_json
+from grace.quant.pack import pack
+
+JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+# family -> (decoder's prefix in vLLM, its prefix on disk, other linears of vLLM's model, {prefix moved in `ignore`})
+NAMES = {
+    "llava": (
+        "language_model.model.layers",
+        "language_model.model.layers",
+        ["vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj", "multi_modal_projector.linear_1"],
+        {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
+    ),
+    "qwen2_vl": (
+        "language_model.model.layers",
+        "model.layers",
+        ["visual.blocks.0.attn.qkv", "visual.merger.mlp.0"],
+        {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
+    ),
+    "qwen3_vl": (
+        "language_model.model.layers",
+        "model.language_model.layers",
+        ["visual.blocks.0.attn.qkv", "visual.merger.linear_fc1", "visual.deepstack_merger_list.0.linear_fc1"],
+        {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"},
+    ),
+}
+
+
+def ignored(name: str, ignore: list[str]) -> bool:
+    stem, _, last = name.rpartition(".")
+    shards = [f"{stem}.{part}" for part in JOINED.get(last, [last])]
+    found = {
+        any(re.match(rule[3:], shard) if rule.startswith("re:") else rule == shard for rule in ignore)
+        for shard in shards
+    }
+    assert len(found) == 1, f"the parts of {name} disagree"
+    return found.pop()
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_linear_is_read_as_it_was_written(family, bits, tmp_path):
+    pack(make_student(tmp_path / "student", family, bits), tmp_path / "packed")
+    config = read_json(tmp_path / "packed" / "config.json")
+    about = config["quantization_config"]
+    assert about["quant_method"] == "compressed-tensors" and about["format"] == "pack-quantized"
+    (group,) = about["config_groups"].values()
+    assert group["targets"] == ["Linear"] and group["input_activations"] is None
+    assert about["kv_cache_scheme"] is None
+    weights = QuantizationArgs.model_validate(group["weights"])
+    assert weights.strategy == "group" and weights.symmetric and weights.type == "int" and not weights.dynamic
+    assert weights.num_bits == bits and weights.actorder is None
+
+    decoder, on_disk, others, moved = NAMES[family]
+    ignore = list(about["ignore"])
+    for old, new in moved.items():
+        ignore = [new + rule.removeprefix(old) if rule.startswith(old) else rule for rule in ignore]
+    linears = [
+        f"{decoder}.{layer}.{part}" for layer in range(2)
+        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]  # fmt: skip
+    assert not any(ignored(name, ignore) for name in linears)
+    assert all(ignored(name, ignore) for name in [*others, "language_model.lm_head"])
+
+    tensors, text = load_file(tmp_path / "packed" / "model.safetensors"), config["text_config"]
+    heads = text["num_attention_heads"] * text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])
+    shared = heads // text["num_attention_heads"] * text["num_key_value_heads"]
+    width, inner = text["hidden_size"], text["intermediate_size"]
+    shapes = {
+        "self_attn.q_proj": (heads, width), "self_attn.k_proj": (shared, width), "self_attn.v_proj": (shared, width),
+        "self_attn.o_proj": (width, heads), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }  # fmt: skip
+    for layer in range(2):
+        for part, (out, inputs) in shapes.items():
+            name = f"{on_disk}.{layer}.{part}"
+            packed, scale, shape = (tensors.pop(f"{name}.weight_{kind}") for kind in ("packed", "scale", "shape"))
+            assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (out, inputs * bits // 32))
+            assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (out, inputs // weights.group_size))
+            assert (shape.dtype, shape.tolist()) == (torch.int64, [out, inputs])
+    towers = [name for name in tensors if name.startswith("vision_tower.")]
+    assert bool(towers) == (family == "llava") and all(".vision_model." in name for name in towers)
+    assert config["dtype"] == "bfloat16"
+    assert not [name for name in tensors if "_packed" in name or "_scale" in name or "_shape" in name]

@@ -1,0 +1,403 @@
+"""Reading an experiment, and the tables, claims and metrics made of it."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_results import LEVELS, MIRRORS, experiment, make_results, results_folder
+from safetensors.numpy import save_file
+
+import recompute_table
+from grace.benchmarks.metrics import mme
+from grace.config.schema import Recipe
+from grace.errors import GraceError
+from grace.files import write_manifest
+from grace.report.metrics import metrics
+from grace.report.paper import AVERAGE, canonical, label, paper_numbers, paper_value, role, seed_range, what_was_run
+from grace.report.tables.benchmark_metrics import jackknife
+from grace.report.tables.claims import claims_table, findings, main_finding
+from grace.report.tables.deployment import deployment_table
+from grace.report.tables.scores import Family, Group, groups_of, score_table
+from grace.report.tables.table import Cell, Line, Table, aligned, comma_separated, latex, markdown
+from grace.report.tables.write import NAMES, build_tables, write_tables
+from grace.results.read import BASELINE, TEACHER, Row, read_predictions, read_results
+
+__all__ = ["results_folder"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def results(results_folder):
+    return read_results(results_folder)
+
+
+@pytest.fixture(scope="module")
+def tables(results):
+    return {table.name: table for table in build_tables(results)}
+
+
+def test_rows_seeds_and_benchmarks_come_in_the_configs_order(results):
+    assert list(results.seeds)[:2] == [TEACHER, BASELINE]
+    assert results.seeds[TEACHER] == (0,) and results.seeds[BASELINE] == (0, 1)
+    assert {(row.recipe, row.precision) for row in results.seeds} == set(LEVELS)
+    assert results.mirrors == MIRRORS
+
+
+def test_scores_are_the_files_own(results, results_folder):
+    row = Row("grace", "int4")
+    direct = pd.read_parquet(results_folder / "students/grace/int4/seed1/predictions/colour.parquet")
+    found = results.scores(row, "colour")
+    assert found.values[1].tolist() == (100 * direct["score"]).tolist()
+    assert len(set(zip(found.images, direct["image_id"], strict=True))) == direct["image_id"].nunique() == 40
+
+
+def test_table_cells_are_recomputable_from_predictions(tables, results_folder):
+    line = next(line for line in tables["table1"].lines if line.heads[0] == "GRACE")
+    means = [
+        np.mean([
+            pd.read_parquet(results_folder / f"students/grace/bf16/seed{seed}/predictions/{name}.parquet")["score"].mean()
+            for seed in (0, 1)
+        ])
+        for name in MIRRORS
+    ]  # fmt: skip
+    assert [cell.value for cell in line.cells[:3]] == pytest.approx([100 * mean for mean in means])
+    assert line.cells[3].value == pytest.approx(100 * np.mean(means))
+    assert all(cell.stderr > 0 for cell in line.cells[:4])
+
+
+def test_the_papers_numbers_stand_beside_ours(tables):
+    grace = next(line for line in tables["table1"].lines if line.heads[0] == "GRACE")
+    assert [cell.paper for cell in grace.cells[:4]] == [63.3, 86.2, 1525.8, 69.0]
+    rounded = next(line for line in tables["table2"].lines if line.heads == ["RTN", "int4"])
+    assert rounded.cells[0].paper == 61.2 and rounded.cells[-2].paper == 65.2
+    assert "paper 61.2" in markdown(tables["table2"])
+
+
+def test_rows_of_each_table(tables):
+    names = {name: [line.heads for line in table.lines] for name, table in tables.items()}
+    assert [head for head, _ in names["table1"]] == [
+        "Teacher", "Baseline", "Fine-tuning", "Fine-tuning + KD", "GRACE", "Detectable difference",
+    ]  # fmt: skip
+    assert names["table2"][0] == ["Baseline", "bf16"]
+    assert names["table2"][1:5] == [["RTN", "int4"], ["AWQ", "int4"], ["QAT", "int4"], ["GRACE", "int4"]]
+    assert [h for h, _ in names["table3"]][2:7] == ["Fine-tuning", "GDKD", "RCKA", "IB", "GRACE"]
+    assert names["table4"][:3] == [["QAT", "int4"], ["QAT + KD", "int4"], ["GRACE", "int4"]]
+    assert {line.group for line in tables["outliers"].lines[:-1]} == {"INT4 under the outlier transform"}
+    assert all(line.run.startswith("demo models, not LLaVA-1.5") for t in tables.values() for line in t.lines[:1])
+
+
+def test_bold_and_underline_only_where_the_next_is_beaten_after_holm(results):
+    known: dict = {}
+    score_table(results, "table2", "", "2", groups_of(results)["2"], known)
+    for group in groups_of(results)["2"][1:]:
+        order = sorted(group.rows, key=lambda row: -np.mean(results.scores(row, "colour").values))
+        assert (order[0], order[1], "colour") in known
+    tests = Family(results, known)
+    a, b = Row("grace", "int4"), Row("qat", "int4")
+    for column in (AVERAGE, "colour"):
+        tests.show(a, b, column)
+    p = [known[a, b, column].p for column in (AVERAGE, "colour")]
+    assert sorted(tests.adjusted().values()) == pytest.approx(sorted([min(1, 2 * min(p)), max(max(p), 2 * min(p))]))
+
+
+def test_equal_models_are_not_marked(tmp_path, results_folder):
+    folder = tmp_path / "equal"
+    shutil.copytree(results_folder, folder)
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"students/grace/int4/seed{seed}")
+        shutil.copytree(folder / f"students/qat/int4/seed{seed}", folder / f"students/grace/int4/seed{seed}")
+    equal = read_results(folder)
+    table = score_table(equal, "table4", "", "4", groups_of(equal)["4"], {})
+    cells = {line.heads[0]: line.cells for line in table.lines if line.heads[1] == "int4"}
+    assert [cell.value for cell in cells["GRACE"][:3]] == [cell.value for cell in cells["QAT"][:3]]
+    assert cells["GRACE"][-1].value == 0 and cells["GRACE"][-1].mark == ""
+
+
+def test_written_forms_agree(tmp_path, results):
+    write_tables(results, tmp_path / "tables")
+    written = {path.name for path in (tmp_path / "tables").iterdir()}
+    assert written == {f"{name}.{end}" for name in NAMES for end in ("md", "csv", "tex")} | {"manifest.json"}
+    with open(tmp_path / "tables" / "table1.csv") as file:
+        rows = {row["Model"]: row for row in csv.DictReader(file)}
+    assert float(rows["Baseline"]["average"]) == pytest.approx(65, abs=10)
+    assert float(rows["Baseline"]["average stderr"]) > 0
+    assert float(rows["GRACE"]["colour (GQA) paper"]) == 63.3
+    for name in NAMES:
+        _check_latex((tmp_path / "tables" / f"{name}.tex").read_text())
+    assert "demo models, not LLaVA-1.5" in (tmp_path / "tables" / "table1.md").read_text()
+    assert "Holm" in (tmp_path / "tables" / "table1.md").read_text()
+
+
+def _check_latex(text: str) -> None:
+    """Braces and environments close, every row has the columns that the tabular declares, no bare special character."""
+    assert text.count("{") == text.count("}")
+    assert re.findall(r"\\begin{(\w+\*?)}", text) == re.findall(r"\\end{(\w+\*?)}", text)[::-1]
+    if r"\begin{tabular}" not in text:  # an empty table: its notes say why
+        assert "tab:language" in text
+        return
+    declared = re.search(r"\\begin{tabular}{(.+)}\n", text)
+    columns = len(re.sub(r"p{\d+cm}", "p", declared[1]))
+    rows = [line for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
+    assert len(rows) > 2 and all(len(re.findall(r"(?<!\\)&", row)) == columns - 1 for row in rows), columns
+    assert not re.search(r"(?<!\\)[_%#]", re.sub(r"{!}{%|\\label{.*}", "", text))
+    assert text.isascii() or not re.search("[±−×“”Δ²]", text)
+
+
+def test_marks_in_each_written_form():
+    cells = [
+        Cell(71.04, 0.5, 61.2, "best"),
+        Cell(70.0, 0.5, mark="second"),
+        Cell(-1.25, 0.2, mark="significant", signed=True),
+    ]
+    table = Table("t", "T", ["Model"], ["a_1", "b", "Δ"], [Line(["x & y"], cells, "", "demo")], ["Note < 5%."])
+    assert "| x & y | **71.0** ± 0.5<br>paper 61.2 | <u>70.0</u> ± 0.5 | −1.2 ± 0.2* | demo |" in markdown(table)
+    text = latex(table)
+    assert r"x \& y & \textbf{71.0} $\pm$ 0.5 & \underline{70.0} $\pm$ 0.5 & $-$1.2 $\pm$ 0.2* & demo" in text
+    assert r"\quad paper & \emph{61.2}\phantom{ $\pm$ 0.5} &  &" in text and r"a\_1" in text
+    assert (
+        comma_separated(table)
+        .splitlines()[1]
+        .startswith(",x & y,71.04,0.5,61.2,best,70,0.5,,second,-1.25,0.2,,significant")
+    )
+
+
+def test_numbers_of_a_column_stand_under_each_other():
+    cells = [Cell(5.0, 1.5, mark="significant"), Cell(15.0, 10.5), Cell(7.0), Cell(text="reference")]
+    table = Table("t", "T", ["Model"], ["a"], [Line(["x"], [cell]) for cell in cells])
+    texts = [line[0] for line in aligned(table)]
+    assert [(text.before_error, text.after) for text in texts] == [("0", ""), ("", "*"), ("", " ± 10.5*"), ("", "")]
+
+
+def test_claims_state_what_the_simulation_holds(results):
+    found = {item.claim.text: item for item in findings(results)}
+    teacher = found["The teacher is above the bf16 student"]
+    assert teacher.comparison.difference > 15 and teacher.verdict.startswith("Holds")
+    assert teacher.paper == pytest.approx(69.1 - 66.5)
+    assert found["Rounding hurts at INT2"].comparison.difference < -15
+    assert found["GRACE is above QAT at INT4"].paper == pytest.approx(67.2 - 65.9)
+    assert all(item.p >= item.comparison.p - 1e-12 and item.p_questions <= 1 for item in found.values())
+    assert all(item.p >= item.p_questions for item in found.values() if item.comparison.seeds > 1)
+    page = markdown(claims_table(results))
+    assert page.count("\n| ") == len(found) + 2 and "Whatever they show stands here" in page
+    assert found["GRACE is above QAT + KD at INT4"].paper == pytest.approx(
+        np.mean([76.9 - 73, 75.6 - 72.1, 79.1 - 75.2])
+    )
+
+
+def test_the_main_finding_says_score_difference_and_uncertainty(results):
+    said = main_finding(results)
+    item = next(item for item in findings(results) if item.claim.text == "GRACE is above QAT at INT4")
+    assert f"GRACE int4 is {item.comparison.difference:.1f} above" in said and "95% interval" in said
+
+
+def test_deployment_ratios(results):
+    table = deployment_table(results)
+    line = next(line for line in table.lines if line.heads == ["GRACE", "int4"] and line.cells[0].value == 8)
+    assert line.cells[4].value == pytest.approx(620 / 500) and line.cells[4].paper == 3.0
+    assert line.cells[5].value == pytest.approx(0.5) and line.cells[5].paper == 0.46
+    assert any(line.heads[0] == "kernel cpu-int4" for line in table.lines)
+
+
+def test_numbers_do_not_depend_on_what_was_read_first(results_folder):
+    fresh, used = read_results(results_folder), read_results(results_folder)
+    for benchmark in reversed(used.benchmarks):
+        used.scores(Row("grace", "int4"), benchmark)
+    build_tables(used)
+    assert findings(fresh) == findings(used)
+
+
+def test_metrics_are_plain_json_with_stable_names(results):
+    found = metrics(results)
+    assert json.loads(json.dumps(found)) == found
+    assert set(found["scores"]["grace"]) == {"bf16", "int4", "int2", "int4-outliers"}
+    assert found["scores"]["grace"]["int4"]["average"] == round(found["scores"]["grace"]["int4"]["average"], 2)
+    assert found["teacher_minus_baseline"] == pytest.approx(
+        found["scores"]["teacher"]["average"] - found["scores"]["baseline"]["bf16"]["average"], abs=0.011
+    )
+    assert found["decode"]["grace int4"]["batch8"]["tokens_per_second"] == 4960
+    assert found["decode"]["grace int4"]["batch8_cache8"]["tokens_per_second"] == 5600
+
+
+def test_the_cache_of_a_decoding_row_is_said(results):
+    bits = [line.heads[1] for line in deployment_table(results).lines if line.group == "Decoding"]
+    assert bits.count("int4, 8-bit cache") == bits.count("int4") == 2
+
+
+def test_decoding_tables_of_before_there_was_a_choice_of_cache(results_folder, tmp_path):
+    folder = shutil.copytree(results_folder, tmp_path / results_folder.name)
+    table = pd.read_csv(folder / "bench" / "decode.csv")
+    table[table.cache == 16].drop(columns="cache").to_csv(folder / "bench" / "decode.csv", index=False)
+    assert (read_results(folder).decode.cache == 16).all()
+
+
+def test_roles():
+    named = {name: role(recipe) for name, recipe in experiment().recipes.items()}
+    assert named == {
+        "rtn": "rtn", "awq": "awq", "qat": "none", "kd": "kd", "gdkd": "gdkd", "rcka": "rcka", "ib": "ib", "grace": "grace",
+    }  # fmt: skip
+    assert role(Recipe(kd="gated", controller=True)) == "gdkd+ib"
+    assert role(Recipe(kd="plain", rcka=True, controller=True)) == "rcka+ib"
+    assert role(Recipe(kd="plain", rcka=True)) == "kd+rcka"
+
+
+def test_names_for_people():
+    config = experiment()
+    assert label(config, Row("qat", "bf16")) == "Fine-tuning" and label(config, Row("qat", "int4")) == "QAT"
+    assert seed_range((0, 1, 2)) == "seeds 0-2" and seed_range((3,)) == "seed 3" and seed_range((0, 2)) == "seeds 0, 2"
+    assert what_was_run(config, (0,)) == "demo models, not LLaVA-1.5, on demo images; seed 0"
+    assert (
+        canonical("scienceqa-img") == "ScienceQA" and canonical("SQA") == "ScienceQA" and canonical("mmb") == "MMBench"
+    )
+    assert canonical("seed-bench") == "SEED-Bench" and canonical("colour") == "colour"
+
+
+def test_paper_numbers_are_whole():
+    numbers = paper_numbers()
+    assert len(numbers) == 162 and not numbers.duplicated(["source", "table", "row", "precision", "benchmark"]).any()
+    assert paper_value(experiment(), "3", "gdkd+ib", "bf16", "MMBench") == 76.8
+    assert paper_value(experiment(), "4", "kd", "int8", "ScienceQA") == 76.3
+    assert paper_value(experiment(), "2", "grace", "int8", "MME") is None
+
+
+def _broken(path, change):
+    frame = pd.read_parquet(path)
+    change(frame).to_parquet(path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda f: f.drop(columns="score"), "column score is missing"),
+        (lambda f: pd.concat([f, f.head(1)]), "stands twice"),
+        (lambda f: f.assign(score=np.nan), "not a number"),
+    ],
+)
+def test_damaged_predictions_are_named(tmp_path, results_folder, change, said):
+    path = tmp_path / "colour.parquet"
+    shutil.copy(results_folder / "teacher/predictions/colour.parquet", path)
+    _broken(path, change)
+    with pytest.raises(GraceError, match=f"colour.parquet: .*{said}"):
+        read_predictions(path)
+
+
+def test_missing_pieces_are_named(tmp_path, results_folder):
+    with pytest.raises(GraceError, match=r"config/experiment\.json: no such file"):
+        read_results(tmp_path)
+    (tmp_path / "text.parquet").write_text("no")
+    with pytest.raises(GraceError, match="not a readable Parquet"):
+        read_predictions(tmp_path / "text.parquet")
+    folder = tmp_path / "part"
+    shutil.copytree(results_folder, folder)
+    shutil.rmtree(folder / "students/grace/int4/seed1/predictions")
+    with pytest.raises(GraceError, match=r"students/grace/int4/seed1/predictions/manifest\.json: no such file"):
+        read_results(folder)
+    assert read_results(folder, partial=True).seeds[Row("grace", "int4")] == (0,)
+    _broken(folder / "students/kd/int4/seed0/predictions/colour.parquet", lambda f: f.head(50))
+    part = read_results(folder, partial=True)
+    assert part.missing == ["grace int4 seed 1"]
+    part.scores(TEACHER, "colour")
+    with pytest.raises(GraceError, match="50 questions that are not the 80"):
+        part.scores(Row("kd", "int4"), "colour")
+    (folder / "bench/decode.csv").write_text("model,precision\n")
+    with pytest.raises(GraceError, match=r"decode\.csv: column device, batch"):
+        _ = read_results(folder, partial=True).decode
+
+
+def test_partial_results_make_tables_with_gaps(tmp_path, results_folder):
+    folder = tmp_path / "part"
+    shutil.copytree(results_folder, folder)
+    shutil.rmtree(folder / "teacher")
+    shutil.rmtree(folder / "students/rtn/int4")
+    (folder / "students/grace/int4/seed1/predictions/colour.parquet").unlink()
+    with pytest.raises(GraceError, match="no such file"):
+        read_results(folder)
+    part = read_results(folder, partial=True)
+    assert part.missing == ["teacher", "rtn int4 seed 0", "rtn int4 seed 1", "grace int4 on colour"]
+    tables = {table.name: table for table in build_tables(part)}
+    assert [line.heads[0] for line in tables["table1"].lines[:2]] == ["Baseline", "Fine-tuning"]
+    grace = next(line for line in tables["table2"].lines if line.heads == ["GRACE", "int4"])
+    values = dict(zip(tables["table2"].columns, [cell.value for cell in grace.cells], strict=True))
+    assert values["colour (GQA)"] is None and values["average"] is None and values["presence (POPE)"] > 0
+    assert "Partial results: 4 sets of predictions are not here (teacher, rtn int4" in markdown(tables["table2"])
+    assert not any("INT4" in line.heads[0] and "GRACE" in line.heads[0] for line in tables["claims"].lines)
+    assert "average" not in metrics(part)["scores"]["grace"]["int4"]
+
+
+def test_one_seed_and_no_students_make_tables_too(tmp_path):
+    folder = make_results(tmp_path / "one", seeds=(0,), questions=20)
+    tables = {table.name: table for table in build_tables(read_results(folder))}
+    assert {line.cells[3].text for line in tables["claims"].lines} == {"–"}
+    assert any("one seed cannot say it of the method" in line.heads[2] for line in tables["claims"].lines)
+    assert not any(line.heads[2].startswith("Holds (") for line in tables["claims"].lines)
+    shutil.rmtree(folder / "students" / "grace")
+    for name in ("qat", "kd", "gdkd", "rcka", "ib", "rtn", "awq"):
+        shutil.rmtree(folder / "students" / name)
+    tables = {table.name: table for table in build_tables(read_results(folder, partial=True))}
+    assert [line.heads[0] for line in tables["table1"].lines] == ["Teacher", "Baseline", "Detectable difference"]
+    assert not tables["table2"].lines and "ran nothing" in markdown(tables["table2"])
+
+
+def test_a_lucky_seed_is_not_marked_best(tmp_path, results_folder):
+    """RTN has but one, good seed, so that its mean is the highest; on that seed QAT is better, significantly."""
+    folder = tmp_path / "lucky"
+    shutil.copytree(results_folder, folder)
+    shutil.rmtree(folder / "students/rtn/int4/seed1")
+    for recipe, seed, right in (("rtn", 0, 60), ("qat", 0, 79), ("qat", 1, 4)):
+        for name in MIRRORS:
+            path = folder / f"students/{recipe}/int4/seed{seed}/predictions/{name}.parquet"
+            _broken(path, lambda f, right=right: f.assign(score=(np.arange(len(f)) < right) * 1.0))
+    lucky = read_results(folder, partial=True)
+    rows = [Row("rtn", "int4"), Row("qat", "int4")]
+    table = score_table(lucky, "t", "", "2", [Group("", rows)], {})
+    assert table.lines[0].cells[0].value > table.lines[1].cells[0].value
+    assert not any(cell.mark for line in table.lines for cell in line.cells)
+    assert "lucky seed" in markdown(table)
+
+
+def test_table_1_is_what_a_script_without_our_code_computes(tmp_path, results_folder):
+    folder = tmp_path / "again"
+    shutil.copytree(results_folder, folder)
+    write_tables(read_results(folder), folder / "tables")
+    assert recompute_table.deviation(folder) < 1e-3
+    text = (folder / "tables/table1.csv").read_text()
+    (folder / "tables/table1.csv").write_text(text.replace("Baseline,bf16,6", "Baseline,bf16,5"))
+    assert recompute_table.deviation(folder) > 1
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    random = np.random.default_rng(0)
+    seeds = [pd.DataFrame({"image_id": np.arange(4000), "score": random.normal(size=4000)}) for _ in range(3)]
+    value, stderr = jackknife(seeds, lambda rows: rows["score"].mean())
+    assert value == pytest.approx(np.mean([rows["score"].mean() for rows in seeds]))
+    assert 0.4 < stderr / (1 / np.sqrt(3 * 4000)) < 1.8  # ten groups: a rough estimate
+    shifted = [rows.assign(score=rows["score"] + 3 * seed) for seed, rows in enumerate(seeds)]
+    assert jackknife(shifted, lambda rows: rows["score"].mean())[1] == pytest.approx(3 / np.sqrt(3), rel=0.05)
+    assert jackknife([rows.assign(image_id=0) for rows in seeds], len)[1] == float("inf")
+
+
+def test_measures_are_the_registrys_metrics(results, tables, results_folder):
+    line = next(line for line in tables["measures"].lines if line.heads == ["GRACE", "int4"])
+    expected = [
+        mme(pd.read_parquet(results_folder / f"students/grace/int4/seed{seed}/predictions/pairs.parquet"))["score"]
+        for seed in (0, 1)
+    ]
+    assert tables["measures"].columns == ["presence F1", "pairs score"]
+    assert line.cells[1].value == pytest.approx(np.mean(expected)) and line.cells[1].stderr > 0
+
+
+def test_weight_files_are_weighed_by_their_headers(tmp_path, results_folder):
+    folder = tmp_path / "packed"
+    shutil.copytree(results_folder, folder)
+    layer = "model.language_model.layers.0.mlp.up_proj.weight"
+    for below, wide in (("students/baseline/bf16/seed0/model", 1024), ("students/grace/int4/seed0/packed", 256)):
+        (folder / below).mkdir(exist_ok=True)
+        tensors = {layer: np.zeros((1024, wide), np.float16), "lm_head.weight": np.zeros((512, 1024), np.float16)}
+        save_file(tensors, folder / below / "model.safetensors")
+        write_manifest(folder / below)
+    lines = [line for line in deployment_table(read_results(folder)).lines if line.group.startswith("Weight files")]
+    assert [[line.heads[0], line.cells[1].value, line.cells[5].value] for line in lines] == [
+        ["Baseline", 3, 1], ["GRACE", 1.5, 0.5], ["Baseline", 2, 1], ["GRACE", 0.5, 0.25],
+    ]  # fmt: skip

@@ -1,0 +1,172 @@
+"""Versions by DVC over Snakemake: nothing is built again that is already here, wherever it came from."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from stub_tree import ROOT, Tree
+
+from grace.provenance import snakemake_records as records
+from grace.provenance.verify import verify
+
+UP_TO_DATE = "didn't change, skipping"
+
+
+def _git(tree: Tree, *words: str) -> None:
+    tree.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", *words)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A small experiment that was built by `dvc repro`, committed, and pushed to a local remote."""
+    folder = tmp_path_factory.mktemp("dvc")
+    tree = Tree.make(folder / "tree")
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, tree.folder)
+    (tree.folder / ".dvc").mkdir()
+    for name in (".gitignore", "config"):  # not config.local: its remote is the user's own
+        shutil.copy(ROOT / ".dvc" / name, tree.folder / ".dvc")
+    _git(tree, "init", "-q", "-b", "main")
+    tree.run("dvc", "remote", "add", "-q", "-d", "storage", str(folder / "storage"))
+    tree.run("dvc", "repro", "-q")
+    _git(tree, "add", "-A")
+    _git(tree, "commit", "-q", "-m", "first")
+    tree.run("dvc", "push", "-q")
+    return tree
+
+
+def _clone(published: Tree, folder: Path) -> Tree:
+    published.run("git", "clone", "-q", str(published.folder), str(folder))
+    return Tree(folder)
+
+
+def test_both_engines_find_nothing_to_do_afterwards(published: Tree) -> None:
+    assert published.planned() == []
+    assert UP_TO_DATE in published.run("dvc", "repro").stdout
+
+
+def test_light_outputs_are_in_git_and_heavy_ones_are_not(published: Tree) -> None:
+    tracked = published.run("git", "ls-files", "results").stdout.split()
+    assert "results/demo/metrics.json" in tracked and "results/demo/provenance.jsonl" in tracked
+    assert not [name for name in tracked if name.startswith(("results/demo/students/", "results/demo/data/"))]
+
+
+def test_after_a_clone_and_a_pull_both_find_nothing_to_do(published: Tree, tmp_path: Path) -> None:
+    clone = _clone(published, tmp_path / "clone")
+    assert clone.planned(), "without the results there is something to do"
+    clone.run("dvc", "pull", "-q")
+    assert clone.planned() == []
+    assert UP_TO_DATE in clone.run("dvc", "repro").stdout
+
+
+def test_a_damaged_output_gets_no_record(published: Tree, tmp_path: Path) -> None:
+    clone = _clone(published, tmp_path / "clone")
+    clone.run("dvc", "pull", "-q")
+    damaged = clone.folder / "results/demo/students/rtn/int4/seed0/packed/manifest.json"
+    damaged.unlink()
+    damaged.write_text(json.dumps({"files": {}, "accuracy": 99}))
+    assert "evaluate rtn at int4, seed 0" in clone.planned()
+
+
+def test_a_changed_config_shows_in_the_metrics_and_goes_back(published: Tree, tmp_path: Path) -> None:
+    clone = _clone(published, tmp_path / "clone")
+    clone.run("dvc", "pull", "-q")
+    clone.edit(recipes__finetune={"train": {"learning_rate": 2e-3}})
+    ran = clone.run("dvc", "repro")
+    said = ran.stdout + ran.stderr
+    assert "train finetune at int4, seed 0" in said and "distil grace" not in said
+    changes = json.loads(clone.run("dvc", "metrics", "diff", "--json").stdout)
+    assert changes["results/demo/metrics.json"]["accuracy"]["diff"] != 0
+    _git(clone, "commit", "-q", "-a", "-m", "second")
+    _git(clone, "checkout", "-q", "HEAD~1")
+    clone.run("dvc", "checkout", "-q")
+    assert clone.planned() == []
+    assert UP_TO_DATE in clone.run("dvc", "repro").stdout
+
+
+def test_a_plain_run_first_leaves_dvc_nothing_to_build(published: Tree, tmp_path: Path) -> None:
+    tree = published.copy(tmp_path / "tree")
+    with (tree.folder / "workflow/grace/report/commands.py").open("a") as file:
+        file.write("# the same outputs from other code\n")
+    tree.snakemake("--quiet", "all")
+    said = tree.run("dvc", "repro")
+    assert "Nothing to be done" in said.stdout + said.stderr
+    assert tree.planned() == []
+
+
+def test_records_survive_the_round_trip(published: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Snakemake reads is as it was written, but for the times of the files as they are here."""
+    tree = published.copy(tmp_path / "tree")
+    monkeypatch.chdir(tree.folder)
+    metadata = tree.folder / ".snakemake/metadata"
+    before = {path.name: json.loads(path.read_text()) for path in metadata.iterdir()}
+    shutil.rmtree(metadata)
+    assert records.restore("results/demo") == len(before)
+    for path in metadata.iterdir():
+        record = json.loads(path.read_text())
+        for key in ("rule", "input", "params", "shellcmd", "code", "input_checksums", "record_format_version"):
+            assert record[key] == before[path.name][key], f"{key} of {path.name}"
+    assert records.restore("results/demo") == 0
+
+
+def test_the_format_is_that_of_the_installed_snakemake() -> None:
+    from snakemake.persistence import RECORD_FORMAT_VERSION
+
+    assert records.FORMAT == RECORD_FORMAT_VERSION
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[str, dict[str, str]]]:
+    """An S3 server on the loopback address: its URL, and the keys that it takes."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="grace")
+        yield f"http://{host}:{port}", keys
+    server.stop()
+
+
+def test_through_s3_wholly_and_in_part(published: Tree, bucket: tuple, tmp_path: Path) -> None:
+    """What was pushed to a bucket builds nothing elsewhere; a single student comes alone."""
+    source = published.copy(tmp_path / "source")
+    source.run("dvc", "remote", "add", "-q", "-d", "--force", "storage", "s3://grace/results")
+    source.run("dvc", "remote", "modify", "-q", "storage", "endpointurl", bucket[0])
+    _git(source, "commit", "-q", "-a", "-m", "a bucket")
+    source.run("dvc", "push", "-q")
+
+    part = _clone(source, tmp_path / "part")
+    part.run("dvc", "pull", "-q", "results/demo/students/grace/int4/seed0/packed")
+    students = part.folder / "results/demo/students"
+    assert {path.parent.name for path in students.rglob("manifest.json")} == {"packed"}
+    assert (part.folder / "results/demo/tables/manifest.json").is_file(), "tables come with git"
+    verify(students / "grace/int4/seed0/packed")
+
+    whole = _clone(source, tmp_path / "whole")
+    whole.run("dvc", "pull", "-q")
+    assert whole.planned() == []
+    assert UP_TO_DATE in whole.run("dvc", "repro").stdout
+
+
+def test_what_is_not_pushed_stays_here(published: Tree, tmp_path: Path) -> None:
+    """`push: false` leaves a large folder out; a clone has the rest."""
+    source = published.copy(tmp_path / "source")
+    stage = source.folder / "dvc.yaml"
+    line = "results/${key}/teacher/cache: {persist: true}"
+    assert line in stage.read_text()
+    stage.write_text(stage.read_text().replace(line, "results/${key}/teacher/cache: {persist: true, push: false}"))
+    source.run("dvc", "remote", "modify", "-q", "storage", "url", str(tmp_path / "storage"))
+    source.run("dvc", "commit", "-q", "-f")
+    _git(source, "commit", "-q", "-a", "-m", "keep the cache here")
+    source.run("dvc", "push", "-q")
+    clone = _clone(source, tmp_path / "clone")
+    clone.run("dvc", "pull", "-q", "--allow-missing", check=False)
+    assert not list((clone.folder / "results/demo/teacher").glob("cache/*.safetensors"))
+    assert (clone.folder / "results/demo/students/grace/int4/seed0/model/manifest.json").is_file()

@@ -1,0 +1,267 @@
+"""Where an output comes from, whether it is still what was made, who may write it, and what a run would cost."""
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stub_tree import ROOT, Tree
+
+from grace.cluster.estimate import KINDS, left_to_do, plan
+from grace.cluster.lock import lock_path, one_writer
+from grace.environment import environment
+from grace.errors import GraceError
+from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
+from grace.provenance.tree import provenance
+from grace.provenance.verify import check, verify
+
+SEED = "results/demo/students/grace/int4/seed0"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """A stubbed experiment up to one packed student, with its records saved."""
+    tree = Tree.make(tmp_path_factory.mktemp("provenance") / "tree")
+    tree.snakemake("--quiet", "all", "--", f"{SEED}/packed/manifest.json")
+    tree.run(sys.executable, "-m", "grace.provenance.snakemake_records", "save", "results/demo")
+    return tree
+
+
+@pytest.fixture
+def tree(built: Tree, tmp_path: Path) -> Tree:
+    return built.copy(tmp_path / "tree")
+
+
+def made_by(found: dict) -> dict[str, str]:
+    return {name.removeprefix("results/demo/"): step["rule"] for name, step in found["chain"].items()}
+
+
+def test_the_chain_leads_back_to_the_data(built: Tree, capsys: pytest.CaptureFixture) -> None:
+    found = provenance(built.folder / SEED / "packed", as_json=True)
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["output"] == f"{SEED}/packed/manifest.json"
+    rules = made_by(found)
+    assert rules["students/grace/int4/seed0/packed/manifest.json"] == "pack"
+    assert rules["students/grace/int4/seed0/model/manifest.json"] == "distil"
+    assert {"train_baseline", "finish_cache", "write_cache", "train_teacher", "prepare"} <= set(rules.values())
+    others = [rule for rule in rules.values() if rule.startswith(("evaluate", "quantize", "finetune"))]
+    assert not others, "nothing that it was not made from"
+    step = found["chain"][f"{SEED}/model/manifest.json"]
+    frozen = read_json(built.folder / "results/demo/config/students/grace/int4/seed0.json")
+    assert step["parameters"]["values"] == frozen and step["seed"] == frozen["seed"] == 0
+    assert "--run results/demo/config/students/grace/int4/seed0.json" in step["command"]
+    assert step["code"]["files"] > 10 and step["code"]["changed"] == []
+    assert step["seconds"] >= 0 and step["ended"]
+    assert {(i["path"], i["state"]) for i in step["inputs"]} >= {
+        ("results/demo/data/manifest.json", "unchanged"), ("results/demo/teacher/cache/manifest.json", "unchanged")
+    }  # fmt: skip
+    assert all(len(i["sha256"]) == 64 for i in step["inputs"])
+
+
+def test_the_tree_names_every_step_once(built: Tree, capsys: pytest.CaptureFixture) -> None:
+    provenance(built.folder / SEED / "packed")
+    said = capsys.readouterr().out
+    assert said.count("by train_teacher at") == 1 and said.count("by prepare at") == 1 and "(above)" in said
+    assert "by the same job as" in said, "a part of the cache is two files of one job"
+
+
+def test_changed_inputs_and_code_are_named(tree: Tree) -> None:
+    write_json(tree.folder / "results/demo/teacher/cache/manifest.json", {"files": {}, "other": True})
+    with (tree.folder / "workflow/grace/train/loop.py").open("a") as file:
+        file.write("# another comment\n")
+    found = provenance(tree.folder / SEED / "model", as_json=True)
+    step = found["chain"][f"{SEED}/model/manifest.json"]
+    assert {i["path"]: i["state"] for i in step["inputs"]}["results/demo/teacher/cache/manifest.json"] == "changed"
+    assert step["code"]["changed"] == ["workflow/grace/train/loop.py"]
+
+
+def test_the_records_of_a_clone_tell_the_same(tree: Tree) -> None:
+    """Without Snakemake's own records, and without logs: what git and DVC bring."""
+    before = provenance(tree.folder / SEED / "packed", as_json=True)
+    shutil.rmtree(tree.folder / ".snakemake")
+    after = provenance(tree.folder / SEED / "packed", as_json=True)
+    assert made_by(after) == made_by(before)
+    for name, step in after["chain"].items():
+        assert (step["inputs"], step["code"]) == (before["chain"][name]["inputs"], before["chain"][name]["code"])
+
+
+def test_a_file_of_a_folder_is_held_against_its_manifest(tree: Tree, capsys: pytest.CaptureFixture) -> None:
+    folder = tree.folder / SEED / "packed"
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_manifest(folder, environment=environment())
+    assert provenance(folder / "model.safetensors")["file"]["state"] == "as its manifest says"
+    said = capsys.readouterr().out
+    assert f", torch {environment()['packages']['torch']}" in said and "machine  " in said and "code revision" in said
+    (folder / "model.safetensors").write_bytes(b"others!")
+    assert provenance(folder / "model.safetensors")["file"]["state"] == "differs from its manifest"
+
+
+def test_what_has_no_provenance_is_a_sentence(built: Tree, tmp_path: Path) -> None:
+    with pytest.raises(GraceError, match="not below a results folder"):
+        provenance(tmp_path)
+    with pytest.raises(GraceError, match=r"no such file or folder; build it, or `dvc pull` it"):
+        provenance(built.folder / "results/demo/tables")
+    with pytest.raises(GraceError, match=r"no rule made it; give one of .*seed0/model"):
+        provenance(built.folder / SEED)
+
+
+def test_the_environment_is_stable_and_needs_no_torch() -> None:
+    about = environment()
+    assert {"code", "packages", "hardware", "python", "system", "threads"} == set(about)
+    assert about["packages"]["torch"] and about["hardware"]["cores"] >= 1 and len(about["code"]["sha256"]) == 64
+    code = "import sys; from grace.environment import environment; environment(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Folders with manifests, and single files that no record speaks of."""
+    folder = tmp_path / "results" / "small"
+    for name in ("data", "students/grace/int4/seed0/model"):
+        with whole_folder(folder / name) as part:
+            (part / "deep").mkdir()
+            (part / "a.txt").write_text(f"a of {name}")
+            (part / "deep" / "b.txt").write_text("b")
+    write_json(folder / "metrics.json", {"accuracy": 1.0})
+    return folder
+
+
+def test_a_whole_tree_is_verified(results: Path, capsys: pytest.CaptureFixture) -> None:
+    (results / "logs").mkdir()
+    (results / "logs/run.log").write_text("words")
+    assert verify(results).manifests == 2
+    said = capsys.readouterr().out
+    assert "6 files in 2 folders are whole" in said and "1 single files have no record" in said
+    assert verify(results / "students").manifests == 1
+
+
+def test_every_wrong_file_is_named(results: Path) -> None:
+    model = results / "students/grace/int4/seed0/model"
+    (results / "data/a.txt").write_text("A of data")
+    (results / "data/deep/b.txt").unlink()
+    (results / "data/c.txt").write_text("new")
+    (model.parent / ".model.12-abc.part").mkdir()
+    (model.parent / ".model.12-abc.part/a.txt").write_text("half")
+    with pytest.raises(GraceError, match=r"4 of 8 files are not as recorded; .*dvc checkout") as error:
+        verify(results)
+    assert str(error.value).splitlines()[1:] == [
+        "  results/small/data/a.txt: differs from results/small/data/manifest.json",
+        "  results/small/data/deep/b.txt: missing, listed in results/small/data/manifest.json",
+        "  results/small/data/c.txt: listed nowhere",
+        "  results/small/students/grace/int4/seed0/.model.12-abc.part/a.txt: left by a killed job; delete it",
+    ]
+
+
+def test_predictions_are_held_against_their_benchmarks(results: Path) -> None:
+    """Their manifest grows with them and lists files under `benchmarks`; the data's names what was asked for there."""
+    folder = results / "students/grace/int4/seed0/predictions"
+    folder.mkdir()
+    (folder / "colour.parquet").write_bytes(b"answers")
+    entry = {"file": "colour.parquet", "sha256": sha256(folder / "colour.parquet")}
+    write_json(folder / "manifest.json", {"benchmarks": {"colour": entry}})
+    write_manifest(results / "data", benchmarks=["colour"])
+    assert check(results).wrong == []
+    (folder / "colour.parquet").write_bytes(b"others")
+    assert [line.split(": ")[1][:12] for line in check(results).wrong] == ["differs from"]
+
+
+def test_single_files_are_held_against_the_saved_records(tree: Tree) -> None:
+    folder = tree.folder / "results/demo"
+    assert check(folder).wrong == [] and check(folder).unrecorded == []
+    curve = folder / "students/grace/int4/seed0/train.jsonl"
+    curve.write_text("other")
+    (folder / "stray.csv").write_text("1")
+    assert check(folder).wrong == [
+        f"{SEED}/train.jsonl: differs from provenance.jsonl",
+        "results/demo/stray.csv: listed nowhere",
+    ]
+
+
+def test_what_cannot_be_verified_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(GraceError, match="not below a results folder"):
+        verify(tmp_path)
+    (tmp_path / "results/empty").mkdir(parents=True)
+    with pytest.raises(GraceError, match="holds no results; build the experiment"):
+        verify(tmp_path / "results/empty")
+    with pytest.raises(GraceError, match="no such folder"):
+        verify(tmp_path / "results/none")
+
+
+def _write_again_and_again(target: Path, word: str, times: int) -> None:
+    for number in range(times):
+        with whole_folder(target, word=word) as part:
+            for index in range(20):
+                (part / f"{index}.txt").write_text(f"{word} {number}")
+
+
+def test_two_writers_of_a_folder_leave_one_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    writers = [multiprocessing.Process(target=_write_again_and_again, args=(target, word, 60)) for word in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    word = check_manifest(target)["word"]
+    assert {path.read_text() for path in target.glob("*.txt")} == {f"{word} 59"}
+    assert list(tmp_path.iterdir()) == [target], "nothing half-written stays"
+
+
+def _hold(target: Path, go) -> None:
+    with one_writer(target):
+        (target.parent / "held").touch()
+        go.wait()
+
+
+def test_a_second_writer_waits_for_the_first(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target, go = tmp_path / "checkpoints", multiprocessing.Event()
+    first = multiprocessing.Process(target=_hold, args=(target, go))
+    first.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(GraceError, match=rf"is being written by process {first.pid} on "), one_writer(target, 0.2):
+        pass
+    assert f"waiting for process {first.pid}" in capsys.readouterr().err
+    first.kill()  # a lock ends with its holder, however that ends
+    first.join()
+    with one_writer(target) as waited:
+        assert not waited and lock_path(target).is_file()
+    assert not lock_path(target).exists()
+
+
+def test_the_plan_counts_what_is_left_and_its_hours(tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tree.folder)
+    monkeypatch.setenv("PYTHONPATH", str(tree.folder / "workflow"))
+    tree.edit(
+        resources={"train_teacher": {"gpus": 8, "runtime": 90, "cpus": 4}, "finetune": {"gpus": 2, "runtime": 30}}
+    )
+    shutil.rmtree(tree.folder / "results/demo/teacher/model")
+    requests = {request.kind: request for request in plan(Path("config.yaml"), price=2.0)}
+    assert requests["train_teacher"].jobs == 1 and "prepare" not in requests, "the data is there"
+    assert requests["train_teacher"].gpu_hours == 12.0 and requests["train_teacher"].core_hours == 6.0
+    assert requests["report"].jobs == 4
+    said = capsys.readouterr().out
+    assert "At most 13.0 GPU hours, 26.00 at 2 per GPU hour" in said
+    with pytest.raises(GraceError, match=r"nowhere.yaml: cannot be read"):
+        plan(Path("nowhere.yaml"))
+    with pytest.raises(GraceError, match="Snakemake makes no plan of it"):
+        left_to_do(Path("config.yaml"), tree.folder / "nowhere")
+
+
+def test_every_rule_has_its_kind_of_job() -> None:
+    asked = {}
+    for file in sorted((ROOT / "rules").glob("*.smk")):
+        rule = None
+        for line in file.read_text().splitlines():
+            words = line.split()
+            if words[:1] == ["rule"]:
+                rule = words[1].rstrip(":")
+            elif words == ["rule:"]:
+                rule = "evaluate"  # its rules are named after the models that they ask
+            elif "plan.resources(" in line:
+                asked[rule] = line.split('"')[1]
+    assert asked == KINDS

@@ -1,0 +1,1 @@
+"""What is asked of a model: the registry of benchmarks, how answers are read, and their metrics."""

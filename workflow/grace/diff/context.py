@@ -1,0 +1,125 @@
+"""What stands around the scores of two versions: settings, environment, artifacts, speed, and the flipped questions."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+from grace.files import MANIFEST, read_json
+from grace.provenance.manifests import listed
+from grace.results.read import with_cache_bits
+
+# what tells measurements apart, and what is compared: per file of bench/
+_KERNEL = (["backend", "device", "dtype", "shape", "m", "group_size"], ["microseconds", "speedup"])
+_DECODE = (
+    ["model", "precision", "device", "batch", "cache"],
+    ["prefill_ms", "tokens_per_second", "weight_mib", "peak_mib"],
+)
+_SMALLER_IS_BETTER = {"microseconds", "prefill_ms", "weight_mib", "peak_mib"}
+_NOT_ENVIRONMENT = {"files", "benchmarks", "run", "model", "source", "identity"}
+MISSING = "(not set)"
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": [1, 2]}}` -> `("a.b[0]", 1), ("a.b[1]", 2)`; empty containers are values."""
+    if isinstance(value, dict) and value:
+        for key in value:
+            yield from flatten(value[key], f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value:
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{name}[{index}]")
+    else:
+        yield name, value
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = list(dict.fromkeys([*a, *b]))
+    return [
+        (key, a.get(key, MISSING), b.get(key, MISSING)) for key in keys if a.get(key, MISSING) != b.get(key, MISSING)
+    ]
+
+
+def settings(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
+    """Keys of config/experiment.json that differ, with both values."""
+    sides = []
+    for side in (a, b):
+        path = side / "config" / "experiment.json"
+        sides.append(dict(flatten(read_json(path))) if path.is_file() else {})
+    return _differences(*sides)
+
+
+def environment(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
+    """What the manifests say besides files (harness, packages, hardware, code), where that differs; each fact once."""
+    found: dict[tuple[str, str, str], tuple[str, Any, Any]] = {}
+    for name in sorted(_manifests(a).keys() & _manifests(b).keys()):
+        sides = []
+        for side in (a, b):
+            about = read_json(side / name / MANIFEST)
+            sides.append(dict(flatten({key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT})))
+        for key, old, new in _differences(*sides):
+            found.setdefault((key, json.dumps(old, default=str), json.dumps(new, default=str)), (key, old, new))
+    return list(found.values())
+
+
+def _manifests(folder: Path) -> dict[str, Path]:
+    return {path.parent.relative_to(folder).as_posix(): path for path in folder.glob(f"**/{MANIFEST}")}
+
+
+def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
+    """Folders whose files differ by hash, with the names of the files; folders that only one version has."""
+    sides = [_manifests(side) for side in (a, b)]
+    found = []
+    for name in sorted(sides[0].keys() | sides[1].keys()):
+        if name not in sides[0] or name not in sides[1]:
+            found.append((name, "only in A" if name in sides[0] else "only in B"))
+            continue
+        old, new = ({file: about["sha256"] for file, about in listed(read_json(side[name])).items()} for side in sides)
+        differing = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
+        if differing:
+            shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+            found.append((name, f"{len(differing)} of {len(old.keys() | new.keys())} files differ: {shown}"))
+    return found
+
+
+def speed(a: Path, b: Path) -> pd.DataFrame | None:
+    """Ratios B / A of every measurement that both have: what, measure, A, B, ratio, better (or None: nothing shared)."""
+    rows = []
+    for name, (keys, measures) in {"kernel": _KERNEL, "decode": _DECODE}.items():
+        paths = [side / "bench" / f"{name}.csv" for side in (a, b)]
+        if not all(path.is_file() for path in paths):
+            continue
+        frames = [pd.read_csv(path) for path in paths]
+        frames = list(map(with_cache_bits, frames)) if name == "decode" else frames
+        keys = [key for key in keys if all(key in frame for frame in frames)]
+        merged = frames[0].merge(frames[1], on=keys, suffixes=(" A", " B"))
+        for record in merged.to_dict("records"):
+            what = f"{name}: " + ", ".join(f"{key} {record[key]}" for key in keys)
+            for measure in measures:
+                old, new = record.get(f"{measure} A"), record.get(f"{measure} B")
+                if old and new and pd.notna(old) and pd.notna(new):
+                    ratio = new / old
+                    better = ratio < 1 if measure in _SMALLER_IS_BETTER else ratio > 1
+                    rows.append((what, measure, old, new, ratio, better))
+    return pd.DataFrame(rows, columns=["what", "measure", "A", "B", "ratio", "better"]) if rows else None
+
+
+def questions(b: Path, a: Path, flips: Iterable) -> dict[tuple[str, str], tuple[str, bytes]]:
+    """Question and image of every flipped sample, from B's benchmark files or else A's; {} where neither is there."""
+    wanted: dict[str, set[str]] = {}
+    for flip in flips:
+        wanted.setdefault(flip.benchmark, set()).add(flip.sample)
+    found = {}
+    for benchmark, samples in wanted.items():
+        for side in (b, a):
+            path = side / "data" / "benchmarks" / f"{benchmark}.parquet"
+            if path.is_file():
+                table = pq.read_table(
+                    path, columns=["id", "question", "image"], filters=[("id", "in", sorted(samples))]
+                )
+                for record in table.to_pylist():
+                    found[benchmark, record["id"]] = (record["question"], record["image"]["bytes"])
+                break
+    return found

@@ -1,0 +1,106 @@
+"""The results of a git revision, as a folder: light files from git, heavy ones from DVC's cache or remote."""
+
+import io
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from grace.errors import GraceError
+
+# what a comparison reads; checkpoints, caches and packed weights are compared through their manifests
+LIGHT = (
+    "config/*.json",
+    "*/manifest.json",
+    "*/predictions/*.parquet",
+    "bench/*.csv",
+    "data/benchmarks/*.parquet",
+    "metrics.json",
+)
+
+
+@contextmanager
+def results_of(where: str | Path, experiment: str, repository: Path) -> Iterator[Path]:
+    """Yield a results folder: `where` itself if it is one, else `results/{experiment}` of the git revision `where`.
+
+    A `GraceError` where it is neither, or where DVC has no copy of the revision's predictions.
+    """
+    if Path(where).is_dir():
+        folder = Path(where)
+        yield folder / "results" / experiment if (folder / "results" / experiment).is_dir() else folder
+        return
+    commit = resolve(repository, str(where))
+    with TemporaryDirectory(prefix="grace-diff-") as temporary:
+        target = Path(temporary) / experiment
+        top = Path(_git(repository, "rev-parse", "--show-toplevel").decode().strip())
+        below = f"results/{experiment}"
+        if _git(top, "ls-tree", commit, "--", ".dvc/config"):
+            _from_dvc(top, str(where), commit, below, target)
+        else:
+            _from_git(top, commit, below, target)
+        if not any(target.rglob("*")):
+            raise GraceError(f"{where}: this revision has no {below}; give --experiment, or a revision with results")
+        yield target
+
+
+def resolve(repository: Path, revision: str) -> str:
+    """The commit hash of a revision; a `GraceError` where there is none."""
+    try:
+        return _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
+    except GraceError:
+        raise GraceError(
+            f"{revision}: neither a results folder nor a git revision of {repository}; `git log` lists revisions"
+        ) from None
+
+
+def _git(repository: Path, *arguments: str) -> bytes:
+    try:
+        return subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        raise GraceError("git is not installed; give two results folders instead") from None
+    except subprocess.CalledProcessError as error:
+        raise GraceError(f"{repository}: git {arguments[0]} failed ({error.stderr.decode().strip()})") from error
+
+
+def _from_git(top: Path, commit: str, below: str, target: Path) -> None:
+    if not _git(top, "ls-tree", commit, "--", below):
+        return
+    with tarfile.open(fileobj=io.BytesIO(_git(top, "archive", commit, "--", below))) as archive:
+        for member in archive.getmembers():
+            name = member.name.removeprefix(f"{below}/")
+            if member.isfile() and _light(name):
+                path = target / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
+
+
+def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -> None:
+    """What DVC and git have of the revision; without the images of flipped questions where they were never pulled."""
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    system = DVCFileSystem(str(top), rev=commit)
+    try:
+        found = system.find(below) if system.exists(below) else []
+        for path in found:
+            name = path.removeprefix(f"{below}/")
+            if _light(name):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(*([DvcException, OSError] if name.startswith("data/") else [])):
+                    system.get_file(path, str(target / name))
+    except (DvcException, OSError) as error:
+        if not system.repo.config["remote"].keys() - {"auto-generated-upstream"}:  # DVC's own name for this folder
+            raise GraceError(
+                f"{revision}: DVC has no copy of its results, and no remote is set; `dvc remote add -d NAME URL` says "
+                "where they were pushed to"
+            ) from error
+        raise GraceError(
+            f"{revision}: DVC has no copy of its results ({error}); run `dvc fetch` at that revision, or `dvc fetch --all-commits`"
+        ) from error
+
+
+def _light(name: str) -> bool:
+    return name == "manifest.json" or any(fnmatch(name, pattern) for pattern in LIGHT)

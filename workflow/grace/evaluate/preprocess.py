@@ -1,0 +1,55 @@
+"""Preprocessing of same-sized images by look-up, where the processor treats every pixel alone.
+
+A processor that neither resizes nor crops images of a size, as the demo's does with its own, maps each channel's 256
+values to 256 numbers. These are read off the processor itself, and the shortcut is taken only after it has reproduced
+the processor's output for a real image of that size bit for bit.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class Pixels:
+    """`pixel_values` of images, as `processor.image_processor` makes them."""
+
+    def __init__(self, image_processor) -> None:
+        self.image_processor = image_processor
+        self._tables: dict[tuple[int, int], np.ndarray | None] = {}  # size -> [3, 256] float32, or None: no shortcut
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """RGB images to float32 [images, 3, height, width]."""
+        size = images[0].size
+        if any(image.size != size for image in images):
+            return self._slowly(images)
+        if size not in self._tables:
+            self._tables[size] = self._table(images[0])
+        table = self._tables[size]
+        if table is None:
+            return self._slowly(images)
+        return torch.from_numpy(self._look_up(table, images))
+
+    def _slowly(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+    @staticmethod
+    def _look_up(table: np.ndarray, images: Sequence[Image.Image]) -> np.ndarray:
+        pixels = np.stack([np.asarray(image).transpose(2, 0, 1) for image in images])  # [images, 3, height, width]
+        made = np.empty(pixels.shape, np.float32)
+        for channel in range(3):
+            np.take(table[channel], pixels[:, channel], out=made[:, channel], mode="clip")
+        return made
+
+    def _table(self, image: Image.Image) -> np.ndarray | None:
+        width, height = image.size
+        if width * height < 256:
+            return None
+        ramp = np.resize(np.arange(256, dtype=np.uint8), (height, width))
+        made = self._slowly([Image.fromarray(np.stack([ramp] * 3, axis=-1))]).numpy()
+        if made.shape != (1, 3, height, width):
+            return None
+        table = made.reshape(3, -1)[:, :256].copy()
+        same = np.array_equal(self._look_up(table, [image]), self._slowly([image]).numpy())
+        return table if same else None

@@ -1,0 +1,1 @@
+"""How each result was made, back to the data."""

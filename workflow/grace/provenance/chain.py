@@ -1,0 +1,227 @@
+"""The chain from an output back to the data: what Snakemake, the manifests, the frozen parameters and the logs know.
+
+An output is what a rule declares: a single file, or the manifest.json that stands for a folder. Its record comes from
+`results/{experiment}/provenance.jsonl` where that describes the file that is here, and otherwise from Snakemake's own
+`.snakemake/metadata`, which also knows what was built since the last `dvc repro`.
+"""
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_json, sha256
+from grace.provenance.manifests import listed
+from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path
+
+_CODE = "workflow/grace/"
+_SOURCES = (".npz", ".safetensors", ".parquet")  # what the package holds of data
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file that an output was made from; `state` is unchanged, changed, missing, or unknown (too large, no record)."""
+
+    path: str
+    sha256: str | None
+    state: str
+
+
+@dataclass
+class Step:
+    """One output and what is known of its making; what was never recorded is None."""
+
+    output: str
+    state: str  # whole, changed (since the record was made), missing
+    sha256: str | None
+    files: int
+    size: int
+    rule: str | None = None
+    command: str | None = None
+    ended: str | None = None
+    seconds: float | None = None
+    peak_mib: float | None = None
+    cpu_seconds: float | None = None
+    gpu_hours: float | None = None
+    log: str | None = None
+    parameters: dict[str, Any] | None = None
+    seed: int | None = None
+    environment: dict[str, Any] | None = None
+    code: dict[str, Any] | None = None
+    inputs: list[Input] = field(default_factory=list)  # outputs of other steps, and source data
+
+
+class Results:
+    """A results folder with its records.
+
+    Args:
+        path: the folder `results/{experiment}`, or any file or folder below one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path).absolute()
+        for folder in (path, *path.parents):
+            if folder.parent.name == "results":
+                self.folder, self.root = folder, folder.parent.parent
+                break
+        else:
+            raise GraceError(f"{path}: not below a results folder; give a file or folder of results/EXPERIMENT")
+        if not self.folder.is_dir():
+            raise GraceError(f"{self.folder}: no such folder; build the experiment, or `dvc pull` it")
+        self._hashes: dict[str, str | None] = {}
+
+    def name(self, path: Path) -> str:
+        """A path as Snakemake records it: relative to where it runs."""
+        return path.absolute().relative_to(self.root).as_posix()
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Rows of provenance.jsonl by output; {} where it was never saved."""
+        return {row["output"]: row for row in _read(self.folder / "provenance.jsonl")}
+
+    def record(self, output: str) -> dict[str, Any] | None:
+        """Snakemake's record of an output, as the module's docstring says where from."""
+        row = self.rows.get(output)
+        if row is not None and row["sha256"] in (None, self.hash(output)):
+            return row["record"]
+        live = self.root / _record_path(output)
+        if live.is_file():
+            record = read_json(live)
+            if record.get("record_format_version") == FORMAT and not record.get("incomplete"):
+                return record
+        return row["record"] if row else None
+
+    def hash(self, name: str) -> str | None:
+        """SHA-256 of a file as it is now; None where it is missing or too large to be hashed in passing."""
+        if name not in self._hashes:
+            path = self.root / name
+            hashed = path.is_file() and path.stat().st_size <= HASHED_UP_TO
+            self._hashes[name] = sha256(path) if hashed else None
+        return self._hashes[name]
+
+    def output_of(self, path: str | Path) -> str:
+        """The output that a file or folder belongs to.
+
+        Raises:
+            GraceError: it is no output, with the outputs that are near it.
+        """
+        path = Path(path).absolute()
+        if path.is_file() and self.record(self.name(path)):
+            return self.name(path)
+        for folder in (path, *path.parents):
+            if folder == self.folder.parent:
+                break
+            if (folder / MANIFEST).is_file():
+                return self.name(folder / MANIFEST)
+        if not path.exists():
+            raise GraceError(f"{path}: no such file or folder; build it, or `dvc pull` it")
+        near = sorted(self.name(p.parent) for p in path.rglob(MANIFEST)) if path.is_dir() else []
+        rest = f"; give one of {', '.join(near[:6])}{', …' if len(near) > 6 else ''}" if near else ""
+        raise GraceError(f"{path}: no rule made it{rest or '; give an output of the workflow'}")
+
+    def step(self, output: str) -> Step:
+        """What is known of one output."""
+        path = self.root / output
+        record = self.record(output)
+        manifest = read_json(path) if path.name == MANIFEST and path.is_file() else {}
+        files = {name: self.root / Path(output).parent / name for name in listed(manifest)}
+        sizes = [file.stat().st_size for file in files.values() if file.is_file()]
+        row = self.rows.get(output)
+        now = self.hash(output)
+        state = "whole" if path.is_file() else "missing"
+        if state == "whole" and row and row["sha256"] not in (None, now):
+            state = "changed"
+        step = Step(
+            output, state, now, len(files) or int(path.is_file()),
+            sum(sizes) if files else path.stat().st_size if path.is_file() else 0,
+            environment=manifest.get("environment"),
+        )  # fmt: skip
+        if record is not None:
+            self._add_record(step, record)
+            gpus = _gpus(step.environment)
+            step.gpu_hours = round(gpus * step.seconds / 3600, 4) if gpus else None
+        return step
+
+    def _add_record(self, step: Step, record: dict[str, Any]) -> None:
+        step.rule, step.command = record["rule"], record.get("shellcmd")
+        step.ended = datetime.fromtimestamp(record["endtime"], UTC).isoformat(timespec="seconds")
+        step.seconds = round(record["endtime"] - record["starttime"], 2)
+        step.log = next(iter(record.get("log") or []), None)
+        measured = record.get("benchmark") or self._benchmark(step.log)
+        if measured:
+            step.seconds = float(measured["s"])
+            step.peak_mib, step.cpu_seconds = _number(measured["max_rss"]), _number(measured["cpu_time"])
+        code: dict[str, str | None] = {}
+        for name in sorted(map(str, record["input"] or [])):
+            checksum = (record["input_checksums"] or {}).get(name)
+            recorded = checksum.removeprefix("sha256:") if checksum else None
+            if f"/{name}".find(f"/{_CODE}") >= 0 and not name.endswith(_SOURCES):
+                code[name] = recorded
+                continue
+            found = Input(name, recorded, self._state(name, recorded))
+            if name.startswith(f"{self.name(self.folder)}/config/"):
+                path = self.root / name
+                values = read_json(path) if path.is_file() else None
+                step.parameters = {"path": name, "sha256": recorded, "state": found.state, "values": values}
+                step.seed = _seed(values)
+            step.inputs.append(found)
+        if code:
+            text = json.dumps(sorted(code.items())).encode()
+            changed = [name for name, recorded in code.items() if self._state(name, recorded) != "unchanged"]
+            step.code = {"files": len(code), "sha256": hashlib.sha256(text).hexdigest(), "changed": changed}
+
+    def _state(self, name: str, recorded: str | None) -> str:
+        if not (self.root / name).is_file():
+            return "missing"
+        now = self.hash(name)
+        if recorded is None or now is None:
+            return "unknown"
+        return "unchanged" if now == recorded else "changed"
+
+    def _benchmark(self, log: str | None) -> dict[str, str] | None:
+        """The table that Snakemake writes beside a job's log: one row of seconds, MB and more."""
+        path = (self.root / log).with_suffix(".tsv") if log else None
+        if path is None or not path.is_file():
+            return None
+        with path.open(newline="") as file:
+            return next(csv.DictReader(file, delimiter="\t"), None)
+
+    def chain(self, output: str) -> dict[str, Step]:
+        """An output's step and those of everything that it was made from, each once, nearest first."""
+        found: dict[str, Step] = {}
+        waiting = [output]
+        while waiting:
+            name = waiting.pop(0)
+            if name in found:
+                continue
+            found[name] = self.step(name)
+            waiting += [i.path for i in found[name].inputs if self.record(i.path) is not None]
+        return found
+
+
+def _gpus(environment: dict[str, Any] | None) -> int:
+    """GPUs that a job saw."""
+    if not environment or not environment["hardware"]["gpus"]:
+        return 0
+    visible = environment["hardware"]["visible"]
+    return len(environment["hardware"]["gpus"]) if visible is None else len([c for c in visible.split(",") if c])
+
+
+def _seed(values: Any) -> int | None:
+    """The seed of a job's frozen parameters: its own, or its data's."""
+    if not isinstance(values, dict) or "experiment" in values:
+        return None
+    return values.get("seed", (values.get("data") or {}).get("seed"))
+
+
+def _number(text: str) -> float | None:
+    """A cell of the benchmark table; `-` and `NA` are what a job too short to be measured has."""
+    try:
+        return float(text)
+    except ValueError:
+        return None

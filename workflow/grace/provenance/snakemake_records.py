@@ -1,0 +1,202 @@
+"""Snakemake's records of how each output was made, kept beside the results so that they travel with git and DVC.
+
+Snakemake decides by `.snakemake/metadata/` whether an output still holds: one JSON file per output, under its path in
+base64, with the rule, its command, its parameters and the checksums of its inputs. The folder does not travel, so after
+a clone and a `dvc pull` a plain `snakemake` would build everything again. `save` copies the records into
+`results/{experiment}/provenance.jsonl`, which git keeps; `restore` puts back those of files that are here unchanged.
+
+The file's first line names Snakemake's version and every input once, with its checksum; each further line is one
+output with its size, its SHA-256 (of files up to 64 MB; larger ones are described by a manifest or index beside them)
+and its record, whose inputs are places in that list.
+"""
+
+import json
+import sys
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.provenance.manifests import listed
+
+FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
+HASHED_UP_TO = 64 * 2**20
+_NAME_MAX = 255
+_KEPT = ("rule", "log", "shellcmd", "params", "code", "software_stack_hash", "starttime", "endtime")
+
+
+def save(results: str | Path) -> int:
+    """Write the records of every output below `results` to `results/provenance.jsonl`; return how many it holds.
+
+    Rows of outputs that are not here (a partial pull) are kept as they were.
+    """
+    results = Path(results)
+    store = _store(results)
+    recorded = {output: record for output, record in _recorded() if _below(output, results) and Path(output).is_file()}
+    rows = {row["output"]: row for row in _read(store) if not Path(row["output"]).is_file()}
+    for output, record in recorded.items():
+        rows[output] = {"output": output, **_identity(Path(output)), "record": record}
+    checksums: dict[str, str | None] = {}
+    for row in rows.values():
+        checksums |= {name: None for name in row["record"]["input"] if name not in checksums}
+        checksums |= row["record"]["input_checksums"]
+    places = {name: place for place, name in enumerate(sorted(checksums))}
+    head = {"snakemake": version("snakemake"), "format": FORMAT, "inputs": sorted(checksums.items())}
+    with whole_file(store) as part, part.open("w") as file:
+        file.write(_line(head))
+        for output in sorted(rows):
+            file.write(_line({**rows[output], "record": _folded(rows[output]["record"], places, checksums)}))
+    _stamp(results).parent.mkdir(parents=True, exist_ok=True)
+    _stamp(results).write_text(sha256(store))
+    return len(rows)
+
+
+def restore(results: str | Path) -> int:
+    """Put back the records of outputs that are as `results/provenance.jsonl` knows them; return how many.
+
+    An output that differs is left alone, and so is a record of this machine that fits the inputs as they are now. When
+    the file of records has not changed since the last time, only outputs that are newer than their record are looked at.
+    """
+    results = Path(results)
+    store = _store(results)
+    if not store.is_file():
+        return 0
+    known = _stamp(results).is_file() and _stamp(results).read_text() == sha256(store)
+    checksum = cache(_checksum)
+    restored = 0
+    for row in _read(store):
+        output, target = Path(row["output"]), _record_path(row["output"])
+        if not output.is_file() or (known and target.is_file() and _mtime(target) >= _mtime(output)):
+            continue
+        if not _same(output, row) or (target.is_file() and _fits(target, output, checksum)):
+            continue
+        record = {**row["record"], "endtime": _mtime(output), "incomplete": False, "record_format_version": FORMAT}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(record))
+        restored += 1
+    _stamp(results).parent.mkdir(parents=True, exist_ok=True)
+    _stamp(results).write_text(sha256(store))
+    return restored
+
+
+def _store(results: Path) -> Path:
+    return results / "provenance.jsonl"
+
+
+def _stamp(results: Path) -> Path:
+    return Path(".snakemake", "grace", f"{results.name}.sha256")
+
+
+def _record_path(output: str) -> Path:
+    """Where Snakemake keeps an output's record: base64 of its path, cut into folders where too long for a name."""
+    encoded = urlsafe_b64encode(output.encode()).decode()
+    parts = [encoded[i : i + _NAME_MAX - 1] for i in range(0, len(encoded), _NAME_MAX - 1)]
+    return Path(".snakemake", "metadata", *(f"@{part}" for part in parts[:-1]), parts[-1])
+
+
+def _recorded() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every whole record of this machine, with its output's path."""
+    folder = Path(".snakemake", "metadata")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            encoded = "".join(part.removeprefix("@") for part in path.relative_to(folder).parts)
+            record = read_json(path)
+            if record.get("record_format_version") == FORMAT and not record.get("incomplete"):
+                kept = {key: record.get(key) for key in _KEPT}
+                kept["input"] = [str(name) for name in record["input"] or []]
+                kept["input_checksums"] = record["input_checksums"] or {}
+                yield urlsafe_b64decode(encoded).decode(), kept
+
+
+def _read(store: Path) -> list[dict[str, Any]]:
+    """The rows with their inputs spelt out; none where there is no file or another Snakemake wrote it."""
+    if not store.is_file():
+        return []
+    try:
+        head, *rows = (json.loads(line) for line in store.read_text().splitlines())
+        if head["format"] != FORMAT:
+            return []
+        inputs = head["inputs"]
+        return [{**row, "record": _unfolded(row["record"], inputs)} for row in rows]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise GraceError(f"{store}: damaged ({error}); take it from git again: git checkout -- {store}") from error
+
+
+def _folded(record: dict[str, Any], places: dict[str, int], checksums: dict[str, str | None]) -> dict[str, Any]:
+    """Inputs as places in the list; checksums only where they are not the list's."""
+    own = {name: record["input_checksums"].get(name) for name in record["input"]}
+    differing = {name: value for name, value in own.items() if value != checksums[name]}
+    return {**record, "input": [places[name] for name in record["input"]], "input_checksums": differing}
+
+
+def _unfolded(record: dict[str, Any], inputs: list[list[str]]) -> dict[str, Any]:
+    listed = dict(inputs[place] for place in record["input"])
+    checksums = {name: value for name, value in {**listed, **record["input_checksums"]}.items() if value is not None}
+    return {**record, "input": list(listed), "input_checksums": checksums}
+
+
+def _identity(output: Path) -> dict[str, Any]:
+    size = output.stat().st_size
+    return {"bytes": size, "sha256": sha256(output) if size <= HASHED_UP_TO else None}
+
+
+def _same(output: Path, row: dict[str, Any]) -> bool:
+    """Whether a file is the one of a row; for a manifest also whether the files it lists are there in full."""
+    if _identity(output) != {"bytes": row["bytes"], "sha256": row["sha256"]}:
+        return False
+    if output.name != MANIFEST:
+        return True
+    for name, entry in listed(read_json(output)).items():
+        path = output.parent / name
+        if not path.is_file():
+            return False
+        if path.stat().st_size != entry["bytes"] if "bytes" in entry else sha256(path) != entry["sha256"]:
+            return False
+    return True
+
+
+def _fits(target: Path, output: Path, checksum: Any) -> bool:
+    """Whether a record of this machine speaks of this very output and of the inputs as they are now."""
+    record = read_json(target)
+    if record.get("endtime") != _mtime(output):
+        return False
+    return all(checksum(name) == value for name, value in (record.get("input_checksums") or {}).items())
+
+
+def _checksum(name: str) -> str | None:
+    """A file's checksum as Snakemake writes it."""
+    return f"sha256:{sha256(name)}" if Path(name).is_file() else None
+
+
+def _mtime(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _below(output: str, folder: Path) -> bool:
+    return Path(output).is_relative_to(folder)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m grace.provenance.snakemake_records save|restore results/{experiment}`."""
+    subcommands = {"save": save, "restore": restore}
+    if len(arguments) != 2 or arguments[0] not in subcommands:
+        print("usage: python -m grace.provenance.snakemake_records save|restore results/EXPERIMENT", file=sys.stderr)
+        return 2
+    try:
+        print(f"{arguments[1]}: {subcommands[arguments[0]](arguments[1])} records {arguments[0]}d")
+    except GraceError as error:
+        print(f"grace: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

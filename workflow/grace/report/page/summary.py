@@ -1,0 +1,65 @@
+"""How the page opens: what was run, the main finding with its uncertainty, and the averages that matter most."""
+
+from typing import Any
+
+from grace.report.paper import DEMO, GRACE, label, row_role, seed_range
+from grace.report.tables.claims import main_finding
+from grace.report.tables.footnotes import gaps
+from grace.report.tables.table import number
+from grace.results.read import BASELINE, TEACHER, Results, Row
+
+
+def opening(results: Results, known: dict) -> dict[str, Any]:
+    """What the page's head shows; `known` keeps comparisons for the tables."""
+    demo = results.experiment.data.source == "demo"
+    return {
+        "badge": f"{DEMO}: far smaller models and questions, made here; compare directions, not values" if demo else "",
+        "finding": main_finding(results, known),
+        "lacking": " ".join(gaps(results)),
+        "cards": [_card(results, row) for row in _shown(results)],
+        "facts": _facts(results),
+    }
+
+
+def _shown(results: Results) -> list[Row]:
+    """Teacher, baseline, and the two sides of the comparison at the fewest bits that are usual: INT4, else bf16."""
+    at = {(row_role(results.experiment, row), row.precision): row for row in results.rows()}
+    wanted = [TEACHER, BASELINE, *(at.get((role, "int4")) for role in ("rtn", "none", GRACE)), at.get((GRACE, "bf16"))]
+    return [row for row in wanted if row in results.seeds and results.has_average(row)]
+
+
+def _card(results: Results, row: Row) -> dict[str, str]:
+    found = results.estimate(row)
+    seeds = "one model" if row == TEACHER else seed_range(results.seeds[row])
+    return {
+        "name": f"{label(results.experiment, row)} {row.precision}",
+        "value": number(found.value),
+        "about": f"± {number(found.stderr)}, {seeds}",
+    }
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    experiment = results.experiment
+    models = [
+        f"{side}: {model.pretrained or _shape(model)}"
+        for side, model in (("teacher", experiment.teacher), ("student", experiment.student))
+    ]
+    data = experiment.data
+    trained = f"{data.images:,} images made here" if data.source == "demo" else str(data.conversations)
+    first = next(iter(results.seeds))
+    asked = sum(results.scores(first, name).values.shape[1] for name in results.benchmarks if results.has(first, name))
+    named = [name if name in results.imitations else results.mirrors[name] for name in results.benchmarks]
+    harness = results.manifest(first, results.seeds[first][0]).get("harness", {})
+    averaged = "all" if len(results.averaged) == len(results.benchmarks) else f"{len(results.averaged)}"
+    return [
+        ("Models", f"{experiment.family} family; {'; '.join(models)}"),
+        ("Trained on", f"{trained}; every student {experiment.finetune.steps:,} steps of {experiment.finetune.batch} from its seed's baseline"),
+        ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in {len(results.benchmarks)} benchmarks "
+         f"({', '.join(named)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
+        ("Numbers", f"points, ± standard error (clustered by image, with the variance between seeds); the average is of {averaged} benchmarks"),
+    ]  # fmt: skip
+
+
+def _shape(model) -> str:
+    shape = model.architecture
+    return f"made here, {shape.layers} layers of width {shape.hidden_size}" if shape else "made here"

@@ -1,0 +1,1 @@
+"""The tables of an experiment: Markdown, CSV and LaTeX."""

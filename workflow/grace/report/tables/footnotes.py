@@ -1,0 +1,129 @@
+"""The footnotes of the score tables: what a number is, what was tested, and what the paper's number beside it means."""
+
+from grace.benchmarks.question_points import SAID
+from grace.report.paper import ARXIV, AVERAGE, canonical, label, paper_average, paper_model, paper_numbers
+from grace.report.tables.table import number
+from grace.results.read import TEACHER, Results
+from grace.results.statistics import ALPHA, POWER
+
+MISSING_SHOWN = 6
+
+
+def notes(results: Results, number_: str, groups: list, tests) -> list[str]:
+    """Footnotes of one table; `groups` and `tests` are its rows and its family of tests."""
+    if not groups:
+        return [f"The experiment `{results.experiment.experiment}` ran nothing that belongs here."]
+    found = [_numbers(results), *_seeds(results, groups), _paper(results, number_), *_averages(results, number_)]
+    found += [*_forms(results), *_tests(tests), *_differences(results, groups)]
+    if any(TEACHER in group.rows for group in groups):
+        found.append("The teacher is not ranked.")
+    return found + _elsewhere(results, number_) + gaps(results)
+
+
+def gaps(results: Results) -> list[str]:
+    """What partial results lack."""
+    lacking = results.missing
+    if not lacking:
+        return []
+    rest = f" and {len(lacking) - MISSING_SHOWN} more" if len(lacking) > MISSING_SHOWN else ""
+    return [
+        f"Partial results: {len(lacking)} set{'s' * (len(lacking) > 1)} of predictions {'are' if len(lacking) > 1 else 'is'} not here "
+        f"({', '.join(lacking[:MISSING_SHOWN])}{rest}), and everything is computed without them."
+    ]
+
+
+def _numbers(results: Results) -> str:
+    return (
+        "Points, mean over seeds ± standard error. The error is clustered by image and holds the variance between seeds "
+        f"where there are several; a single seed's error covers the questions alone. Questions: {sizes(results)}."
+    )
+
+
+def _seeds(results: Results, groups: list) -> list[str]:
+    for group in groups:
+        rows = [row for row in group.rows if row != TEACHER] + ([group.reference] if group.reference else [])
+        if len({results.seeds[row] for row in rows if row != TEACHER}) > 1:
+            return [
+                "Rows with different seeds (column Run) are compared on the seeds that both have. Their Δ is then not the "
+                "difference of the averages shown, and a row of one lucky seed may stand higher than it should."
+            ]
+    return []
+
+
+def _paper(results: Results, number_: str) -> str:
+    model = paper_model(results.experiment, number_)
+    if results.experiment.data.source == "demo":
+        return (
+            f"“paper” is {ARXIV}'s number for {model}, on the benchmark in brackets. The demo's models, images and "
+            "questions are other and far smaller ones: compare directions, not values."
+        )
+    return f"“paper” is {ARXIV}'s number for {model}."
+
+
+def _averages(results: Results, number_: str) -> list[str]:
+    left_out = [results.mirrors[name] for name in results.benchmarks if name not in results.averaged]
+    what = f"the {len(results.averaged)} benchmarks other than {', '.join(left_out)}" if left_out else "all benchmarks"
+    said = f"The average is the plain mean of {what}"
+    theirs = paper_average(results.experiment, number_)
+    if theirs and sorted(theirs) != sorted(canonical(results.mirrors[name]) for name in results.averaged):
+        said += f"; the paper's is that of {', '.join(theirs)}"
+    return [said + "."]
+
+
+def _forms(results: Results) -> list[str]:
+    """Benchmarks that are not counted by the mean score, and imitations of such."""
+    found = {}
+    for name in results.benchmarks:
+        found.setdefault(results.form(name), name)
+    said = [f"{results.mirrors[name]}: {SAID[form]}." for form, name in found.items() if form in SAID]
+    if any(canonical(results.mirrors[name]) == "MME" for name in results.imitations):
+        said.append(
+            "MME: the paper's number is MME's score (up to 2,000), ours the share of right answers, in percent."
+        )
+    return said
+
+
+def _tests(tests) -> list[str]:
+    count = len(tests.shown)
+    if not count:
+        return []
+    return [
+        f"Bold: best of its block, underlined: second best after a bold one, each only where it beats the next at {ALPHA:.0%} "
+        f"after Holm's correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * marks its significant ones). "
+        "One benchmark of right or wrong answers: McNemar's exact test, clustered by image. All else: paired bootstrap over "
+        "images. With several seeds also a t test with the variance between seeds, and the larger p counts; with one seed a "
+        "mark is about these very models, not the method."
+    ]
+
+
+def _differences(results: Results, groups: list) -> list[str]:
+    names = [f"{label(results.experiment, g.reference)} {g.reference.precision}" for g in groups if g.reference]
+    if not names:
+        return []
+    return [
+        f"Δ average: difference of the averages from {', '.join(dict.fromkeys(names))}, paired by question and by the seeds that "
+        f"both have, ± its standard error. Detectable difference: what a comparison with that row finds with {POWER:.0%} power "
+        f"at {ALPHA:.0%}, uncorrected (median over the rows)."
+    ]
+
+
+def sizes(results: Results) -> str:
+    """How many questions each benchmark asks."""
+    counts = {}
+    for name in results.benchmarks:
+        row = next((row for row in results.seeds if results.has(row, name)), None)
+        if row is not None:
+            counts[name] = results.scores(row, name).values.shape[1]
+    if len(set(counts.values())) == 1:
+        return f"{next(iter(counts.values())):,} in each benchmark"
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _elsewhere(results: Results, number_: str) -> list[str]:
+    """Rows of the paper's table that are other people's methods, which this pipeline does not run."""
+    if results.experiment.family == "qwen3_vl":
+        return []
+    numbers = paper_numbers()
+    others = numbers[(numbers["table"] == number_) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
+    listed = ", ".join(f"{row} {number(value)}" for row, value in zip(others["row"], others["value"], strict=True))
+    return [f"The paper's table also lists (average): {listed}; these methods are not run here."] if listed else []

@@ -1,0 +1,45 @@
+"""Writing every table of an experiment."""
+
+from pathlib import Path
+
+from grace.files import whole_folder
+from grace.report.tables.benchmark_metrics import measures_table
+from grace.report.tables.claims import claims_table
+from grace.report.tables.deployment import deployment_table
+from grace.report.tables.language import language_table
+from grace.report.tables.scores import groups_of, score_table
+from grace.report.tables.table import Table, comma_separated, latex, markdown
+from grace.results.read import Results
+
+TITLES = {
+    "table1": ("1", "Table 1: full precision (bf16), teacher, baseline and GRACE"),
+    "table2": ("2", "Table 2: quantised students"),
+    "table3": ("3", "Table 3: GRACE's parts at bf16 (gated decoupled KD, relational CKA, information bottleneck)"),
+    "table4": ("4", "Table 4: what distillation adds to quantisation-aware training"),
+    "outliers": ("outliers", "Outliers: INT4 under the outlier transform, which is no table of the paper"),
+}
+NAMES = ("claims", *TITLES, "measures", "language", "deployment")
+
+
+def build_tables(results: Results, known: dict | None = None) -> list[Table]:
+    """The claims, then every table in the paper's order; `known` keeps comparisons for other readers of these results."""
+    known = {} if known is None else known
+    groups = groups_of(results)
+    tables = [score_table(results, name, title, key, groups[key], known) for name, (key, title) in TITLES.items()]
+    return [
+        claims_table(results, known),
+        *tables,
+        measures_table(results),
+        language_table(results),
+        deployment_table(results),
+    ]
+
+
+def write_tables(results: Results, out: Path) -> None:
+    """Write NAMES.{md,csv,tex} into the folder `out`, as a whole."""
+    built = build_tables(results)
+    with whole_folder(out, kind="tables") as part:
+        for table in built:
+            (part / f"{table.name}.md").write_text(markdown(table))
+            (part / f"{table.name}.csv").write_text(comma_separated(table))
+            (part / f"{table.name}.tex").write_text(latex(table))

@@ -1,0 +1,1 @@
+"""What was measured: predictions and their statistics."""

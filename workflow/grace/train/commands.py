@@ -1,0 +1,109 @@
+"""`grace train`: read the frozen parameters, start from the right weights, train, and keep what ships."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from grace.config.runs import TrainRun
+from grace.data import load_prepared
+from grace.distributed import World, join_world, whole
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_json, whole_file, whole_folder
+from grace.models import build_llava, load_model, load_processor, vision_tower
+from grace.quant import save_quantization
+from grace.teacher.forward import check_examples
+from grace.teacher.identity import expected
+from grace.teacher.reader import TeacherCache
+from grace.train.loop import Trainer, run_identity
+
+
+def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World):
+    dtype = getattr(torch, run.compute_dtype)
+    if run.architecture is not None:
+        model = build_llava(run.architecture, processor, data / "vision_tower", run.seed).to(dtype)
+    else:
+        model = load_model(init, dtype=dtype)
+        if run.outliers:
+            from grace.quant import add_outliers
+
+            add_outliers(model, run.quantization.outlier_every, run.quantization.outlier_factor)
+    return model.to(world.device)
+
+
+def _check_weights(model, init: Path | None) -> None:
+    """Refuse to start from weights that are NaN or infinite; a `GraceError` names the first."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise GraceError(f"{init}: {name} holds NaN or infinite weights; fetch or train this model again")
+
+
+def _save(model, processor, trainer: Trainer, out: Path, log: Path) -> None:
+    """Write the model folder and the log from the first process; the others only help to put the weights together."""
+    run = trainer.run
+    weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in weights.items()}
+    layers = trainer.optimizer.quantised()
+    if trainer.world.first:
+        with whole_folder(out, run=run.model_dump(), identity=trainer.identity) as folder:
+            model.config.dtype = torch.bfloat16
+            model.save_pretrained(folder, state_dict=weights)
+            processor.save_pretrained(folder)
+            if run.bits is not None:
+                save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
+        with whole_file(log) as part:
+            shutil.copyfile(trainer.log, part)
+        shutil.rmtree(trainer.checkpoints, ignore_errors=True)
+    trainer.world.barrier()
+
+
+def train(
+    run: Path,
+    data: Path,
+    out: Path,
+    log: Path,
+    checkpoints: Path,
+    init: Path | None = None,
+    cache: Path | None = None,
+    teacher: Path | None = None,
+) -> None:
+    """Train the model that the frozen parameters `run` describe and write it to `out`.
+
+    Args:
+        run: a frozen `TrainRun`.
+        data: the data folder.
+        out: the model folder to make.
+        log: JSON lines, one per optimiser step.
+        checkpoints: folder for resumable checkpoints; removed when the run ends well.
+        init: the model to start from; needed unless `run` gives an architecture.
+        cache: the teacher's cache; needed by recipes that distil.
+        teacher: the teacher's model folder, to refuse a cache of another one.
+
+    Raises:
+        GraceError: before the first step: files that do not fit together, weights or data that cannot be trained on.
+    """
+    parameters = TrainRun.model_validate(read_json(run))
+    if (parameters.architecture is None) == (init is None):
+        raise GraceError(f"{run}: give --init exactly when the run has no architecture of its own")
+    distils = parameters.kd != "none" or parameters.rcka
+    if distils and cache is None:
+        raise GraceError(f"{run}: this recipe distils; give the teacher's cache with --cache")
+    world = join_world()
+    torch.manual_seed(parameters.seed)
+    processor = load_processor(data / "processor")
+    model = _starting_model(parameters, processor, data, init, world)
+    _check_weights(model, init)
+    targets = None
+    if distils:
+        targets = TeacherCache.open(cache, expect=expected(data, parameters.method.temperature, teacher))
+    identity = run_identity(
+        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
+    )
+    examples = load_prepared(data, vision_tower(model))
+    check_examples(examples, model)
+    if targets is not None:
+        targets.check_keys(example.key for example in examples if not example.caption)
+    growing = checkpoints / "train.jsonl"  # `log` is a rule's output, which Snakemake deletes when the job is killed
+    trainer = Trainer(model, processor, examples, parameters, targets, growing, checkpoints, identity, world)
+    trainer.train()
+    _save(model, processor, trainer, out, log)
