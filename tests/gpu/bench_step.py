@@ -128,7 +128,7 @@ def build_examples(shape: Shape, count: int) -> list[Example]:
         labels = ids.clone()
         labels[: 1 + shape.visual + PROMPT] = -100
         image = RandomImage(f"image {number}", b"", None, f"{number:064x}")
-        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, image=image))
+        examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, images=(image,)))
     return examples
 
 

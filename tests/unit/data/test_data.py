@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from grace.data import EncodedImage, collate, load_conversations, load_examples, plan_batches
+from grace.data import Conversation, EncodedImage, collate, load_conversations, load_examples, plan_batches
+from grace.data.conversations import SCHEMA, as_row, asked_and_answered
 from grace.data.examples import IGNORED
 from grace.demo.processor import build_processor
 from grace.errors import GraceError
@@ -24,14 +25,14 @@ def jpeg(colour):
 TURNS = [("describe the picture", "red shirt"), ("what colour is the shirt", "red"), ("is there a bag", "no")]
 
 
-def write(folder, rows):
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+def write(folder, rows, schema=True):
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA if schema else None), folder / "train.parquet")
     return folder
 
 
 def row(name="one", image=None, turns=TURNS):
-    image = {"bytes": jpeg("red") if image is None else image, "path": None}
-    return {"id": name, "image": image, "conversation": [{"question": q, "answer": a} for q, a in turns]}
+    image = EncodedImage.from_bytes(name, jpeg("red") if image is None else image)
+    return as_row(Conversation(name, (image,), asked_and_answered(turns)))
 
 
 def test_labels_are_the_answers_and_their_ends(tmp_path):
@@ -101,13 +102,16 @@ def test_every_epoch_is_a_permutation(count, size):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda r: r | {"image": {"bytes": None, "path": None}}, "row 0 .*has no image"),
-        (lambda r: r | {"conversation": []}, "row 0 .*has no conversation"),
-        (lambda r: {"id": r["id"], "image": r["image"]}, "column conversation is missing"),
+        (lambda r: r | {"images": [{"bytes": None, "path": None, "sha256": None}]}, "row 0 .*has an empty image"),
+        (lambda r: r | {"images": []}, "row 0 .*has 0 images and 1 places for them"),
+        (lambda r: r | {"messages": []}, "row 0 .*has no answer"),
+        (lambda r: r | {"messages": [m | {"role": "tool"} for m in r["messages"]] + r["messages"]}, "of role 'tool'"),
+        (lambda r: r | {"messages": r["messages"][:1] * 2 + [r["messages"][1]]}, "has 1 images and 2 places"),
+        (lambda r: {"id": r["id"], "images": r["images"]}, "column messages, caption is missing"),
     ],
 )
 def test_broken_rows_are_named(tmp_path, change, reason):
-    write(tmp_path, [change(row())])
+    write(tmp_path, [change(row())], schema=False)
     with pytest.raises(GraceError, match=reason):
         load_conversations(tmp_path / "train.parquet")
 

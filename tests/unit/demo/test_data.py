@@ -74,7 +74,7 @@ def test_rows_name_only_sources_of_their_split():
 def test_a_image_is_a_function_of_seed_split_and_index():
     one, again, other = (list(islice(training_rows(DemoData(seed=seed)), 8)) for seed in (0, 0, 1))
     assert one == again
-    assert all(a["image"]["bytes"] != b["image"]["bytes"] for a, b in zip(one, other, strict=True))
+    assert all(a["images"] != b["images"] for a, b in zip(one, other, strict=True))
     # The hundredth item alone is the hundredth of the whole series.
     alone = draw_item("colour", "test", 0, 7, load_sources("test"))
     assert np.array_equal(alone.image, list(items("colour", "test", 0, 8))[7].image)
@@ -264,11 +264,11 @@ def test_prepare_writes_the_same_folder_twice(tmp_path):
     assert manifests[0] == manifests[1]
     train = pd.read_parquet(tmp_path / "one" / "train.parquet")
     assert (
-        list(train.columns) == ["id", "caption", "image", "conversation", "sources"]
+        list(train.columns) == ["id", "images", "messages", "caption", "sources"]
         and train.id.is_unique
         and len(train) == 12
     )
-    assert all(len(turns) <= 4 for turns in train.conversation)
+    assert all(len(said) <= 8 for said in train.messages)
     test = pd.read_parquet(tmp_path / "one" / "benchmarks" / "presence.parquet")
     assert test.id.is_unique and len(test) == 5 and test.image_id.nunique() == 3
     development = pd.read_parquet(tmp_path / "one" / "development.parquet")

@@ -21,7 +21,8 @@ from tiny_models import make_llava
 
 from grace.config.runs import CacheRun
 from grace.config.schema import Cache
-from grace.data import load_examples
+from grace.data import Conversation, EncodedImage, load_examples
+from grace.data.conversations import SCHEMA, as_row, asked_and_answered
 from grace.demo.processor import build_processor
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, whole_folder, write_json, write_manifest
@@ -49,11 +50,10 @@ def make_image(number):
 def row(number):
     """A conversation; numbers 0 and 1 are about the same image."""
     turns = [
-        {"question": f"what colour is the {thing}", "answer": COLOURS[(number + i) % 3]}
-        for i, thing in enumerate(("shirt", "bag", "coat"))
+        (f"what colour is the {thing}", COLOURS[(number + i) % 3]) for i, thing in enumerate(("shirt", "bag", "coat"))
     ]
-    image = {"bytes": make_image(max(number, 1)), "path": None}
-    return {"id": f"row{number}", "image": image, "conversation": turns[: 1 + number % 3]}
+    image = EncodedImage.from_bytes(f"row{number}", make_image(max(number, 1)))
+    return as_row(Conversation(f"row{number}", (image,), asked_and_answered(turns[: 1 + number % 3])))
 
 
 def run_file(folder, format="hidden", shards=3, **change):
@@ -72,7 +72,9 @@ def home(tmp_path_factory):
     (home / "data").mkdir()
     processor = build_processor()
     processor.save_pretrained(home / "data/processor")
-    pq.write_table(pa.Table.from_pylist([row(number) for number in range(8)]), home / "data/train.parquet")
+    pq.write_table(
+        pa.Table.from_pylist([row(number) for number in range(8)], schema=SCHEMA), home / "data/train.parquet"
+    )
     write_manifest(home / "data")
     for name, seed in (("teacher", 0), ("student", 1)):
         with whole_folder(home / name) as folder:
@@ -97,7 +99,7 @@ def seen(home, examples):
     model.model.language_model.layers[-2].register_forward_hook(lambda *call: penultimate.append(call[-1]))
     for example in examples:
         with torch.no_grad():
-            pixels = processor.image_processor(images=[example.image.open()], return_tensors="pt")
+            pixels = processor.image_processor(images=[example.images[0].open()], return_tensors="pt")
             out = model.model(input_ids=example.input_ids[None], **pixels)
         asked = (example.labels[1:] != -100).nonzero().flatten()
         states, labels = out.last_hidden_state[0, asked], example.labels[asked + 1]

@@ -17,8 +17,8 @@ class Batch:
     Attributes:
         input_ids, attention_mask: int64 [batch, tokens].
         labels: int64 [batch, tokens], -100 where nothing is asked; not shifted.
-        pixels: what the model's forward takes of the images: `pixel_values` (for Qwen also `image_grid_thw`), or
-            `vision_features` [batch, n, d] where the frozen tower's output was kept (`models.image_inputs`).
+        pixels: what the model's forward takes of the images, in order: `pixel_values` (for Qwen also `image_grid_thw`), or
+            `vision_features` [images, n, d] where the frozen tower's output was kept (`models.image_inputs`).
         keys: the teacher records, in order.
         ids: the conversations, in order.
     """
@@ -53,10 +53,13 @@ def collate(examples: Sequence[Example], processor) -> Batch:
         input_ids[row, :end] = example.input_ids
         labels[row, :end] = example.labels
         attention_mask[row, :end] = 1
-    if all(example.features is not None for example in examples):
-        pixels = {"vision_features": torch.stack([example.features for example in examples])}
+    shown = [example for example in examples if example.images]
+    if not shown:
+        pixels = {}
+    elif all(example.features is not None for example in shown):
+        pixels = {"vision_features": torch.cat([example.features for example in shown])}
     else:
-        images = [example.image.open() for example in examples]
+        images = [image.open() for example in shown for image in example.images]
         pixels = dict(processor.image_processor(images=images, return_tensors="pt"))
     return Batch(input_ids, attention_mask, labels, pixels, [e.key for e in examples], [e.id for e in examples])
 

@@ -1,7 +1,9 @@
-"""Reading `train.parquet`: one row is one image with its conversation."""
+"""Reading and writing `train.parquet`: one row is one conversation, about any number of images or none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,81 +11,146 @@ import pyarrow.parquet as pq
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 
-COLUMNS = ("id", "image", "conversation")
+Role = Literal["system", "user", "assistant"]
+
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string(), "sha256": pa.string()})
+_PART = pa.struct({"type": pa.string(), "text": pa.string()})
+_MESSAGE = pa.struct({"role": pa.string(), "content": pa.list_(_PART)})
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "images": pa.list_(_IMAGE),
+        "messages": pa.list_(_MESSAGE),
+        "caption": pa.bool_(),
+    }
+)
+"""The columns of `train.parquet`; a writer may add others, which only people read."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a message: text, or the place where the conversation's next image stands (its text is empty)."""
+
+    type: Literal["image", "text"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says."""
+
+    role: Role
+    content: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One image and what is said about it.
+    """What is said about some images.
 
     Attributes:
         id: unique in the file.
-        image: the encoded image.
-        turns: (question, answer) pairs in order.
-        caption: whether it only describes the image: for models made from scratch to learn to see from.
+        images: in the order of the image parts of `messages`.
+        messages: system turns anywhere, user and assistant turns in their order.
+        caption: whether it only describes its image: for models made from scratch to learn to see from.
     """
 
     id: str
-    image: EncodedImage
-    turns: tuple[tuple[str, str], ...]
+    images: tuple[EncodedImage, ...]
+    messages: tuple[Message, ...]
     caption: bool = False
 
 
-def load_conversations(path: str | Path, limit: int | None = None) -> list[Conversation]:
-    """Read the conversations of a Parquet file; a `GraceError` names a missing file or column, or a broken row.
+IMAGE = Part("image")
 
-    A row is a caption where its column `caption`, which may be left out, is true.
-    """
-    table = _read(path, limit)
-    said = table["conversation"].to_pylist()
+
+def asked_and_answered(turns: Sequence[tuple[str, str]], images: int = 1) -> tuple[Message, ...]:
+    """(question, answer) pairs as messages, with the images before the first question."""
+    messages = []
+    for number, (question, answer) in enumerate(turns):
+        shown = (IMAGE,) * images if number == 0 else ()
+        messages += [Message("user", (*shown, Part("text", question))), Message("assistant", (Part("text", answer),))]
+    return tuple(messages)
+
+
+def as_row(conversation: Conversation, **more: Any) -> dict[str, Any]:
+    """The conversation as a row of `SCHEMA`, with `more` columns of the writer's own."""
+    return {
+        "id": conversation.id,
+        "images": [{"bytes": i.data, "path": i.path, "sha256": i.sha256} for i in conversation.images],
+        "messages": [
+            {"role": message.role, "content": [{"type": p.type, "text": p.text} for p in message.content]}
+            for message in conversation.messages
+        ],
+        "caption": conversation.caption,
+        **more,
+    }
+
+
+def load_conversations(path: str | Path, limit: int | None = None) -> list[Conversation]:
+    """Read the conversations of a Parquet file; a `GraceError` names a missing file or column, or a broken row."""
+    table = _read(path, limit, SCHEMA.names)
     found = []
-    for number, (image, caption, turns) in enumerate(zip(_images(path, table), _captions(table), said, strict=True)):
-        if not turns:
-            raise GraceError(f"{path}: row {number} (id {image.name}) has no conversation; build the data again")
-        turns = tuple((turn["question"], turn["answer"]) for turn in turns)
-        found.append(Conversation(image.name, image, turns, caption))
+    rows = zip(_images(path, table), table["messages"].to_pylist(), table["caption"].to_pylist(), strict=True)
+    for number, ((name, images), said, caption) in enumerate(rows):
+        messages = tuple(
+            Message(turn["role"], tuple(Part(part["type"], part["text"] or "") for part in turn["content"]))
+            for turn in said or ()
+        )
+        problem = _problem(messages, len(images))
+        if problem:
+            raise GraceError(f"{path}: row {number} (id {name}) {problem}; build the data again")
+        found.append(Conversation(name, images, messages, bool(caption)))
     return found
 
 
-def load_images(path: str | Path) -> list[tuple[EncodedImage, bool]]:
-    """Every row's image, named by the row's id, and whether it is a caption; a tenth of the time of all columns."""
-    table = _read(path, None)
-    return list(zip(_images(path, table), _captions(table), strict=True))
+def load_images(path: str | Path) -> list[tuple[str, tuple[EncodedImage, ...], bool]]:
+    """Every row's id, images, and whether it is a caption; a tenth of the time of all columns."""
+    table = _read(path, None, ["id", "images", "caption"])
+    return [(*row, bool(c)) for row, c in zip(_images(path, table), table["caption"].to_pylist(), strict=True)]
 
 
-def _read(path: str | Path, limit: int | None) -> pa.Table:
+def _problem(messages: Sequence[Message], images: int) -> str | None:
+    if not any(message.role == "assistant" for message in messages):
+        return "has no answer"
+    for message in messages:
+        if message.role not in ("system", "user", "assistant"):
+            return f"has a message of role {message.role!r}; roles are system, user and assistant"
+        kinds = {part.type for part in message.content}
+        if kinds - {"image", "text"}:
+            return f"has a part of type {min(kinds - {'image', 'text'})!r}; types are image and text"
+        if "image" in kinds and message.role != "user":
+            return f"has an image in a message of role {message.role}; images stand in user messages"
+    places = sum(part.type == "image" for message in messages for part in message.content)
+    if places != images:
+        return f"has {images} images and {places} places for them"
+    return None
+
+
+def _read(path: str | Path, limit: int | None, columns: list[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:  # `pq.read_table` would import pandas, half a second
-            missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
             if not missing:
-                wanted = [name for name in (*COLUMNS, "caption", "image_sha256") if name in file.schema_arrow.names]
-                table = file.read(wanted)
+                table = file.read(columns)
                 return table.slice(0, limit) if limit is not None else table
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; run `grace prepare` first") from None
     except (OSError, ValueError) as error:
         raise GraceError(f"{path}: not a readable Parquet file ({error}); delete it and build it again") from error
-    raise GraceError(f"{path}: column {', '.join(missing)} is missing; it needs {', '.join(COLUMNS)}")
+    raise GraceError(f"{path}: column {', '.join(missing)} is missing; it needs {', '.join(SCHEMA.names)}")
 
 
-def _captions(table: pa.Table) -> list[bool]:
-    if "caption" not in table.column_names:
-        return [False] * len(table)
-    return [bool(value) for value in table["caption"].to_pylist()]
-
-
-def _images(path: str | Path, table: pa.Table) -> list[EncodedImage]:
-    """A row's image is its `image.bytes`, or, where these are null, the file `image.path` with `image_sha256`."""
-    hashes = table["image_sha256"].to_pylist() if "image_sha256" in table.column_names else [None] * len(table)
+def _images(path: str | Path, table: pa.Table) -> list[tuple[str, tuple[EncodedImage, ...]]]:
+    """Each row's id and images: an image is its `bytes`, or, where these are null, the file `path` with `sha256`."""
     found = []
-    for number, (name, image, sha256) in enumerate(
-        zip(table["id"].to_pylist(), table["image"].to_pylist(), hashes, strict=True)
-    ):
-        image = image or {}
-        if image.get("bytes"):
-            found.append(EncodedImage.from_bytes(name, image["bytes"]))
-        elif image.get("path") and sha256:
-            found.append(EncodedImage(name, None, image["path"], sha256))
-        else:
-            raise GraceError(f"{path}: row {number} (id {name}) has no image; build the data again")
+    for number, (name, images) in enumerate(zip(table["id"].to_pylist(), table["images"].to_pylist(), strict=True)):
+        read = []
+        for image in images or ():
+            if image["bytes"]:
+                read.append(EncodedImage.from_bytes(name, image["bytes"]))
+            elif image["path"] and image["sha256"]:
+                read.append(EncodedImage(name, None, image["path"], image["sha256"]))
+            else:
+                raise GraceError(f"{path}: row {number} (id {name}) has an empty image; build the data again")
+        found.append((name, tuple(read)))
     return found

@@ -6,6 +6,7 @@ every question and every answer, and the difference is the answer.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class Example:
         input_ids: int64 [tokens], visual tokens included.
         labels: int64 [tokens], -100 where nothing is asked; not shifted.
         caption: whether it only describes the image.
-        image: the encoded image.
-        features: what the frozen vision tower makes of it, fp32 [n, d], where that was kept.
+        images: the encoded images, in order; none for text alone.
+        features: what the frozen vision tower makes of them, fp32 [images, n, d], where that was kept.
     """
 
     id: str
@@ -40,7 +41,7 @@ class Example:
     input_ids: torch.Tensor
     labels: torch.Tensor
     caption: bool
-    image: EncodedImage
+    images: tuple[EncodedImage, ...]
     features: torch.Tensor | None = None
 
     def supervised_tokens(self) -> int:
@@ -48,21 +49,25 @@ class Example:
         return int((self.labels[1:] != IGNORED).sum())
 
 
-def record_key(input_ids: torch.Tensor, image: EncodedImage) -> str:
-    """SHA-256 (hex) over the token ids as little-endian int32 and the SHA-256 of the image's bytes."""
+def record_key(input_ids: torch.Tensor, images: Sequence[EncodedImage]) -> str:
+    """SHA-256 (hex) over the token ids as little-endian int32 and the SHA-256 of each image's bytes."""
     digest = hashlib.sha256(input_ids.numpy().astype("<i4").tobytes())
-    digest.update(bytes.fromhex(image.sha256))
+    for image in images:
+        digest.update(bytes.fromhex(image.sha256))
     return digest.hexdigest()
 
 
-def messages(turns: tuple[tuple[str, str], ...]) -> list[dict]:
-    """The conversation in the form that chat templates read; the image stands before the first question."""
-    said = []
-    for number, (question, answer) in enumerate(turns):
-        image = [{"type": "image"}] if number == 0 else []
-        said.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
-        said.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return said
+def messages(conversation: Conversation) -> list[dict]:
+    """The conversation in the form that chat templates read."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": p.type, "text": p.text} if p.type == "text" else {"type": p.type} for p in message.content
+            ],
+        }
+        for message in conversation.messages
+    ]
 
 
 def _render(said: list[dict], template: str, tokens: dict, prompt: bool = False) -> str:
@@ -78,7 +83,7 @@ def _answer_spans(said: list[dict], template: str, tokens: dict) -> tuple[str, l
         return texts[0], [tuple(span) for span in spans[0]]
     text = _render(said, template, tokens)
     spans = []
-    for end in range(2, len(said) + 1, 2):
+    for end in (number + 1 for number, message in enumerate(said) if message["role"] == "assistant"):
         question = _render(said[: end - 1], template, tokens, prompt=True)
         answer = _render(said[:end], template, tokens)
         if not answer.startswith(question) or not text.startswith(answer.rstrip()):
@@ -113,15 +118,19 @@ class Tokeniser:
         """Examples in the order of `conversations`."""
         texts, spans = [], []
         for conversation in conversations:
-            text, answers = _answer_spans(messages(conversation.turns), self.template, self.tokens)
-            at = text.find(self.processor.image_token)
-            if at < 0:
-                raise GraceError(f"conversation {conversation.id}: the chat template leaves no place for the image")
-            more = self._count_visual_tokens(conversation.image) - 1
-            token = self.processor.image_token
-            texts.append(text[:at] + token * (more + 1) + text[at + len(token) :])
-            shift = more * len(token)
-            spans.append([(a + shift, b + shift) if a > at else (a, b) for a, b in answers])
+            text, answers = _answer_spans(messages(conversation), self.template, self.tokens)
+            token, at = self.processor.image_token, 0
+            for image in conversation.images:
+                at = text.find(token, at)
+                if at < 0:
+                    raise GraceError(f"conversation {conversation.id}: the chat template leaves no place for the image")
+                count = self._count_visual_tokens(image)
+                text = text[:at] + token * count + text[at + len(token) :]
+                shift = (count - 1) * len(token)
+                answers = [(a + shift, b + shift) if a > at else (a, b) for a, b in answers]
+                at += count * len(token)
+            texts.append(text)
+            spans.append(answers)
         # As the processor does: a template that writes the start token itself gets no second one.
         start = self.tokens["bos_token"]
         special = not (start and texts and texts[0].startswith(start))
@@ -136,9 +145,8 @@ class Tokeniser:
                 asked |= (starts >= begin) & (ends <= end) & (ends > starts)
             input_ids = torch.tensor(ids)
             labels = torch.where(torch.from_numpy(asked), input_ids, IGNORED)
-            key = record_key(input_ids, conversation.image)
-            caption, image = conversation.caption, conversation.image
-            examples.append(Example(conversation.id, key, input_ids, labels, caption, image))
+            key = record_key(input_ids, conversation.images)
+            examples.append(Example(conversation.id, key, input_ids, labels, conversation.caption, conversation.images))
         return examples
 
 

@@ -9,30 +9,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.config.schema import LlavaData
+from grace.data.conversations import SCHEMA, Conversation, as_row, asked_and_answered
+from grace.data.images import EncodedImage
 from grace.data.prepared import prepare_examples
 from grace.errors import GraceError
 from grace.files import whole_folder
 from grace.progress import progress
 
 ROWS_PER_GROUP = 4096
-ROW = pa.schema(
-    {
-        "id": pa.string(),
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "image_sha256": pa.string(),
-        "conversation": pa.list_(pa.struct({"question": pa.string(), "answer": pa.string()})),
-        "sources": pa.list_(pa.string()),
-    }
-)
+ROW = SCHEMA.append(pa.field("sources", pa.list_(pa.string())))
 
 
-def _turns(entry: dict, where: str) -> list[dict[str, str]]:
+def _turns(entry: dict, where: str) -> list[tuple[str, str]]:
     """LLaVA's alternating human and gpt messages as question-answer pairs, without the image's placeholder."""
     said = entry.get("conversations")
     if not said or len(said) % 2 or any(m["from"] != ("human", "gpt")[i % 2] for i, m in enumerate(said)):
         raise GraceError(f"{where}: `conversations` must alternate human and gpt and end with gpt; mend or drop it")
     values = [message["value"].replace("<image>", "").strip() for message in said]
-    return [{"question": q, "answer": a} for q, a in zip(values[::2], values[1::2], strict=True)]
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out: Path) -> None:
@@ -66,16 +60,9 @@ def prepare_llava(data: LlavaData, processor: Path, benchmarks: Path | None, out
                         )
                     digest = hashlib.sha256(path.read_bytes()).hexdigest()
                     turns = _turns(entry, f"{source}: conversation {entry.get('id')}")
-                    image = {"bytes": None, "path": str(path)}
-                    rows.append(
-                        {
-                            "id": str(entry["id"]),
-                            "image": image,
-                            "image_sha256": digest,
-                            "conversation": turns,
-                            "sources": [entry["image"]],
-                        }
-                    )
+                    image = EncodedImage(str(entry["id"]), None, str(path), digest)
+                    read = Conversation(str(entry["id"]), (image,), asked_and_answered(turns))
+                    rows.append(as_row(read, sources=[entry["image"]]))
                     advance()
                 table.write_table(pa.Table.from_pylist(rows, schema=ROW))
         shutil.copytree(

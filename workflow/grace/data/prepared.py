@@ -58,7 +58,7 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
             part = conversations[start : start + BATCH]
             examples += tokeniser(part)
             if vision is not None:
-                features.append(_features(vision, processor, [c.image for c in part]))
+                features.append(_features(vision, processor, [image for c in part for image in c.images]))
             advance(len(part))
     tensors = {
         "input_ids": torch.cat([e.input_ids for e in examples]).to(torch.int32),
@@ -135,10 +135,10 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     lengths = tensors["lengths"].tolist()
     ids, labels = (tensors[name].long().split(lengths) for name in ("input_ids", "labels"))
     keys = [bytes(key).hex() for key in tensors["keys"].numpy()]
-    seen = features if features is not None else [None] * len(lengths)
+    rows = load_images(folder / "train.parquet")
+    counts = [len(images) for _, images, _ in rows]
+    seen = features.split(counts) if features is not None else [None] * len(rows)
     return [
-        Example(image.name, *parts, caption, image, feature)
-        for (image, caption), *parts, feature in zip(
-            load_images(folder / "train.parquet"), keys, ids, labels, seen, strict=True
-        )
+        Example(name, *parts, caption, images, feature)
+        for (name, images, caption), *parts, feature in zip(rows, keys, ids, labels, seen, strict=True)
     ]

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
 from grace.config.schema import DemoData
-from grace.data import prepare_examples, prepare_features
+from grace.data import Conversation, EncodedImage, prepare_examples, prepare_features
+from grace.data.conversations import SCHEMA, as_row, asked_and_answered
 from grace.demo.benchmarks import find_benchmark, items
 from grace.demo.images import draw_scene, encode, generator, render
 from grace.demo.processor import build_processor
@@ -19,15 +20,7 @@ from grace.demo.sources import load_sources
 from grace.files import whole_folder
 from grace.progress import progress
 
-TRAIN = Features(
-    {
-        "id": Value("string"),
-        "caption": Value("bool"),
-        "image": Image(),
-        "conversation": List({"question": Value("string"), "answer": Value("string")}),
-        "sources": List(Value("string")),
-    }
-)
+TRAIN = SCHEMA.append(pa.field("sources", pa.list_(pa.string())))
 QUESTIONS = Features(
     {
         "id": Value("string"),
@@ -67,13 +60,9 @@ def training_rows(data: DemoData) -> Iterator[dict[str, Any]]:
         captioned = rng.random() < CAPTION_SHARE
         asked = [caption(scene, rng)] if captioned else conversation(scene, rng, data.questions_per_image)
         name = f"train/{index}"
-        yield {
-            "id": name,
-            "caption": bool(captioned),
-            "image": _image(name, render(rng, scene, sources)),
-            "conversation": [{"question": q.question, "answer": q.answer} for q in asked],
-            "sources": scene.source_ids(sources),
-        }
+        image = EncodedImage.from_bytes(name, encode(render(rng, scene, sources)))
+        messages = asked_and_answered([(q.question, q.answer) for q in asked])
+        yield as_row(Conversation(name, (image,), messages, bool(captioned)), sources=scene.source_ids(sources))
 
 
 def question_rows(name: str, split: str, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
@@ -94,14 +83,14 @@ def question_rows(name: str, split: str, seed: int, wanted: int) -> Iterator[dic
             }
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]], features: Features, advance) -> None:
+def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, advance) -> None:
     kept = []
     for row in rows:
         kept.append(row)
         advance()
-    # The schema's metadata tells `datasets` which column holds encoded images.
+    # A question table's schema tells `datasets` in its metadata which column holds encoded images.
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(kept, schema=features.arrow_schema), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(kept, schema=schema), path, compression="zstd")
 
 
 def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
@@ -121,10 +110,10 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
                 for name in benchmarks
                 for row in question_rows(name, "development", data.seed, data.development_questions)
             )
-            _write(folder / "development.parquet", development, DEVELOPMENT, advance)
+            _write(folder / "development.parquet", development, DEVELOPMENT.arrow_schema, advance)
             for name in benchmarks:
                 rows = question_rows(name, "test", data.seed, data.benchmark_questions)
-                _write(folder / "benchmarks" / f"{name}.parquet", rows, QUESTIONS, advance)
+                _write(folder / "benchmarks" / f"{name}.parquet", rows, QUESTIONS.arrow_schema, advance)
         processor = build_processor()
         processor.save_pretrained(folder / "processor")
         shutil.copytree(_TOWER, folder / "vision_tower")

@@ -126,7 +126,7 @@ def image_identity(example: Example, image: int) -> str:
     """Two conversations that share this share their visual tokens' states, for attention is causal."""
     last = int((example.input_ids == image).nonzero()[-1])
     prefix = example.input_ids[: last + 1].to(torch.int32).numpy().tobytes()
-    return hashlib.sha256(prefix + bytes.fromhex(example.image.sha256)).hexdigest()
+    return hashlib.sha256(prefix + b"".join(bytes.fromhex(i.sha256) for i in example.images)).hexdigest()
 
 
 def _encode(seen: Seen, example: Example, weight: torch.Tensor, run: CacheRun) -> dict[str, torch.Tensor]:
