@@ -1,3 +1,3 @@
 """GRACE: gated relational alignment via confidence-based distillation, as a reproducible pipeline."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
