@@ -66,9 +66,9 @@ def test_no_module_imports_itself_through_others():
 def test_no_room_imports_one_above_it():
     back_up = []
     for name, path in MODULES.items():
-        room = (name.split(".") + [""])[1]
+        room = [*name.split("."), ""][1]
         for other in _imports(path):
-            target = (other.split(".") + [""])[1]
+            target = [*other.split("."), ""][1]
             if room and target and room != target and FLOOR[target] > FLOOR[room]:
                 back_up.append(f"{name} -> {other}")
     assert not back_up, "\n".join(back_up)
