@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace.data.images import EncodedImage
+from grace.data.images import EncodedImage, image_file
 from grace.errors import GraceError
 
 Role = Literal["system", "user", "assistant"]
@@ -149,7 +149,7 @@ def _images(path: str | Path, table: pa.Table) -> list[tuple[str, tuple[EncodedI
             if image["bytes"]:
                 read.append(EncodedImage.from_bytes(name, image["bytes"]))
             elif image["path"] and image["sha256"]:
-                read.append(EncodedImage(name, None, image["path"], image["sha256"]))
+                read.append(EncodedImage(name, None, image_file(Path(path).parent, image["path"]), image["sha256"]))
             else:
                 raise GraceError(f"{path}: row {number} (id {name}) has an empty image; build the data again")
         found.append((name, tuple(read)))

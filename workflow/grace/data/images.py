@@ -1,13 +1,41 @@
 """One encoded image, kept in the Parquet file (the demo) or in a file beside it (data sets of real size)."""
 
 import hashlib
+import json
+import stat
 from dataclasses import dataclass
-from io import BytesIO
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
+from grace.data.decode import Unreadable, decode, read_header
 from grace.errors import GraceError
+
+FOLDERS = "image_folders.json"
+"""In a data folder: where the image folders lie on this machine, by the first part of the images' `path`."""
+
+
+@lru_cache
+def _folders(data: Path) -> dict[str, str]:
+    try:
+        return json.loads((data / FOLDERS).read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def image_file(data: Path, path: str) -> str:
+    """The file of an image that `data`/train.parquet names: its image folder's number, then the path inside."""
+    number, _, inside = path.partition("/")
+    folder = _folders(data).get(number)
+    return path if folder is None else str(Path(folder) / inside)
+
+
+def read_regular(path: str | Path) -> bytes:
+    """A regular file's bytes; raises OSError for anything else, so that no pipe or device is waited for."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise OSError("not a regular file")
+    return Path(path).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -16,40 +44,60 @@ class EncodedImage:
 
     Attributes:
         name: what error messages call it.
-        data: JPEG or PNG bytes.
+        data: the encoded bytes, of one of `decode.FORMATS`.
         path: the file that holds them.
         sha256: of these bytes, hex.
+        shape: height and width in pixels as it is shown, where they are known already.
     """
 
     name: str
     data: bytes | None
     path: str | None
     sha256: str
+    shape: tuple[int, int] | None = None
 
     @classmethod
     def from_bytes(cls, name: str, data: bytes) -> "EncodedImage":
         """An image held in memory."""
         return cls(name, data, None, hashlib.sha256(data).hexdigest())
 
-    def _open(self) -> Image.Image:
-        return Image.open(BytesIO(self.data) if self.data is not None else Path(self.path))
+    def read(self) -> bytes:
+        """The encoded bytes; a `GraceError` where the file is missing or no longer the one that was prepared."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            data = read_regular(self.path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise GraceError(
+                f"{self.path}: the image of {self.name} cannot be read ({reason}); bring it back, or correct "
+                "data.sources and run `grace prepare` again"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise GraceError(
+                f"{self.path}: not the image that was prepared for {self.name}; bring the old file back, or run "
+                "`grace prepare` again"
+            )
+        return data
 
-    def _unreadable(self, error: Exception) -> GraceError:
+    def _refused(self, error: Unreadable) -> GraceError:
         where = f"{self.path} ({self.name})" if self.path else self.name
-        return GraceError(f"image of {where}: cannot be read ({error}); replace it or leave the row out")
+        return GraceError(f"image of {where}: cannot be read: {error}; replace it or leave the row out")
 
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels, from the header alone."""
+        """Height and width in pixels as it is shown, from the header alone."""
+        if self.shape is not None:
+            return self.shape
         try:
-            with self._open() as image:
-                return image.height, image.width
-        except (OSError, SyntaxError, ValueError) as error:
-            raise self._unreadable(error) from error
+            header = read_header(self.read())
+        except Unreadable as error:
+            raise self._refused(error) from error
+        return header.height, header.width
 
     def open(self) -> Image.Image:
-        """The decoded image, RGB; a `GraceError` names one that cannot be read."""
+        """The decoded image, RGB, as a viewer shows it (`decode`); a `GraceError` names one that cannot be read."""
         try:
-            with self._open() as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise self._unreadable(error) from error
+            return decode(self.read())[0]
+        except Unreadable as error:
+            raise self._refused(error) from error
