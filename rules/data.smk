@@ -73,7 +73,8 @@ else:
         input:
             run="results/{experiment}/config/data.json",
             student=plan.baseline,
-            code=plan.code("grace.data.llava"),
+            sources=plan.data_files(),
+            code=plan.code("grace.data.prepare"),
         output:
             "results/{experiment}/data/manifest.json",
         log:
@@ -89,9 +90,10 @@ else:
         params:
             out=subpath(output[0], parent=True),
             processor=subpath(input.student, parent=True),
+            parts="results/{experiment}/.checkpoints/prepare",
             benchmarks=plan.benchmarks_flag,
         message:
             "read the conversations, images and benchmarks"
         shell:
             "grace prepare --run {input.run:q} --processor {params.processor:q} {params.benchmarks}"
-            " --out {params.out:q} > {log:q} 2>&1"
+            " --parts {params.parts:q} --workers {threads} --out {params.out:q} > {log:q} 2>&1"

@@ -55,6 +55,10 @@ def prepare(
         Path | None, typer.Option(help="model folder whose processor to use (data of your own)")
     ] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="folder of benchmark files (data of your own)")] = None,
+    parts: Annotated[
+        Path | None, typer.Option(help="folder for finished parts, from which a killed run goes on (data of your own)")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="processes that read images (data of your own)")] = 1,
 ) -> None:
     """Make the training conversations and the benchmarks."""
     from grace.config.runs import DataRun
@@ -66,11 +70,14 @@ def prepare(
 
         prepare_demo(parameters.data, parameters.benchmarks, out)
     else:
-        from grace.data.llava import prepare_llava
+        from grace.cluster.lock import one_writer
+        from grace.data.prepare import prepare_files
 
         if processor is None:
             raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")
-        prepare_llava(parameters.data, processor, benchmarks, out)
+        parts = parts or out.with_name(f".{out.name}-parts")
+        with one_writer(parts):
+            prepare_files(parameters.data, processor, benchmarks, out, parts, workers)
 
 
 @app.command()

@@ -20,6 +20,8 @@ from grace.environment import environment
 from grace.errors import GraceError
 
 MANIFEST = "manifest.json"
+NOT_CONTENT = (MANIFEST, "image_folders.json")
+"""Not listed in a manifest: itself, and where images outside lie on this machine."""
 
 
 def _temporary(target: Path) -> Path:
@@ -135,7 +137,7 @@ def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
+        if path.is_file() and path.relative_to(folder).as_posix() not in NOT_CONTENT
     }
     manifest = {"environment": environment(), **about, "files": files}
     write_json(folder / MANIFEST, manifest)

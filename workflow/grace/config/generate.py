@@ -67,6 +67,11 @@ def _section(section: BaseModel, indent: str) -> list[str]:
         value = getattr(section, key)
         if isinstance(value, BaseModel):
             lines += [f"{indent}{key}:  # {field.description}", *_section(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            lines += [*_comment(field.description or "", indent), f"{indent}{key}:"]
+            for item in value:
+                first, *rest = _section(item, indent + "    ")
+                lines += [f"{indent}  - {first.strip()}", *rest]
         else:
             lines += _entry(key, value, field, indent)
     return lines

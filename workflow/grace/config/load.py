@@ -80,7 +80,7 @@ def _sentence(problem: dict[str, Any]) -> str:
         said = said.removeprefix("Value error, ")
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
-        return f"`{path}.source` must be `demo` or `llava`"
+        return f"`{path}.source` must be `demo`, or `files` for conversations of your own (see docs/my-data.md)"
     said = said[0].lower() + said[1:]
     if isinstance(value, (dict, list)) and len(str(value)) > 60:
         value = f"{type(value).__name__} of {len(value)}"

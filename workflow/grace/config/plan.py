@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grace.benchmarks.registry import ADAPTERS
@@ -199,6 +200,22 @@ class Plan:
             if made:
                 logs.append(f"{self.student(recipe, precision, seed)}/train.jsonl")
         return logs
+
+    def data_files(self) -> list[str]:
+        """The files of the user's own that training data is read from, where they are in place; `prepare` names others.
+
+        Images are left out, for there may be hundreds of thousands; each is held against its hash when it is used.
+        """
+        if self.experiment.data.source == "demo":
+            return []
+        paths = [Path(source.path) for source in self.experiment.data.sources]
+        found = [
+            file
+            for path in paths
+            for file in (path.rglob("*") if path.is_dir() else [path])
+            if file.is_file() and (file == path or file.suffix in (".parquet", ".arrow"))
+        ]
+        return sorted(map(str, found))
 
     # Flags that only some experiments give.
 

@@ -15,7 +15,7 @@ from grace.config.schema import (
     DemoData,
     Evaluation,
     Experiment,
-    LlavaData,
+    FilesData,
     Method,
     Optimisation,
     Quantization,
@@ -26,7 +26,7 @@ from grace.config.schema import (
 class DataRun(Section):
     """`grace prepare`: the images, the conversations and the benchmarks."""
 
-    data: DemoData | LlavaData
+    data: DemoData | FilesData
     benchmarks: list[str]
 
 

@@ -15,8 +15,8 @@ from grace.config.sections import (
     Cache,
     DemoData,
     Evaluation,
+    FilesData,
     Job,
-    LlavaData,
     Method,
     MethodChanges,
     Model,
@@ -31,7 +31,7 @@ from grace.config.sections import (
 )  # fmt: skip
 
 __all__ = [
-    "Architecture", "Bench", "Cache", "DemoData", "Evaluation", "Experiment", "LlavaData", "Method", "Model",
+    "Architecture", "Bench", "Cache", "DemoData", "Evaluation", "Experiment", "FilesData", "Method", "Model",
     "Optimisation", "Quantization", "Recipe", "Resources", "Runs", "Section",
 ]  # fmt: skip
 
@@ -77,7 +77,7 @@ class Experiment(Section):
         "bfloat16",
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
     )
-    data: Annotated[DemoData | LlavaData, Field(discriminator="source", description="images and conversations")]
+    data: Annotated[DemoData | FilesData, Field(discriminator="source", description="images and conversations")]
     teacher: Model = Field(description="the large model that is learned from")
     student: Model = Field(description="the small model: its bf16 baseline is where every recipe starts")
     cache: Cache = Field(Cache(), description="what is kept of the teacher, so that it never runs inside training")
@@ -119,8 +119,8 @@ class Experiment(Section):
             raise ValueError(
                 f"evaluation.benchmarks: no benchmark `{unknown[0]}` in the demo; it has {', '.join(DEMO_BENCHMARKS)}"
             )
-        if isinstance(self.data, LlavaData) and self.student.pretrained is None:
-            raise ValueError("data.source `llava` needs student.pretrained: its processor reads the images")
+        if isinstance(self.data, FilesData) and self.student.pretrained is None:
+            raise ValueError("data.source `files` needs student.pretrained: its processor reads the images")
         return self
 
     def _check_recipes(self) -> None:

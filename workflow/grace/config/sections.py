@@ -38,7 +38,7 @@ class Section(BaseModel):
 class DemoData(Section):
     """Images composed from real garments, digits and textures; nothing is downloaded."""
 
-    source: Literal["demo"] = Field("demo", description="demo: made here; llava: files of your own")
+    source: Literal["demo"] = Field("demo", description="demo: made here; files: files of your own")
     images: PositiveInt = Field(4000, description="training images")
     questions_per_image: PositiveInt = Field(
         12, description="questions asked of each training image, in one conversation"
@@ -48,13 +48,37 @@ class DemoData(Section):
     seed: Seed = Field(0, description="seed of the images and questions")
 
 
-class LlavaData(Section):
-    """A conversation file in LLaVA's format beside its image folder, as in LLaVA-1.5's mix665k."""
+class Source(Section):
+    """One file, or folder of files, with conversations."""
 
-    source: Literal["llava"] = Field(description="demo: made here; llava: files of your own")
-    conversations: str = Field(description="path of the JSON file with the conversations")
-    images: str = Field(description="folder that the JSON file's `image` paths start from")
-    limit: PositiveInt | None = Field(None, description="take only the first so many conversations")
+    path: str = Field(description="JSON, JSONL or Parquet file, or folder of Parquet or of `datasets`")
+    images: str | None = Field(None, description="folder that the records' image paths start from")
+    format: Literal["auto", "llava", "sharegpt4v", "openai", "cauldron"] = Field(
+        "auto", description="how a record holds its conversation; auto: seen from its keys"
+    )
+    weight: PositiveFloat = Field(
+        1.0, description="how often each conversation stands in the mix: 2 twice, 0.5 a drawn half"
+    )
+    limit: PositiveInt | None = Field(None, description="take only the first so many records")
+    links_into: list[str] = Field(
+        [], description="folders outside `images` that symbolic links inside it may lead into"
+    )
+
+
+class FilesData(Section):
+    """Conversations and images of your own, as in LLaVA-1.5's mix665k, from one or several sources."""
+
+    source: Literal["files"] = Field(description="demo: made here; files: files of your own")
+    sources: list[Source] = Field(min_length=1, description="what the mix is made of")
+    max_length: PositiveInt | None = Field(
+        2048, description="longest conversation in tokens; longer ones lose their last turns, or are left out"
+    )
+    min_pixels: PositiveInt = Field(1, description="an image with fewer pixels makes its record a bad one")
+    max_pixels: int = Field(
+        64_000_000, ge=1, le=178_000_000, description="so does one with more, seen before it is decoded"
+    )
+    max_bad: Fraction = Field(0.01, description="largest share of bad records; they are left out and listed")
+    seed: Seed = Field(0, description="seed of the mix's order")
     benchmarks: str | None = Field(
         None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
     )

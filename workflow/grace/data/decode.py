@@ -144,7 +144,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))[0]  # BitsPerSample
-    if bits > 16 or values.size and (values.min() < 0 or values.max() > 65535):
+    if bits > 16 or (values.size and (values.min() < 0 or values.max() > 65535)):
         raise Unreadable("image has 32-bit pixels", "no scale is defined; save it with 8 or 16 bits")
     grey = np.rint(values.astype(np.float32) * (255 / (2**bits - 1)))
     if tags.get(262) == 0:  # PhotometricInterpretation: white is zero

@@ -126,7 +126,7 @@ def what_was_run(experiment: Experiment, seeds: tuple[int, ...], trained: bool =
     else:
         names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
         what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family
-        what += f", on {Path(experiment.data.conversations).stem}"
+        what += ", on " + " + ".join(Path(source.path).stem for source in experiment.data.sources)
     if not trained:
         return f"{what}; no training"
     return f"{what}; {seed_range(seeds)}"

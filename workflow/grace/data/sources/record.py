@@ -170,7 +170,8 @@ def _turns(record: dict, key: str) -> list[tuple[str, Any]]:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         path = key + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
-        said = problem["msg"].removeprefix("Value error, ")
+        said = {"missing": "is missing", "model_type": "must be an object"}.get(problem["type"], problem["msg"])
+        said = said.removeprefix("Value error, ")
         raise BadRecord("message is malformed", f"{path}: {said[0].lower() + said[1:]}") from None
     if key == "texts":
         return [turn for t in turns for turn in (("user", t.user), ("assistant", t.assistant))]

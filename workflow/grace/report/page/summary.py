@@ -45,7 +45,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         for side, model in (("teacher", experiment.teacher), ("student", experiment.student))
     ]
     data = experiment.data
-    trained = f"{data.images:,} images made here" if data.source == "demo" else str(data.conversations)
+    trained = f"{data.images:,} images made here" if data.source == "demo" else ", ".join(s.path for s in data.sources)
     first = next(iter(results.seeds))
     asked = sum(results.scores(first, name).values.shape[1] for name in results.benchmarks if results.has(first, name))
     named = [name if name in results.imitations else results.mirrors[name] for name in results.benchmarks]
