@@ -30,6 +30,7 @@ _TURNS = {
 _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # Pillow registers these two only when they are imported
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # max_pixels is the limit that counts
+warnings.filterwarnings("ignore", "Corrupt EXIF data", module="PIL")  # shown unturned, as viewers do
 
 
 class Unreadable(Exception):

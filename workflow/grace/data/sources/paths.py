@@ -41,7 +41,7 @@ class ImageFolder:
             raise BadRecord("image is missing", _short(name)) from None
         except (OSError, ValueError) as error:
             raise BadRecord("image path cannot be followed", f"{_short(name)}: {_reason(error)}") from None
-        if not real.startswith(self._allowed):
+        if not (real + os.sep).startswith(self._allowed):
             raise BadRecord("image lies outside the image folder", f"{_short(name)} is a link that leaves it")
         if not os.path.isfile(real):
             raise BadRecord("image is no regular file", _short(name))
