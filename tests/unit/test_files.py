@@ -2,10 +2,11 @@
 
 import errno
 import json
+import os
 
 import pytest
 
-from grace import files
+from grace import files, hashes
 from grace.errors import GraceError
 
 
@@ -61,3 +62,18 @@ def test_unreadable_json(tmp_path, text, reason):
         (tmp_path / "x.json").write_text(text)
     with pytest.raises(GraceError, match=reason):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "notes"))
+    monkeypatch.setattr(hashes, "REMEMBERED_FROM", 10)
+    monkeypatch.setattr(hashes, "SETTLED_S", -1.0)
+    path = tmp_path / "weights"
+    path.write_bytes(b"0123456789")
+    state, right = path.stat(), hashes.sha256(path)
+    read = []
+    monkeypatch.setattr(hashes, "sha256", lambda path, real=hashes.sha256: read.append(path) or real(path))
+    assert [hashes.known_sha256(path) for _ in range(3)] == [right] * 3 and len(read) == 1
+    path.write_bytes(b"0123456780")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # size and time as before
+    assert hashes.known_sha256(path) != right

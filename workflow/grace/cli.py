@@ -4,7 +4,7 @@ import errno
 import gc
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +40,23 @@ def _start(processes: int, nodes: int = 1) -> None:
         become(nodes, processes, sys.argv[1:])
 
 
+def _job(
+    *outputs: Path | None, files: tuple[Path | None, ...] = (), folders: tuple[Path | None, ...] = (), module: str
+) -> AbstractContextManager[None]:
+    """Write these outputs alone and from unchanged inputs (see `grace.cluster.job`); the first process does it for all."""
+    from grace.cluster.job import job
+
+    if os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    return job(*outputs, files=files, folders=folders, module=module)
+
+
+def _read_by_reports(results: Path) -> tuple[Path, ...]:
+    """What stands for everything that tables, figures and the page are made of."""
+    folders = [path for part in ("data", "teacher", "students") for path in (results / part).rglob("manifest.json")]
+    return (results / "config/experiment.json", *folders, *(results / "bench").glob("*.*"))
+
+
 Run = Annotated[Path, typer.Option(help="frozen parameters of this job (JSON)")]
 Data = Annotated[Path, typer.Option(help="the experiment's data folder")]
 Out = Annotated[Path, typer.Option(help="what to make")]
@@ -62,21 +79,21 @@ def prepare(
 ) -> None:
     """Make the training conversations and the benchmarks."""
     from grace.config.runs import DataRun
-    from grace.files import read_json
+    from grace.files import MANIFEST, read_json
 
     parameters = DataRun.model_validate(read_json(run))
     if parameters.data.source == "demo":
         from grace.demo.prepare import prepare as prepare_demo
 
-        prepare_demo(parameters.data, parameters.benchmarks, out)
+        with _job(out, files=(run,), module="grace.demo.prepare"):
+            prepare_demo(parameters.data, parameters.benchmarks, out)
     else:
-        from grace.cluster.lock import one_writer
         from grace.data.prepare import prepare_files
 
         if processor is None:
             raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")
         parts = parts or out.with_name(f".{out.name}-parts")
-        with one_writer(parts):
+        with _job(parts, out, files=(run, processor / MANIFEST), module="grace.data.prepare"):
             prepare_files(parameters.data, processor, benchmarks, out, parts, workers)
 
 
@@ -97,7 +114,8 @@ def fetch(model: str, out: Out, revision: Annotated[str | None, typer.Option(hel
     """Bring a pretrained model, from a folder or the hub, into the experiment."""
     from grace.models.fetch import fetch as bring
 
-    bring(model, out, revision)
+    with _job(out, module="grace.models.fetch"):
+        bring(model, out, revision)
 
 
 @app.command()
@@ -118,13 +136,11 @@ def train(
     # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
-    from grace.cluster.lock import one_writer
+    from grace.files import MANIFEST
     from grace.train.commands import train as run_training
 
-    if os.environ.get("RANK", "0") != "0":  # the first process holds the lock for all
-        run_training(run, data, out, log, checkpoints, init, cache, teacher)
-        return
-    with one_writer(checkpoints):
+    pins = tuple(folder / MANIFEST if folder else None for folder in (cache, teacher))  # the cache checks its own parts
+    with _job(checkpoints, out, log, files=(run, *pins), folders=(data, init), module="grace.train.commands"):
         run_training(run, data, out, log, checkpoints, init, cache, teacher)
 
 
@@ -139,7 +155,8 @@ def cache_write(
     """Run the teacher over one part of the conversations and keep what training needs."""
     from grace.teacher.commands import write
 
-    write(run, teacher, data, out, shard)
+    with _job(out / f"shard-{shard:05d}", files=(run,), folders=(teacher, data), module="grace.teacher.commands"):
+        write(run, teacher, data, out, shard)
 
 
 @cache_commands.command("finish")
@@ -149,7 +166,8 @@ def cache_finish(
     """Check that every part is there, audit the cache's error, and write its manifest."""
     from grace.teacher.commands import finish
 
-    finish(run, teacher, data, out)
+    with _job(out, files=(run,), folders=(teacher, data), module="grace.teacher.commands"):
+        finish(run, teacher, data, out)
 
 
 @cache_commands.command("info")
@@ -173,7 +191,8 @@ def quantize(run: Run, init: Annotated[Path, typer.Option(help="model folder to 
     """Round a model without training it: RTN, AWQ or GPTQ."""
     from grace.quant.commands import quantize as round_model
 
-    round_model(run, init, data, out)
+    with _job(out, files=(run,), folders=(init, data), module="grace.quant.commands"):
+        round_model(run, init, data, out)
 
 
 @app.command()
@@ -181,7 +200,8 @@ def pack(model: Annotated[Path, typer.Option(help="quantised model folder")], ou
     """Pack a quantised model so that transformers and vLLM load it with no code of ours."""
     from grace.quant.pack import pack as pack_model
 
-    pack_model(model, out)
+    with _job(out, folders=(model,), module="grace.quant.pack"):
+        pack_model(model, out)
 
 
 @app.command()
@@ -193,7 +213,8 @@ def export(
     """Write a packed model's codes in another format, bit for bit."""
     from grace.quant.export import export as convert
 
-    convert(packed, format, out)
+    with _job(out, folders=(packed,), module="grace.quant.export"):
+        convert(packed, format, out)
 
 
 @app.command()
@@ -210,14 +231,12 @@ def evaluate(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
     _start(processes)
-    from grace.cluster.lock import one_writer
     from grace.evaluate.commands import evaluate as ask
 
-    first = os.environ.get("RANK", "0") == "0"  # it holds the lock for all
     failed = []
     for one, predictions in zip(model, out, strict=True):
         try:
-            with one_writer(predictions) if first else nullcontext():
+            with _job(predictions, files=(run,), folders=(one, data), module="grace.evaluate.commands"):
                 ask(run, one, data, predictions)
         except GraceError as error:
             failed.append(str(error))
@@ -232,7 +251,8 @@ def bench_kernel(
     """Time the INT4 product against the dense one, after checking that it is right."""
     from grace.bench.commands import kernel
 
-    kernel(run, model, out)
+    with _job(out, files=(run,), folders=(model,), module="grace.bench.commands"):
+        kernel(run, model, out)
 
 
 @bench_commands.command("decode")
@@ -242,7 +262,8 @@ def bench_decode(
     """Time prefill and decoding of several models in one run."""
     from grace.bench.commands import decode
 
-    decode(run, model, out)
+    with _job(out, files=(run,), folders=tuple(model), module="grace.bench.commands"):
+        decode(run, model, out)
 
 
 @report_commands.command("tables")
@@ -250,7 +271,8 @@ def report_tables(results: Results, out: Out) -> None:
     """Write the tables as Markdown, CSV and LaTeX, with the paper's values beside."""
     from grace.report.commands import tables
 
-    tables(results, out)
+    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+        tables(results, out)
 
 
 @report_commands.command("figures")
@@ -258,7 +280,8 @@ def report_figures(results: Results, out: Out) -> None:
     """Draw the figures as SVG and PNG."""
     from grace.report.commands import figures
 
-    figures(results, out)
+    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+        figures(results, out)
 
 
 @report_commands.command("metrics")
@@ -266,7 +289,8 @@ def report_metrics(results: Results, out: Out) -> None:
     """Write the numbers that versions are compared by."""
     from grace.report.commands import metrics
 
-    metrics(results, out)
+    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+        metrics(results, out)
 
 
 @report_commands.command("page")
@@ -274,7 +298,8 @@ def report_page(results: Results, out: Out) -> None:
     """Build the self-contained HTML page."""
     from grace.report.commands import page
 
-    page(results, out)
+    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+        page(results, out)
 
 
 @app.command()

@@ -11,17 +11,35 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from grace.environment import environment
 from grace.errors import GraceError
+from grace.hashes import known_hashes, sha256
 
 MANIFEST = "manifest.json"
 NOT_CONTENT = (MANIFEST, "image_folders.json")
 """Not listed in a manifest: itself, and where images outside lie on this machine."""
+
+_checks: list[Callable[[], None]] = []
+
+
+@contextmanager
+def before_renaming(check: Callable[[], None]) -> Iterator[None]:
+    """Within the block nothing is renamed into place unless `check` lets it pass: its exception leaves the target."""
+    _checks.append(check)
+    try:
+        yield
+    finally:
+        _checks.remove(check)
+
+
+def _may_be_renamed() -> None:
+    for check in _checks:
+        check()
 
 
 def _temporary(target: Path) -> Path:
@@ -63,6 +81,7 @@ def whole_file(target: str | Path) -> Iterator[Path]:
             with part.open("rb") as written:
                 os.fsync(written.fileno())
             part.chmod(0o644)  # some libraries make files that only their owner can read
+            _may_be_renamed()
             os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -81,6 +100,7 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
         with _naming(target):
             yield part
             write_manifest(part, **about)
+            _may_be_renamed()
             _put(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -122,12 +142,6 @@ def read_json(path: str | Path) -> Any:
         raise GraceError(f"{path}: not valid JSON ({error}); delete it and build it again") from None
 
 
-def sha256(path: str | Path) -> str:
-    """The hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
     """List every file below `folder` with size and SHA-256 in `folder/manifest.json`; return what was written.
 
@@ -155,16 +169,30 @@ def contents_hash(manifest: str | Path) -> str:
 
 
 def check_manifest(folder: str | Path) -> dict[str, Any]:
-    """Re-hash a folder against its manifest and return the manifest; a `GraceError` names every file that differs."""
+    """Hold a folder against its manifest and return the manifest; a `GraceError` names every file that differs."""
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST)
+    found = known_hashes(folder / name for name in manifest["files"])
     wrong = []
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif sha256(path) != entry["sha256"]:
-            wrong.append(f"{name} differs")
+        now = found[folder / name]
+        if now != entry["sha256"]:
+            wrong.append(f"{name} {'is missing' if now is None else 'differs'}")
     if wrong:
-        raise GraceError(f"{folder}: damaged ({', '.join(wrong)}); delete the folder and build it again")
+        raise GraceError(
+            f"{folder}: damaged ({', '.join(wrong)}); take it from DVC (`dvc checkout`), or delete {folder / MANIFEST} "
+            "and run Snakemake again to have it built"
+        )
     return manifest
+
+
+def remove_parts(target: str | Path) -> None:
+    """Delete what killed writers of `target`, and of files below it, left; for the only writer that there is now."""
+    target = Path(target)
+    left = [*target.parent.glob(f".{target.name}.*.part")]
+    left += [part for part in target.rglob(".*.part")] if target.is_dir() else []
+    for part in left:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)

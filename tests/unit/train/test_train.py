@@ -123,7 +123,7 @@ def test_every_recipe_trains_and_logs_its_parts(home, tmp_path, name):
             )
             beta = min(max(beta + method.eta * (average - method.tau), method.beta_min), method.beta_max)
         assert entries[-1]["beta"] != entries[0]["beta"]
-    assert not (tmp_path / f".{name}").exists()
+    assert not list((tmp_path / f".{name}").glob("step-*"))
 
 
 def test_what_trains_is_what_ships(home, tmp_path):
@@ -174,7 +174,7 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     command += ["--log", tmp_path / "killed.jsonl", "--checkpoints", tmp_path / ".killed", "--init", home / "baseline"]
     command += ["--cache", home / "cache"]
     job = subprocess.Popen(list(map(str, command)))
-    while not (tmp_path / ".killed/latest.json").exists():
+    while not list((tmp_path / ".killed").glob("step-*/checkpoint.json")):
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
@@ -195,7 +195,7 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     assert [e["loss"] for e in log(tmp_path, "whole")] == [e["loss"] for e in log(tmp_path, "killed")]
 
 
-@pytest.mark.parametrize("room, file", [(100_000, "rank0.pt"), (2_000_000, "disk")])
+@pytest.mark.parametrize("room, file", [(100_000, "rank0.pt"), (2_000_000, "finished")])
 def test_a_full_disk_stops_in_one_sentence_and_the_next_run_goes_on(home, tmp_path, room, file):
     """No file may grow beyond `room` bytes: first a checkpoint does not fit, then the model itself."""
     run = run_file(tmp_path, "disk", bits=4)
@@ -459,3 +459,32 @@ def test_two_processes_equal_one(home, tmp_path):
     for name in before:
         if name.endswith(".codes"):
             assert (before[name] != after[name]).float().mean() < 0.01, name
+
+
+def test_out_of_memory_cuts_smaller_parts_and_changes_no_result(home, tmp_path, monkeypatch, capsys):
+    """The accelerator is played by a loss that refuses more than two conversations at once, from the third step on."""
+    whole = student(home, tmp_path, "whole", **GRACE)
+    asked = []
+
+    def backward(self, batch, *rest, real=loop.Objective.backward):
+        asked.append(len(batch.keys))
+        if len(asked) > 2 and asked[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, *rest)
+
+    monkeypatch.setattr(loop.Objective, "backward", backward)
+    cut = student(home, tmp_path, "cut", **GRACE)
+    assert asked == [6, 6, 6, 3] + [1] * 6 * (STEPS - 2)
+    assert "step 3: out of memory; going on with micro_batch 3" in capsys.readouterr().err
+    for a, b in zip(log(tmp_path, whole.name), log(tmp_path, cut.name), strict=True):
+        for part in ("loss", "ce", "kd", "rcka", "grad_norm"):
+            assert a[part] == pytest.approx(b[part], rel=2e-3), part
+
+
+def test_out_of_memory_with_one_conversation_is_a_sentence(home, tmp_path, monkeypatch):
+    def backward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop.Objective, "backward", backward)
+    with pytest.raises(GraceError, match="step 1: out of memory with micro_batch 1 .* lower micro_batch"):
+        student(home, tmp_path, "none")

@@ -1,6 +1,5 @@
 """`grace train`: read the frozen parameters, start from the right weights, train, and keep what ships."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,12 +8,13 @@ from grace.config.runs import TrainRun
 from grace.data import load_prepared
 from grace.distributed import World, join_world, whole
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, whole_file, whole_folder
+from grace.files import MANIFEST, read_json
 from grace.models import build_llava, load_model, load_processor, vision_tower
 from grace.quant import save_quantization
 from grace.teacher.forward import check_examples
 from grace.teacher.identity import expected
 from grace.teacher.reader import TeacherCache
+from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, run_identity
 
 
@@ -38,23 +38,22 @@ def _check_weights(model, init: Path | None) -> None:
             raise GraceError(f"{init}: {name} holds NaN or infinite weights; fetch or train this model again")
 
 
-def _save(model, processor, trainer: Trainer, out: Path, log: Path) -> None:
-    """Write the model folder and the log from the first process; the others only help to put the weights together."""
+def _finish(model, processor, trainer: Trainer) -> None:
+    """Keep the trained model beside the checkpoints, from the first process; the others help to gather the weights."""
     run = trainer.run
     weights = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
     weights = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in weights.items()}
     layers = trainer.optimizer.quantised()
+
+    def save(folder: Path) -> None:
+        model.config.dtype = torch.bfloat16
+        model.save_pretrained(folder, state_dict=weights)
+        processor.save_pretrained(folder)
+        if run.bits is not None:
+            save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
+
     if trainer.world.first:
-        with whole_folder(out, run=run.model_dump(), identity=trainer.identity) as folder:
-            model.config.dtype = torch.bfloat16
-            model.save_pretrained(folder, state_dict=weights)
-            processor.save_pretrained(folder)
-            if run.bits is not None:
-                save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
-        with whole_file(log) as part:
-            shutil.copyfile(trainer.log, part)
-        shutil.rmtree(trainer.checkpoints, ignore_errors=True)
-    trainer.world.barrier()
+        finish(trainer.checkpoints, trainer.identity, trainer.log, save)
 
 
 def train(
@@ -74,7 +73,7 @@ def train(
         data: the data folder.
         out: the model folder to make.
         log: JSON lines, one per optimiser step.
-        checkpoints: folder for resumable checkpoints; removed when the run ends well.
+        checkpoints: folder for resumable checkpoints, and for the finished run until it is accepted.
         init: the model to start from; needed unless `run` gives an architecture.
         cache: the teacher's cache; needed by recipes that distil.
         teacher: the teacher's model folder, to refuse a cache of another one.
@@ -89,21 +88,39 @@ def train(
     if distils and cache is None:
         raise GraceError(f"{run}: this recipe distils; give the teacher's cache with --cache")
     world = join_world()
+    identity = run_identity(
+        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
+    )
+    if not any(world.gather([world.first and finished(checkpoints, identity)])):
+        _train(parameters, data, checkpoints, identity, world, init, cache if distils else None, teacher)
+    if world.first:
+        publish(checkpoints, out, log, run=parameters.model_dump(), identity=identity)
+    world.barrier()
+
+
+def _train(
+    parameters: TrainRun,
+    data: Path,
+    checkpoints: Path,
+    identity: str,
+    world: World,
+    init: Path | None,
+    cache: Path | None,
+    teacher: Path | None,
+) -> None:
+    """All steps that are left, and the finished run beside the checkpoints."""
     torch.manual_seed(parameters.seed)
     processor = load_processor(data / "processor")
     model = _starting_model(parameters, processor, data, init, world)
     _check_weights(model, init)
     targets = None
-    if distils:
+    if cache is not None:
         targets = TeacherCache.open(cache, expect=expected(data, parameters.method.temperature, teacher))
-    identity = run_identity(
-        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
-    )
     examples = load_prepared(data, vision_tower(model))
     check_examples(examples, model)
     if targets is not None:
         targets.check_keys(example.key for example in examples if not example.caption)
-    growing = checkpoints / "train.jsonl"  # `log` is a rule's output, which Snakemake deletes when the job is killed
+    growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed
     trainer = Trainer(model, processor, examples, parameters, targets, growing, checkpoints, identity, world)
     trainer.train()
-    _save(model, processor, trainer, out, log)
+    _finish(model, processor, trainer)

@@ -3,26 +3,29 @@
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from itertools import islice
+from contextlib import ExitStack, closing, nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from grace.config.code import code_files
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
 from grace.distill import InformationBottleneckController
 from grace.distributed import World, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
+from grace.hashes import sha256
 from grace.models import freeze_vision
 from grace.progress import progress
 from grace.teacher.prefetch import ahead
 from grace.teacher.reader import CachedTargets, TeacherCache
-from grace.train.checkpoint import cut_log, load_checkpoint, save_checkpoint
+from grace.train.checkpoint import load_checkpoint, save_checkpoint
 from grace.train.meter import Meter
 from grace.train.objective import Objective
 from grace.train.optimizer import MasterAdamW
@@ -39,8 +42,10 @@ class MicroBatch(NamedTuple):
 
 
 def run_identity(run: TrainRun, *manifests: Path | None) -> str:
-    """What a checkpoint must agree with: the frozen parameters and the folders that the run starts from."""
+    """What a checkpoint must agree with: the frozen parameters, the code, and the folders that the run starts from."""
     digest = hashlib.sha256(run.model_dump_json().encode())
+    for path in code_files("grace.train.commands"):
+        digest.update(sha256(path).encode())
     for path in manifests:
         digest.update(contents_hash(path).encode() if path is not None else b"-")
     return digest.hexdigest()
@@ -82,6 +87,7 @@ class Trainer:
         shard(model, world)
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
         self.objective = Objective(model, run, cache)
+        self.micro_batch = run.optimisation.micro_batch  # conversations; smaller once the GPU's memory was too small
         self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
         method = run.method
         self.controller = InformationBottleneckController(
@@ -97,21 +103,20 @@ class Trainer:
                 are listed in `nonfinite.json` in the checkpoint folder.
         """
         run, steps = self.run, self.run.optimisation.steps
-        done, state = load_checkpoint(self.checkpoints, self.identity, self.world)
+        done, state = load_checkpoint(self.checkpoints, self.identity, self.log, self.world)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.controller.load_state_dict(state["controller"])
-            self.skipped = state["skipped"]
-        if self.world.first:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            cut_log(self.log, done)
+            self.skipped, self.micro_batch = state["skipped"], state["micro_batch"]
         self.model.train()
-        feed = ahead(self._prepare, self._micro_batches(done, steps), MICRO_BATCHES_AHEAD)
         kept = self.log.open("a") if self.world.first else nullcontext()  # the others write nothing
-        with progress("training", steps) as advance, kept as lines, closing(feed):
+        with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
+            feed = feeds.enter_context(closing(self._feed(done)))
             advance(done)
             for step, chosen in islice(enumerate(self._plan()), done, steps):
-                entry = self._step(step, chosen, feed)
+                while (entry := self._step(step, chosen, feed)) is None:  # out of memory: smaller parts
+                    feeds.close()
+                    feed = feeds.enter_context(closing(self._feed(step)))
                 if self.world.first:
                     lines.write(json.dumps(entry) + "\n")
                 shown = {name: entry[name] for name in ("loss", "ce", "kd", "rcka", "beta", "mfu") if name in entry}
@@ -134,17 +139,17 @@ class Trainer:
 
     def _cuts(self, chosen: list[Example]) -> Iterator[MicroBatch]:
         """This process's micro-batches of a step."""
-        size, world = self.run.optimisation.micro_batch, self.world
+        size, world = self.micro_batch, self.world
         cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         for first in range(0, len(cuts), world.size):
             # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
             yield MicroBatch(mine, share)
 
-    def _micro_batches(self, done: int, steps: int) -> Iterator[MicroBatch]:
-        """Those of all steps that are left, one after the other."""
-        for chosen in islice(self._plan(), done, steps):
-            yield from self._cuts(chosen)
+    def _feed(self, done: int) -> Iterator[tuple[Batch, CachedTargets | None]]:
+        """The prepared micro-batches of all steps after `done`, one after the other."""
+        chosen = islice(self._plan(), done, self.run.optimisation.steps)
+        return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
 
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
@@ -156,14 +161,23 @@ class Trainer:
 
     def _step(
         self, step: int, chosen: list[Example], feed: Iterator[tuple[Batch, CachedTargets | None]]
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
+        """The log's entry of one optimiser step; None where memory did not suffice and `micro_batch` is smaller now."""
         start = time.monotonic()
         run, method = self.run, self.run.method
         omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
         omega = method.omega * min(1.0, (step + 1) / omega_steps)
         totals = self.objective.totals(chosen, self.controller.beta, omega)
         cuts = list(self._cuts(chosen))
-        each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
+        try:
+            each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
+        except torch.OutOfMemoryError as error:
+            short = str(error).splitlines()[0]
+        else:
+            short = ""
+        if short:  # after the handler, whose traceback holds the tensors
+            self._halve(step, short)
+            return None
         names = list(each[0])
         rows = torch.stack([torch.stack([parts[name].double() for name in names]) for parts in each]).tolist()
         parts = self.world.add({name: sum(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
@@ -193,6 +207,22 @@ class Trainer:
         seconds = time.monotonic() - start
         return {**entry, "tokens": tokens, "seconds": round(seconds, 4), **self.meter.measure(tokens, seconds)}
 
+    def _halve(self, step: int, short: str) -> None:
+        """Cut batches smaller from now on; the step's sums, and with them its result, do not depend on the cuts."""
+        if self.micro_batch == 1 or self.world.size > 1:  # the others wait in a collective that this one left
+            raise GraceError(
+                f"step {step + 1}: out of memory with micro_batch {self.micro_batch} ({short}); lower micro_batch, set "
+                "gradient_checkpointing, or use a larger GPU"
+            )
+        self.optimizer.drop_gradients()
+        torch.cuda.empty_cache()
+        self.micro_batch //= 2
+        print(
+            f"step {step + 1}: out of memory; going on with micro_batch {self.micro_batch}, which changes no result",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _nonfinite(self, step: int, wrong: list[str], suspects: list[tuple[str, str]]) -> dict[str, Any]:
         """Count a step that was not applied, or stop the run with the conversations at fault on disk."""
         found = {"nonfinite": wrong, "ids": [i for i, _ in suspects], "keys": [key for _, key in suspects]}
@@ -213,5 +243,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
             "skipped": self.skipped,
+            "micro_batch": self.micro_batch,
         }
-        save_checkpoint(self.checkpoints, self.identity, step, state, self.world)
+        save_checkpoint(self.checkpoints, self.identity, step, state, self.log, self.world)

@@ -1,0 +1,102 @@
+"""A checkpoint is whole or it is not used, and a finished run is not lost with its output."""
+
+import shutil
+
+import pytest
+import torch
+
+from grace.distributed import World
+from grace.files import check_manifest
+from grace.train.checkpoint import finish, finished, load_checkpoint, publish, save_checkpoint
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints after steps 2, 4 and 6, of which the newest two are kept."""
+    log = tmp_path / "train.jsonl"
+    for step in (2, 4, 6):
+        with log.open("a") as file:
+            file.write(f'{{"step": {step}}}\n')
+        save_checkpoint(tmp_path, "mine", step, {"weight": torch.full((1000,), float(step))}, log, ONE)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-0000004", "step-0000006"]
+    with log.open("a") as file:
+        file.write('{"step": 7}\n{"st')  # what a kill leaves
+    return tmp_path
+
+
+def load(folder, identity="mine"):
+    step, state = load_checkpoint(folder, identity, folder / "train.jsonl", ONE)
+    assert state is None or torch.equal(state["weight"], torch.full((1000,), float(step)))
+    return step
+
+
+def test_the_newest_is_taken_with_its_curves(folder):
+    assert load(folder) == 6
+    assert (folder / "train.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n{"step": 6}\n'
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name, place", [("rank0.pt", 0.5), ("rank0.pt", 0.01), ("rank0.pt", 0.99), ("train.jsonl", 0.5),
+                                         ("checkpoint.json", 0.9), ("checkpoint.json", 0.0)])  # fmt: skip
+def test_a_flipped_bit_falls_back_to_the_one_before(folder, capsys, name, place):
+    path = folder / "step-0000006" / name
+    flip(path, int(place * path.stat().st_size))
+    assert load(folder) == 4
+    assert (folder / "train.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
+    assert "damaged checkpoint" in capsys.readouterr().err
+
+
+def test_every_bit_of_a_checkpoint_counts(folder):
+    path = folder / "step-0000006/rank0.pt"
+    whole = path.read_bytes()
+    for at in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        assert load(folder) == 4
+    path.write_bytes(whole)
+    assert load(folder) == 6
+
+
+def test_all_damaged_starts_again(folder):
+    for path in folder.glob("step-*/rank0.pt"):
+        path.write_bytes(b"")
+    assert load(folder) == 0
+    assert not list(folder.glob("step-*")) and not (folder / "train.jsonl").exists()
+
+
+def test_one_that_was_not_completed_and_another_run_s_do_not_count(folder):
+    (folder / "step-0000006/checkpoint.json").unlink()
+    assert load(folder) == 4
+    assert load(folder, "other parameters, data or code") == 0
+
+
+def test_a_finished_run_outlives_its_output(tmp_path):
+    checkpoints, out, log = tmp_path / ".checkpoints", tmp_path / "model", tmp_path / "train.jsonl"
+    checkpoints.mkdir()
+    (checkpoints / "train.jsonl").write_text('{"step": 1}\n')
+    finish(
+        checkpoints, "mine", checkpoints / "train.jsonl", lambda folder: (folder / "w").write_bytes(b"weights") and None
+    )
+    for _ in range(2):  # the second time after Snakemake has deleted what it does not believe in
+        assert finished(checkpoints, "mine") and not finished(checkpoints, "other")
+        publish(checkpoints, out, log, kind="model")
+        assert (out / "w").read_bytes() == b"weights" and check_manifest(out)["kind"] == "model"
+        assert (out / "w").stat().st_ino == (checkpoints / "finished/model/w").stat().st_ino, "shares its bytes"
+        assert log.read_text() == '{"step": 1}\n'
+        shutil.rmtree(out)
+        log.unlink()
+
+
+def test_a_damaged_finished_run_is_trained_again(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text("")
+    finish(tmp_path, "mine", tmp_path / "train.jsonl", lambda folder: (folder / "w").write_bytes(b"weights") and None)
+    flip(tmp_path / "finished/model/w", 3)
+    assert not finished(tmp_path, "mine")
+    assert "damaged; training again" in capsys.readouterr().err
+    assert not (tmp_path / "finished").exists()

@@ -1,0 +1,58 @@
+"""SHA-256 of files: many at a time, and of large ones once per machine for as long as they stay as they are."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+REMEMBERED_FROM = 2**24  # bytes; a smaller file is hashed faster than its state is looked up
+SETTLED_S = 2.0  # a file changed within a clock's tick of being hashed could change again unnoticed
+
+
+def sha256(path: str | Path) -> str:
+    """The hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: str | Path) -> str:
+    """`sha256`, without reading a large file that this machine has hashed and that has not been touched since.
+
+    A file is known by its place, inode, size and both of its times: the one of its inode can't be set back.
+    """
+    path = Path(path).resolve()
+    state = path.stat()
+    if state.st_size < REMEMBERED_FROM:
+        return sha256(path)
+    identity = f"{path}\0{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
+    note = _notes() / hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError, UnicodeDecodeError):
+        digest = note.read_text()
+        if len(digest) == 64:
+            return digest
+    digest = sha256(path)
+    if time.time() - state.st_ctime > SETTLED_S:
+        with suppress(OSError):  # a home that can't be written costs time alone
+            note.parent.mkdir(parents=True, exist_ok=True)
+            part = note.with_name(f"{note.name}.{os.getpid()}")
+            part.write_text(digest)
+            part.replace(note)
+    return digest
+
+
+def known_hashes(paths: Iterable[Path]) -> dict[Path, str | None]:
+    """`known_sha256` of each file, several at a time; None where there is none."""
+    paths = list(paths)
+
+    def one(path: Path) -> str | None:
+        return known_sha256(path) if path.is_file() else None
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(paths, pool.map(one, paths), strict=True))
+
+
+def _notes() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "grace", "hashes")
