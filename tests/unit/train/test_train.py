@@ -487,5 +487,5 @@ def test_out_of_memory_with_one_conversation_is_a_sentence(home, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loop.Objective, "backward", backward)
-    with pytest.raises(GraceError, match="step 1: out of memory with micro_batch 1 .* lower micro_batch"):
+    with pytest.raises(GraceError, match=r"step 1: out of memory with micro_batch 1 .* lower micro_batch"):
         student(home, tmp_path, "none")
