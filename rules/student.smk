@@ -123,7 +123,7 @@ rule distil:
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
         cache="results/{experiment}/teacher/cache/manifest.json",
-        code=plan.code("grace.train.commands"),
+        code=plan.distil_code,
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",

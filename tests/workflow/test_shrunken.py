@@ -16,7 +16,9 @@ from grace.files import MANIFEST, check_manifest, read_json, sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("results/shrunken")
-STUDENTS = ["baseline/bf16", "finetune/int4", "grace/int4", "rtn/int4"]
+STUDENTS = [
+    "baseline/bf16", "finetune/int4", "grace/int4", "rtn/int4", "reverse_kl/bf16", "jensen_shannon/bf16", "dist/bf16",
+]  # fmt: skip
 
 
 def _command(*arguments: str) -> list[str]:

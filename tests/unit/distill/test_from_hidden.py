@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from grace.distill import confidence_gate, distillation_loss_from_hidden, gated_dkd_sum, plain_kd_sum
-from grace.distill.from_hidden import chunk_rows
+from grace.distill import confidence_gate, distillation_loss_from_hidden, gated_dkd_sum
+from grace.distill.chunks import cut_rows
+from grace.distill.objectives.plain import plain
 from grace.errors import GraceError
 
 TOKENS, VOCABULARY, WIDTH, TEACHER_WIDTH = 11, 23, 6, 8
@@ -34,7 +35,7 @@ def composed(student_hidden, student_head, teacher_hidden, teacher_head, labels,
     if mode == "gated":
         kd, gates = gated_dkd_sum(student, teacher, labels, 3.0, 0.5, 4.0)
     elif mode == "plain":
-        kd, gates = plain_kd_sum(student, teacher, 3.0)
+        kd, gates = plain(student, teacher, labels, temperature=3.0).sum(), torch.full_like(ce, len(labels))
     else:
         kd, gates = torch.zeros_like(ce), torch.zeros_like(ce)
     return {"loss": ce_weight * ce + kd_weight * kd, "ce_sum": ce, "kd_sum": kd, "gate_sum": gates}
@@ -158,10 +159,27 @@ def test_a_scaled_loss_scales_its_gradients():
 
 def test_chunks_fit_the_workspace():
     for vocabulary in (160, 32_064, 151_936):
-        student, teacher = chunk_rows(vocabulary, 2, 448 << 20)
-        assert 0 < teacher <= student and (student + teacher) * vocabulary * 2 <= 448 << 20
-    assert chunk_rows(151_936, 2, 448 << 20) == (1024, 512)
-    assert chunk_rows(10**9, 4, 1) == (2, 1)
+        head = torch.empty(vocabulary, 1, dtype=torch.bfloat16, device="meta")
+        cut = cut_rows(head, 10**6, None, 448 << 20)
+        assert 0 < cut.inner <= cut.outer and (cut.outer + cut.inner) * vocabulary * 2 <= 448 << 20
+        wide = cut_rows(head, 10**6, torch.float32, 448 << 20)
+        assert (wide.outer + wide.inner) * vocabulary * 4 <= 448 << 20
+    assert cut == (torch.bfloat16, 1024, 512)
+    assert cut_rows(head, 10**6, None, 448 << 20, tensors=8) == (torch.bfloat16, 1024, 64)
+    assert cut_rows(head, 3, None, 1) == (torch.bfloat16, 2, 1)
+
+
+def test_logits_in_fp32_are_those_of_the_rounded_states():
+    exact = inputs()
+    rounded = [tensor.detach().to(torch.bfloat16) for tensor in exact[:4]]
+    want = distillation_loss_from_hidden(*[tensor.double() for tensor in rounded], exact[4], workspace=600)
+    wide, narrow = (
+        distillation_loss_from_hidden(*rounded, exact[4], workspace=600, logits_dtype=dtype)
+        for dtype in (torch.float32, None)
+    )
+    for name in ("ce_sum", "kd_sum"):
+        assert float(wide[name]) == pytest.approx(float(want[name]), rel=1e-6)
+        assert abs(float(narrow[name]) / float(want[name]) - 1) > 1e-4
 
 
 @pytest.mark.parametrize(

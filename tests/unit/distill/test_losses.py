@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace.distill import check_inputs, confidence_gate, gated_dkd, gated_dkd_sum, gated_dkd_terms, plain_kd_sum
+from grace.distill import check_inputs, confidence_gate, gated_dkd, gated_dkd_sum, gated_dkd_terms
+from grace.distill.objectives.plain import plain
 from grace.errors import GraceError
 
 
@@ -52,9 +53,7 @@ def test_definition(seed, vocabulary, scale, dtype):
         torch.testing.assert_close(ours.double(), theirs, **tolerance)
     want = (gate * 9 * (0.7 * tckd + 5 * nckd)).sum() / gate.sum()
     torch.testing.assert_close(gated_dkd(student, teacher, labels, 3.0, 0.7, 5.0).double(), want, **tolerance)
-    plain, count = plain_kd_sum(student, teacher, 3.0)
-    torch.testing.assert_close(plain.double(), 9 * kl.sum(), **tolerance)
-    assert count == 3
+    torch.testing.assert_close(plain(student, teacher, labels, temperature=3.0).double(), 9 * kl, **tolerance)
     torch.testing.assert_close(confidence_gate(teacher).double(), gate, **tolerance)
 
 
@@ -89,7 +88,7 @@ def test_extremes_are_finite_in_value_and_gradient():
             student = rows.roll(shift, 0).to(dtype).requires_grad_()
             for loss in (
                 gated_dkd(student, rows.to(dtype), torch.zeros(6, dtype=torch.long)),
-                plain_kd_sum(student, rows.to(dtype))[0],
+                plain(student, rows.to(dtype), None, temperature=2.0).sum(),
             ):
                 (gradient,) = torch.autograd.grad(loss, student)
                 assert torch.isfinite(loss) and loss >= 0 and torch.isfinite(gradient).all()
@@ -109,13 +108,12 @@ def test_gradients():
     student, teacher = logits(0, 3, 6, dtype=torch.float64).requires_grad_(), logits(1, 3, 6, dtype=torch.float64)
     labels = torch.tensor([0, 3, 5])
     assert torch.autograd.gradcheck(lambda s: gated_dkd(s, teacher, labels, 3.0, 0.5, 4.0), student)
-    assert torch.autograd.gradcheck(lambda s: plain_kd_sum(s, teacher, 3.0)[0], student)
 
 
 def test_gradient_flows_to_the_student_alone():
     student, teacher = logits(0, 3, 6).requires_grad_(), logits(1, 3, 6).requires_grad_()
     labels = torch.tensor([0, 3, 5])
-    (gated_dkd(student, teacher, labels) + plain_kd_sum(student, teacher)[0]).backward()
+    gated_dkd(student, teacher, labels).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     assert not confidence_gate(teacher).requires_grad
     assert not gated_dkd_terms(student, teacher, labels)[2].requires_grad
@@ -189,8 +187,6 @@ def test_bad_temperature_and_explicit_check():
         gated_dkd(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 1]), temperature=0.0)
     with pytest.raises(GraceError, match="temperature is inf"):
         gated_dkd(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([0, 1]), temperature=float("inf"))
-    with pytest.raises(GraceError, match="temperature is -1"):
-        plain_kd_sum(torch.zeros(2, 5), torch.zeros(2, 5), -1.0)
     with pytest.raises(GraceError, match="student logits"):
         check_inputs(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), torch.tensor([0]))
     with pytest.raises(GraceError, match="at least 2 classes"):

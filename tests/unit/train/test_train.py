@@ -97,6 +97,9 @@ RECIPES = {
     "rcka": dict(rcka=True),
     "ib": dict(kd="plain", controller=True),
     "grace": GRACE,
+    "reverse_kl": dict(kd="reverse_kl", bits=4),
+    "jensen_shannon": dict(kd="jensen_shannon", constants=dict(mixture=0.3)),
+    "dist": dict(kd="dist", rcka=True, controller=True),
 }
 
 

@@ -89,6 +89,11 @@ class Plan:
         """The parameters of one student, and nothing that it does not depend on."""
         return _json(student_run(self.experiment, wildcards.recipe, wildcards.precision, int(wildcards.seed)))
 
+    def distil_code(self, wildcards: Any) -> list[str]:
+        """What distilling a recipe depends on: the trainer, and its objective's file, which is imported by name."""
+        kd = self.experiment.recipes[wildcards.recipe].kd
+        return self.code("grace.train.commands", *([] if kd == "none" else [f"grace.distill.objectives.{kd}"]))
+
     # Which recipe is made by which rule, as wildcard constraints.
 
     @property

@@ -40,7 +40,8 @@ class TrainRun(Section):
     )
     seed: int
     optimisation: Optimisation
-    kd: Literal["none", "plain", "gated"] = "none"
+    kd: str = "none"
+    constants: dict[str, float] = Field(default_factory=dict)
     rcka: bool = False
     controller: bool = False
     method: Method = Method()
@@ -122,6 +123,7 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
         seed=seed,
         optimisation=config.recipe_optimisation(chosen),
         kd=chosen.kd,
+        constants=chosen.constants,
         rcka=chosen.rcka,
         controller=chosen.controller,
         method=method,

@@ -5,8 +5,9 @@ No torch and no transformers in here: Snakemake imports it for every dry run.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from grace.config.objectives import SAMPLED, objective_constants, objective_names
 from grace.config.sections import (
     DEMO_BENCHMARKS,
     TRAININGS,
@@ -40,8 +41,12 @@ class Recipe(Section):
     """What a student is trained with, or how it is rounded without training."""
 
     post_training: Literal["rtn", "awq", "gptq"] | None = Field(None, description="round without training; null: train")
-    kd: Literal["none", "plain", "gated"] = Field(
-        "none", description="distillation: none, plain KL, or gated decoupled"
+    kd: str = Field(
+        default="none",
+        description="distillation: none, plain (KL), gated (gated decoupled), or another file of grace/distill/objectives",
+    )
+    constants: dict[str, float] = Field(
+        default_factory=dict, description="constants of the distillation objective's own, by the names in its file"
     )
     rcka: bool = Field(False, description="align the visual tokens by relational CKA")
     controller: bool = Field(False, description="let the information-bottleneck controller set beta")
@@ -49,12 +54,29 @@ class Recipe(Section):
     method: MethodChanges = Field(MethodChanges(), description="constants of `method` that this recipe changes")
     train: OptimisationChanges = Field(OptimisationChanges(), description="keys of `finetune` that this recipe changes")
 
+    @field_validator("kd")
+    @classmethod
+    def _known(cls, kd: str) -> str:
+        if kd not in objective_names():
+            raise ValueError(f"no objective `{kd}`; there are {', '.join(objective_names())}")
+        return kd
+
     @model_validator(mode="after")
     def _sensible(self) -> "Recipe":
+        own = (
+            []
+            if self.kd == "none"
+            else [name for name in objective_constants(self.kd) if name not in Method.model_fields]
+        )
+        for name in self.constants:
+            if name not in own:
+                has = f"it has {', '.join(own) or 'none'}"
+                fix = "set it under `method`" if name in Method.model_fields else has
+                raise ValueError(f"`{name}` is no constant of `{self.kd}`'s own; {fix}")
         if self.post_training and (self.kd != "none" or self.rcka or self.controller or self.train or self.method):
             raise ValueError("a post-training recipe takes no training keys (kd, rcka, controller, method, train)")
         if self.controller and self.kd == "none":
-            raise ValueError("`controller` sets the weight of a distillation loss: set `kd` to plain or gated too")
+            raise ValueError("`controller` sets the weight of a distillation loss: set `kd` too")
         return self
 
 
@@ -128,6 +150,11 @@ class Experiment(Section):
             raise ValueError("recipes.baseline is reserved for the starting point; choose another name")
         for name, recipe in self.recipes.items():
             try:
+                if self.cache.format == "sampled" and recipe.kd not in SAMPLED:
+                    raise ValueError(
+                        f"recipes.{name}.kd `{recipe.kd}` needs the teacher's full logits, which a `sampled` cache lacks; "
+                        "set cache.format to hidden or hidden-int8"
+                    )
                 self.recipe_method(recipe)
                 self.recipe_optimisation(recipe)
             except ValidationError as error:

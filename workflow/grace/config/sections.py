@@ -165,6 +165,10 @@ class Method(Section):
     """GRACE's own constants, under the paper's names."""
 
     temperature: PositiveFloat = Field(2.0, description="T of the distillation")
+    logits_dtype: Literal["float32", "model"] = Field(
+        default="float32",
+        description="what both models' logits are rounded to in the loss; `model`: the head's dtype, half the memory",
+    )
     alpha: float = Field(1.0, ge=0, description="weight of the target-class part (TCKD)")
     beta_dkd: float = Field(4.0, ge=0, description="weight of the non-target part (NCKD)")
     omega: float = Field(3.0, ge=0, description="weight of the relational CKA loss")

@@ -9,23 +9,16 @@ p, q the label's probability at T, p^, q^ the others', r the student's softmax a
 Plain KD is the same with g = 1, alpha = 1 and beta_dkd = 1 - p, since KL = TCKD + (1 - p) NCKD.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from grace.distill.chunks import RowLosses
 from grace.distill.gated_dkd import entropy_gate
 from grace.distill.log_space import at_least_fp32, binary_kl, kl_elements, label_split
 
 Mode = Literal["gated", "plain", "none"]
-
-
-class RowLosses(NamedTuple):
-    """Per row, fp32 [rows]: cross-entropy in nats, distillation loss times its gate, and the gate."""
-
-    ce: Tensor
-    kd: Tensor
-    gate: Tensor
 
 
 def loss_rows_(

@@ -66,13 +66,17 @@ def gated_dkd_terms(
     """
     check_inputs(student_logits, teacher_logits, labels)
     check_temperature(temperature)
-    labels = labels.long()
     student, teacher = at_least_fp32(student_logits), at_least_fp32(teacher_logits.detach())
-    student_odds, student_rest = label_split(student, labels, temperature)
-    teacher_odds, teacher_rest = label_split(teacher, labels, temperature)
-    tckd = binary_kl(teacher_odds, student_odds)
-    nckd = kl_elements(teacher_rest, student_rest).sum(1)
-    return tckd, nckd, entropy_gate(teacher)
+    return *dkd_terms(student, teacher, labels.long(), temperature), entropy_gate(teacher)
+
+
+def dkd_terms(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """TCKD and NCKD [tokens] of logits [tokens, vocab], fp32 or fp64, unchecked."""
+    student_odds, student_rest = label_split(student_logits, labels, temperature)
+    teacher_odds, teacher_rest = label_split(teacher_logits, labels, temperature)
+    return binary_kl(teacher_odds, student_odds), kl_elements(teacher_rest, student_rest).sum(1)
 
 
 def gated_dkd_sum(

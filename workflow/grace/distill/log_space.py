@@ -7,7 +7,7 @@ from two quantities per token, both differences of logits:
   log p = logsigmoid(l) and log(1 - p) = logsigmoid(-l) to full relative precision at either end;
 - the log-probabilities of the other classes among themselves, log p^_j = x_j / T - logsumexp over k != y of x_k / T.
 
-Logits are shifted by their largest non-label entry before they are divided by T, so that large logits keep the
+Logits are shifted by their largest (or largest non-label) entry before they are divided by T, so that large logits keep the
 digits in which classes differ.
 """
 
@@ -18,6 +18,12 @@ from torch import Tensor
 def at_least_fp32(values: Tensor) -> Tensor:
     """`values` in fp32, or as they are when already fp32 or fp64."""
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log p at `temperature` [tokens, vocab], at least fp32, of logits [tokens, vocab] of any float dtype."""
+    logits = at_least_fp32(logits)
+    return ((logits - logits.detach().amax(1, keepdim=True)) / temperature).log_softmax(1)
 
 
 def label_split(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,16 @@ _CANONICAL = {
 
 
 def role(recipe: Recipe) -> str:
-    """What a recipe is in the paper: rtn, awq, gptq, none, kd, one of GRACE's parts joined by +, or grace.
+    """What a recipe is in the paper: rtn, awq, gptq, none, kd, one of GRACE's parts joined by +, or grace; `variant` for
+    an objective that the paper lacks.
 
     `none` is plain training: fine-tuning at bf16, QAT at a quantised precision. The controller alone sets the weight of
     a plain distillation loss, which is the paper's "IB" row.
     """
     if recipe.post_training:
         return recipe.post_training
+    if recipe.kd not in ("none", "plain", "gated"):
+        return "variant"
     parts = [part for part, on in zip(PARTS, (recipe.kd == "gated", recipe.rcka, recipe.controller), strict=True) if on]
     if len(parts) == len(PARTS):
         return GRACE

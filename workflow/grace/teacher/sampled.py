@@ -22,11 +22,13 @@ Qwen's 151,936, where 16 would not do), and the rest for log p.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from grace.distill.autograd_rows import TENSORS, autograd_rows_
+from grace.distill.chunks import RowLosses, cut_rows, loss_in_chunks
 from grace.distill.gated_dkd import entropy_gate
 from grace.distill.log_space import at_least_fp32, binary_kl, kl_elements, label_split
 from grace.errors import GraceError
@@ -222,35 +224,30 @@ def distillation_loss_from_record(
     alpha: float = 1.0,
     beta_dkd: float = 4.0,
     mode: Literal["gated", "plain"] = "gated",
-    ce_weight: float = 1.0,
-    kd_weight: float = 1.0,
+    ce_weight: float | torch.Tensor = 1.0,
+    kd_weight: float | torch.Tensor = 1.0,
+    logits_dtype: torch.dtype | None = torch.float32,
+    workspace: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """`grace.distill.distillation_loss_from_hidden` for a sampled record: same arguments, same four results.
 
-    Logits are made in chunks of tokens and made again in the backward pass, never all at once. In mode "plain" the
-    loss is T² KL(p || q) = T² (TCKD + (1 - p_y) NCKD), unbiased like NCKD.
+    In mode "plain" the loss is T² KL(p || q) = T² (TCKD + (1 - p_y) NCKD), unbiased like NCKD.
     """
-    rows, weights = max(1, _ELEMENTS_AT_ONCE // student_head.shape[0]), (temperature, alpha, beta_dkd)
-    sums = []
-    for begin in range(0, len(labels), rows):
-        part = slice(begin, begin + rows)
-        arguments = (student_hidden[part], student_head, record[part], labels[part])
-        sums.append(checkpoint(_loss_sums, *arguments, *weights, mode, use_reentrant=False))
-    none = student_hidden.float().sum() * torch.zeros(3, device=student_hidden.device)  # no tokens: 0, with gradient
-    ce_sum, kd_sum, gate_sum = torch.stack(sums).sum(0) if sums else none
-    loss = ce_weight * ce_sum + kd_weight * kd_sum
-    return {"loss": loss, "ce_sum": ce_sum.detach(), "kd_sum": kd_sum.detach(), "gate_sum": gate_sum.detach()}
+    labels = labels.long()
+
+    def rows_(logits: torch.Tensor, part: slice, weights: torch.Tensor) -> RowLosses:
+        taught = record[part]
+        gate = taught.gates if mode == "gated" else torch.ones_like(taught.gates)
+        loss = partial(_loss, taught, gate, temperature, alpha, beta_dkd, mode)
+        return autograd_rows_(logits, labels[part], weights, loss, gate)
+
+    cut = cut_rows(student_head, len(student_hidden), logits_dtype, workspace, TENSORS)
+    return loss_in_chunks(student_hidden, student_head, rows_, cut, ce_weight, kd_weight)
 
 
-def _loss_sums(hidden, head, record, labels, temperature, alpha, beta_dkd, mode) -> torch.Tensor:
-    """Sums of cross-entropy, weighted distillation and gates [3] of a chunk of tokens."""
-    logits = at_least_fp32(hidden @ head.T)
-    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    tckd, nckd = sampled_terms(logits, record, labels, temperature)
+def _loss(record, gates, temperature, alpha, beta_dkd, mode, student, labels) -> torch.Tensor:
+    """T² times the gated or plain divergence of every token [tokens]."""
+    tckd, nckd = sampled_terms(student, record, labels, temperature)
     if mode == "plain":
-        weights = torch.ones_like(record.gates)
-        kd = tckd + torch.sigmoid(-record.log_odds) * nckd
-    else:
-        weights = record.gates
-        kd = alpha * tckd + beta_dkd * nckd
-    return torch.stack([ce, temperature**2 * (weights * kd).sum(), weights.sum()])
+        alpha, beta_dkd = 1.0, torch.sigmoid(-record.log_odds)
+    return temperature**2 * gates * (alpha * tckd + beta_dkd * nckd)

@@ -1,7 +1,7 @@
 """The loss of one micro-batch, as sums over the global batch's normalisers, so that any cut gives the same gradient.
 
-`CE + beta * KD + omega * RCKA`, where CE is a mean over the global batch's supervised tokens, gated KD over its sum
-of gates (plain KD: tokens) and RCKA over its images.
+`CE + beta * KD + omega * RCKA`, where CE is a mean over the global batch's supervised tokens, KD over its sum of gates
+where the objective is gated, else over its tokens, and RCKA over its images.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,9 @@ from torch import nn
 
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example
-from grace.distill import distillation_loss_from_hidden, relational_cka_sum
+from grace.distill import TokenLoss, distillation_loss_from_hidden, load_objective, relational_cka_sum
+from grace.distill.chunk_loss import Mode
+from grace.distill.from_hidden import FUSED
 from grace.errors import GraceError
 from grace.models import image_inputs, image_token_id, output_head
 from grace.teacher.reader import CachedTargets, TeacherCache
@@ -49,13 +51,20 @@ class Objective:
                 f"{cache.folder}: the teacher's vocabulary has {cache.vocabulary} entries, the student's "
                 f"{output_head(model).weight.shape[0]}; distil between models of one tokenizer"
             )
+        self.mode: Mode | TokenLoss = run.kd
+        if run.kd not in FUSED:
+            self.mode = load_objective(run.kd, {**run.method.model_dump(), **run.constants})
+        self.gated = run.kd == "gated" or (isinstance(self.mode, TokenLoss) and self.mode.gated)
+        self.logits_dtype = torch.float32 if run.method.logits_dtype == "float32" else None
+        if run.kd not in FUSED and cache.format == "sampled":
+            raise GraceError(f"{cache.folder}: `{run.kd}` needs the teacher's full logits; set cache.format to hidden")
         needs_head = run.kd != "none" and cache.format != "sampled"
         self.teacher_head = cache.head.to(self.device) if needs_head else None
 
     def totals(self, chosen: Sequence[Example], beta: float, omega: float) -> Totals:
         """The normalisers of a global batch, known before its first forward pass."""
         tokens = sum(example.supervised_tokens() for example in chosen)
-        gates = self.cache.gate_sum([e.key for e in chosen]) if self.run.kd == "gated" else tokens
+        gates = self.cache.gate_sum([e.key for e in chosen]) if self.gated else tokens
         return Totals(float(tokens), float(gates), float(len(chosen)), beta, omega)
 
     def backward(
@@ -107,7 +116,8 @@ class Objective:
             temperature=method.temperature,
             alpha=method.alpha,
             beta_dkd=method.beta_dkd,
-            mode=self.run.kd,
+            mode=self.mode,
+            logits_dtype=self.logits_dtype,
             ce_weight=share / totals.tokens,
             kd_weight=share * totals.beta / totals.gates,
         )
@@ -115,7 +125,7 @@ class Objective:
             return distillation_loss_from_hidden(states, head, None, None, labels, **common)
         if target.sampled is not None:
             return distillation_loss_from_record(states, head, target.sampled, labels, **common)
-        gates = target.gates if self.run.kd == "gated" else None
+        gates = target.gates if self.gated else None
         return distillation_loss_from_hidden(
             states, head, target.hidden, self.teacher_head, labels, gates=gates, **common
         )
