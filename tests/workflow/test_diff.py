@@ -12,7 +12,6 @@ import pytest
 from fake_results import results_folder
 
 from grace.diff.compare import compare_folders, diff
-from grace.diff.context import flatten
 from grace.diff.render import to_html, to_markdown
 from grace.errors import GraceError
 from grace.files import sha256, write_manifest
@@ -178,10 +177,6 @@ def test_settings_environment_and_speed(results_folder, version):
     slower = found.speed[found.speed["ratio"] != 1]
     assert slower["measure"].tolist() == ["tokens_per_second"] * 2 and not slower["better"].any()
     assert "x0.50 | worse" in to_markdown(found).replace("\\|", "|") and "group_size" in to_html(found)
-
-
-def test_flatten_names_every_leaf():
-    assert dict(flatten({"a": {"b": [1, {"c": None}]}, "d": {}})) == {"a.b[0]": 1, "a.b[1].c": None, "d": {}}
 
 
 def git(folder, *arguments):

@@ -1,7 +1,7 @@
 """What stands around the scores of two versions: settings, environment, artifacts, speed, and the flipped questions."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from grace.files import MANIFEST, read_json
+from grace.nested import flatten
 from grace.provenance.manifests import listed
 from grace.results.read import with_cache_bits
 
@@ -23,18 +24,6 @@ _NOT_ENVIRONMENT = {"files", "benchmarks", "run", "model", "source", "identity"}
 MISSING = "(not set)"
 
 
-def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": [1, 2]}}` -> `("a.b[0]", 1), ("a.b[1]", 2)`; empty containers are values."""
-    if isinstance(value, dict) and value:
-        for key in value:
-            yield from flatten(value[key], f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and value:
-        for index, item in enumerate(value):
-            yield from flatten(item, f"{name}[{index}]")
-    else:
-        yield name, value
-
-
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     keys = list(dict.fromkeys([*a, *b]))
     return [
@@ -47,7 +36,7 @@ def settings(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     sides = []
     for side in (a, b):
         path = side / "config" / "experiment.json"
-        sides.append(dict(flatten(read_json(path))) if path.is_file() else {})
+        sides.append(dict(flatten(read_json(path), lists=True)) if path.is_file() else {})
     return _differences(*sides)
 
 
@@ -58,7 +47,9 @@ def environment(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
         sides = []
         for side in (a, b):
             about = read_json(side / name / MANIFEST)
-            sides.append(dict(flatten({key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT})))
+            sides.append(
+                dict(flatten({key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT}, lists=True))
+            )
         for key, old, new in _differences(*sides):
             found.setdefault((key, json.dumps(old, default=str), json.dumps(new, default=str)), (key, old, new))
     return list(found.values())

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from grace.files import MANIFEST, read_json, sha256
+from grace.nested import flatten
 from grace.provenance.chain import Input, Results, Step
 from grace.provenance.manifests import listed
 
@@ -152,7 +153,7 @@ class _Drawing:
 
     def _environment(self, branch: Tree, step: Step) -> None:
         """In full once; afterwards only what differs from the first."""
-        about = dict(_flat(step.environment)) if step.environment else None
+        about = dict(flatten(step.environment)) if step.environment else None
         if about is None:
             return
         if self.environment is None:
@@ -203,11 +204,5 @@ def _seconds(seconds: float) -> str:
     )
 
 
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return [(name, value)]
-    return [pair for key, part in value.items() for pair in _flat(part, f"{name}.{key}" if name else key)]
-
-
 def _plain(values: dict[str, Any]) -> list[str]:
-    return [f"{name}: {value}" for name, value in _flat(values)]
+    return [f"{name}: {value}" for name, value in flatten(values)]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from grace import __version__
+from grace.nested import flatten
 from grace.quant.student import DESCRIPTION, TENSORS, StoredQuantization
 
 METHODS = {
@@ -13,12 +14,9 @@ METHODS = {
 }
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one level of dotted names; empty and unset values are left out."""
-    if isinstance(value, dict):
-        parts = (_flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items())
-        return {key: inner for part in parts for key, inner in part.items()}
-    return {} if value is None or value == [] else {name: value}
+def _rows(value: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names and values; empty and unset values are left out."""
+    return {name: leaf for name, leaf in flatten(value) if leaf not in (None, [], {})}
 
 
 def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
@@ -49,7 +47,7 @@ def model_card(
     }
     if source:
         hashes = {"the student's files": source, **hashes}
-    recipe = _flat({key: value for key, value in manifest.items() if key not in ("files", "environment")})
+    recipe = _rows({key: value for key, value in manifest.items() if key not in ("files", "environment")})
     parts = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {kind}, INT{stored.bits} ({stored.method})",
@@ -61,7 +59,7 @@ def model_card(
         'processor = AutoProcessor.from_pretrained("FOLDER")\n```',
     ]
     if metrics:
-        parts += ["## Metrics", _table(("metric", "value"), _flat(metrics))]
+        parts += ["## Metrics", _table(("metric", "value"), _rows(metrics))]
     if recipe:
         parts += ["## Recipe and data", _table(("parameter", "value"), recipe)]
     if hashes:

@@ -112,14 +112,13 @@ def looks(results: Results, row: Row) -> list[Look]:
 
 
 def cka(a: np.ndarray, b: np.ndarray) -> float:
-    """Linear CKA of two sets of row-normalised tokens [n, d_a] and [n, d_b]; nan where one does not vary."""
-    grams = []
-    for tokens in (a, b):
-        rows = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-        gram = rows @ rows.T
-        grams.append(gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
-    size = np.linalg.norm(grams[0]) * np.linalg.norm(grams[1])
-    return float((grams[0] * grams[1]).sum() / size) if size > 0 else float("nan")
+    """Linear CKA of two sets of tokens [n, d_a] and [n, d_b], as training aligns it; nan where one does not vary."""
+    import torch
+
+    from grace.distill import relational_cka_sum
+
+    loss, images, _ = relational_cka_sum([torch.from_numpy(a)], [torch.from_numpy(b)])
+    return 1 - float(loss) if images else float("nan")
 
 
 def _likeness(a: Look, b: Look) -> float:
