@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash workflow/setup.sh [test|cluster|s3|kernels ...]: make .venv with the pinned packages, and extras where named.
+# bash workflow/setup.sh [test|cluster|s3|kernels ...]: make .venv with the pipeline's pinned packages, and extras'
+# where named.
 # Safe to repeat: it installs only when the pins or the package's needs changed, or an extra is new.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +23,8 @@ if [ ! -x .venv/bin/python ]; then
 fi
 
 # What was installed before stays wanted: adding an extra never takes another one away.
-wanted=$(printf '%s\n' "$@" $(cut -s -d' ' -f2- .venv/installed 2>/dev/null || true) | sort -u | sed '/^$/d' | xargs)
-stamp="$(cat envs/constraints.txt envs/lmms-eval.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')${wanted:+ $wanted}"
+wanted=$(printf '%s\n' pipeline "$@" $(cut -s -d' ' -f2- .venv/installed 2>/dev/null || true) | sort -u | sed '/^$/d' | xargs)
+stamp="$(cat envs/constraints.txt envs/lmms-eval.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $wanted"
 if [ "$(cat .venv/installed 2>/dev/null || true)" = "$stamp" ]; then
   echo "setup: .venv is up to date"
   exit 0
@@ -31,7 +32,7 @@ fi
 
 # torch first and by its version alone, so that a build for this machine that is there already (CPU or GPU) is kept.
 .venv/bin/python -m pip install --disable-pip-version-check "$(grep '^torch==' envs/constraints.txt)"
-.venv/bin/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e ".${wanted:+[${wanted// /,}]}"
+.venv/bin/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e ".[${wanted// /,}]"
 case " $wanted " in
   *" test "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/lmms-eval.txt ;; # says why
 esac

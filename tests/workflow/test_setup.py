@@ -38,11 +38,11 @@ def _setup(checkout: Path, *extras: str) -> list[str]:
 
 def test_it_installs_once_and_adds_extras(checkout: Path) -> None:
     first = _setup(checkout)
-    assert first[0].endswith("torch==2.13.0") and first[1].endswith("-c envs/constraints.txt -e .")
+    assert first[0].endswith("torch==2.13.0") and first[1].endswith("-c envs/constraints.txt -e .[pipeline]")
     assert _setup(checkout) == []
     tests = _setup(checkout, "test")
-    assert tests[1].endswith("-e .[test]") and tests[2].endswith("--no-deps -r envs/lmms-eval.txt") and len(first) == 2
-    assert _setup(checkout, "cluster")[1].endswith("-e .[cluster,test]")
+    assert tests[1].endswith("-e .[pipeline,test]") and tests[2].endswith("--no-deps -r envs/lmms-eval.txt") and len(first) == 2
+    assert _setup(checkout, "cluster")[1].endswith("-e .[cluster,pipeline,test]")
     assert _setup(checkout) == []
 
 
@@ -50,7 +50,7 @@ def test_it_installs_again_when_pins_change(checkout: Path) -> None:
     _setup(checkout, "test")
     with (checkout / "envs/constraints.txt").open("a") as file:
         file.write("# changed\n")
-    assert _setup(checkout)[1].endswith("-e .[test]")
+    assert _setup(checkout)[1].endswith("-e .[pipeline,test]")
 
 
 def test_an_unknown_extra_is_named(checkout: Path) -> None:
