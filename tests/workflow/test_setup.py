@@ -41,7 +41,11 @@ def test_it_installs_once_and_adds_extras(checkout: Path) -> None:
     assert first[0].endswith("torch==2.13.0") and first[1].endswith("-c envs/constraints.txt -e .[pipeline]")
     assert _setup(checkout) == []
     tests = _setup(checkout, "test")
-    assert tests[1].endswith("-e .[pipeline,test]") and tests[2].endswith("--no-deps -r envs/lmms-eval.txt") and len(first) == 2
+    assert (
+        tests[1].endswith("-e .[pipeline,test]")
+        and tests[2].endswith("--no-deps -r envs/lmms-eval.txt")
+        and len(first) == 2
+    )
     assert _setup(checkout, "cluster")[1].endswith("-e .[cluster,pipeline,test]")
     assert _setup(checkout) == []
 
