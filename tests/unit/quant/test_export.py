@@ -5,9 +5,11 @@ import re
 import gguf
 import pytest
 import torch
+from chat_models import talking_student
 from quant_models import FAMILIES, make_student
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json
@@ -25,10 +27,19 @@ def packed(request, tmp_path_factory):
     return folder / "packed", read_quantization(student)
 
 
+@pytest.fixture(scope="module", params=["llava-siglip", "qwen2_vl", "qwen3_vl"])
+def talking(request, tmp_path_factory):
+    """A packed folder with its tokenizer and processor, and what it holds."""
+    folder = tmp_path_factory.mktemp(request.param)
+    student = talking_student(folder / "student", request.param)
+    pack(student, folder / "packed")
+    return folder / "packed", read_quantization(student)
+
+
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
-    pack(make_student(folder / "student"), folder / "packed")
+    pack(talking_student(folder / "student", "llava-siglip"), folder / "packed")
     return folder
 
 
@@ -41,6 +52,16 @@ def linears(folder, ending):
     tensors = load_file(folder / "model.safetensors")
     names = [key.removesuffix(ending) for key in tensors if key.endswith(ending)]
     return tensors, {name: quantised_module(f"{name}.weight") for name in names}
+
+
+def assert_only_decoder_linears_are_converted(folder, quantised, skipped):
+    """By transformers' own rule, over every linear of the model that it builds from the folder's config."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder)
+        del config.quantization_config
+        model = AutoModelForImageTextToText.from_config(config)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name in linears if should_convert_module(name, skipped)} == quantised
 
 
 def test_awq_gemm(packed, tmp_path):
@@ -63,6 +84,7 @@ def test_awq_gemm(packed, tmp_path):
         assert half.dtype == torch.float16 and torch.equal(half.T.float(), scales.float())
         assert f"{name}.weight" not in tensors and f"{name}.weight_packed" not in tensors
     config = read_json(tmp_path / "awq" / "config.json")["quantization_config"]
+    assert_only_decoder_linears_are_converted(folder, set(stored.layers), config["modules_to_not_convert"])
     assert (config["quant_method"], config["version"], config["zero_point"]) == ("awq", "gemm", True)
     assert check_manifest(tmp_path / "awq")["format"] == "awq" and (tmp_path / "awq" / "chat_template.jinja").exists()
 
@@ -104,8 +126,8 @@ def test_decoder_linears_in_16_bits_are_named(tmp_path):
     assert not any(re.match(rule, left.replace("down", "up")) for rule in named)
 
 
-def test_gguf_is_read_back_by_the_gguf_package(packed, tmp_path):
-    folder, stored = packed
+def test_gguf_is_read_back_by_the_gguf_package(talking, tmp_path):
+    folder, stored = talking
     export(folder, "gguf", tmp_path / "gguf")
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model-Q4_0.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -128,8 +150,6 @@ def test_gguf_is_read_back_by_the_gguf_package(packed, tmp_path):
 
 def test_gguf_llama_is_read_back_by_transformers(llava, tmp_path):
     """Its decoder computes what the packed one does, but for the bf16 rounding that Q4_0 does not have."""
-    from transformers import AutoModelForImageTextToText
-
     export(llava / "packed", "gguf", tmp_path / "gguf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model-Q4_0.gguf", dtype=torch.float32)
     stored = read_quantization(llava / "student")
@@ -177,7 +197,7 @@ def test_what_cannot_be_exported_is_refused(llava, tmp_path):
 
 @pytest.mark.parametrize("format", ["awq", "gptq", "gguf"])
 def test_a_scale_that_fp16_cannot_hold_is_refused(format, tmp_path):
-    pack(make_student(tmp_path / "student"), tmp_path / "packed")
+    pack(talking_student(tmp_path / "student", "llava-siglip"), tmp_path / "packed")
     tensors = {name: t.clone() for name, t in load_file(tmp_path / "packed" / "model.safetensors").items()}
     key = "language_model.model.layers.0.self_attn.v_proj.weight_scale"
     tensors[key][3, 1] = 1.1e-7

@@ -26,6 +26,11 @@ def unpack_gemm(qweight: torch.Tensor) -> torch.Tensor:
     return stored[..., torch.tensor(ORDER).argsort()].flatten(1).T.contiguous()
 
 
+def _outside() -> list[str]:
+    """What is not the decoder, by both names that it has: transformers matches from the start of a module's path."""
+    return [prefix + part for part in OUTSIDE for prefix in ("", "model.")]
+
+
 def config(model: PackedModel) -> dict:
     """`quantization_config`; a `GraceError` where AWQ has no such format."""
     if model.bits != 4:
@@ -36,7 +41,7 @@ def config(model: PackedModel) -> dict:
         "group_size": model.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ["lm_head", *OUTSIDE, *model.unquantised()],
+        "modules_to_not_convert": ["lm_head", *_outside(), *model.unquantised()],
     }
 
 

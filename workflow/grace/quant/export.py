@@ -40,13 +40,27 @@ def _write_layout(model: PackedModel, folder: Path, layout) -> None:
             raise GraceError(f"{folder}: {key} reads back with other codes or scales; export it again")
 
 
+def _write_pair(model: PackedModel, folder: Path) -> None:
+    """The language model and, beside it, its vision side: llama.cpp opens both. Refusals come before any writing."""
+    try:
+        from grace.quant import gguf_q4, gguf_vision
+        from grace.quant.gguf_vocabulary import Vocabulary
+    except ModuleNotFoundError:
+        raise GraceError("the gguf package is not installed; `pip install gguf`") from None
+    gguf_q4.check(model)
+    gguf_vision.check(model)
+    vocabulary = Vocabulary.of_folder(model.folder)
+    gguf_q4.write_gguf(model, vocabulary, folder / "model-Q4_0.gguf")
+    gguf_vision.write_vision(model, folder / "mmproj-BF16.gguf")
+
+
 def export(packed: Path, format: str, out: Path) -> None:
     """Write the codes of a packed folder as another format.
 
     Args:
         packed: a compressed-tensors folder that `grace pack` made.
-        format: "awq" (GEMM layout), "gptq" or "gguf" (Q4_0; the language model alone).
-        out: the folder to make; for gguf it holds one file, model-Q4_0.gguf.
+        format: "awq" (GEMM layout), "gptq" or "gguf" (Q4_0).
+        out: the folder to make; for gguf it holds model-Q4_0.gguf and mmproj-BF16.gguf, the vision side.
 
     Raises:
         GraceError: the folder is not packed, or the format cannot hold its codes or scales exactly.
@@ -57,11 +71,7 @@ def export(packed: Path, format: str, out: Path) -> None:
     source = contents_hash(packed / MANIFEST) if (packed / MANIFEST).is_file() else None
     with whole_folder(out, source=source, format=format) as folder:
         if format == "gguf":
-            try:
-                from grace.quant.gguf_q4 import write_gguf
-            except ModuleNotFoundError:
-                raise GraceError("the gguf package is not installed; `pip install gguf`") from None
-            write_gguf(model, folder / "model-Q4_0.gguf")
+            _write_pair(model, folder)
         else:
             _write_layout(model, folder, LAYOUTS[format])
             copy_companions(packed, folder)

@@ -2,7 +2,7 @@
 
 A Q4_0 block is 32 weights of a row: their scale in fp16, then sixteen bytes; byte j holds weight j in the low and
 weight j + 16 in the high half, each as code + 8. A group of 64 or 128 repeats its scale. The other matrices are bf16,
-vectors fp32. The file holds the language model; llama.cpp keeps vision towers in files of their own.
+vectors fp32. The file holds the language model and its tokenizer; `gguf_vision` writes the tower's.
 """
 
 from pathlib import Path
@@ -23,12 +23,14 @@ from gguf import (
 
 from grace.errors import GraceError
 from grace.progress import progress
+from grace.quant.gguf_vocabulary import Vocabulary
 from grace.quant.packed import OUTSIDE, PackedModel, exact_fp16
 
 BLOCK, BLOCK_BYTES = 32, 18
 ARCHITECTURES = {
     "llama": MODEL_ARCH.LLAMA,
     "qwen2_vl_text": MODEL_ARCH.QWEN2VL,
+    "qwen2_5_vl_text": MODEL_ARCH.QWEN2VL,
     "qwen3_vl_text": MODEL_ARCH.QWEN3VL,
 }
 
@@ -67,7 +69,6 @@ def _describe(writer: GGUFWriter, text: dict, arch: MODEL_ARCH) -> None:
         writer.add_rope_dimension_count(width)
     if "mrope_section" in rope:
         writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
-    writer.add_tokenizer_model("none")
 
 
 def _plain_name(key: str) -> str | None:
@@ -143,13 +144,8 @@ def _verify(model: PackedModel, plan: dict[str, _Entry], path: Path) -> None:
                 raise GraceError(f"{path}: {tensor.name} reads back with other codes or scales; export it again")
 
 
-def write_gguf(model: PackedModel, path: Path) -> None:
-    """Write the language model of a packed folder as one GGUF file, tensor by tensor, and verify it.
-
-    Raises:
-        GraceError: other than 4 bits, groups that are no multiple of 32, a scale that is not exact in fp16, a family
-            that the format has no name for.
-    """
+def check(model: PackedModel) -> MODEL_ARCH:
+    """The architecture that the file will name; a `GraceError` where Q4_0 or llama.cpp cannot hold the decoder."""
     text = model.config.get("text_config", model.config)
     if model.bits != 4:
         raise GraceError(f"{model.folder}: holds {model.bits}-bit codes, but Q4_0 holds 4 bits; export gptq instead")
@@ -161,10 +157,24 @@ def write_gguf(model: PackedModel, path: Path) -> None:
         raise GraceError(
             f"{model.folder}: a decoder of type {text['model_type']} has no GGUF form here; use the packed folder"
         )
-    arch = ARCHITECTURES[text["model_type"]]
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise GraceError(f"{model.folder}: rotary scaling {kind} is not exported to GGUF; use the packed folder")
+    return ARCHITECTURES[text["model_type"]]
+
+
+def write_gguf(model: PackedModel, vocabulary: Vocabulary, path: Path) -> None:
+    """Write the language model of a packed folder as one GGUF file, tensor by tensor, and verify it.
+
+    Raises:
+        GraceError: what `check` refuses, or a scale that is not exact in fp16.
+    """
+    text, arch = model.config.get("text_config", model.config), check(model)
     plan = _plan(model, text, arch)
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     _describe(writer, text, arch)
+    vocabulary.add_to(writer, text["vocab_size"])
     if arch is MODEL_ARCH.QWEN3VL:
         writer.add_num_deepstack_layers(len(model.config["vision_config"]["deepstack_visual_indexes"]))
     for name, entry in plan.items():
