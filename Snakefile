@@ -7,6 +7,7 @@ import sys
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
+from grace.cluster.start import drop_accepted, mend_records, take_over
 from grace.config.load import load_experiment, read_yaml
 from grace.config.plan import Plan
 from grace.errors import GraceError
@@ -35,8 +36,12 @@ os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
 )
 
-# After a clone and a `dvc pull`, results that match their records are as good as built here.
+# What a killed run left is put in order; after a clone and a `dvc pull`, results that match their records are as good
+# as built here.
 if workflow.is_main_process:
+    if take_over():
+        mend_records()
+        drop_accepted(plan.folder)
     restore(plan.folder)
 
 

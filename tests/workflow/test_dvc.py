@@ -1,5 +1,6 @@
 """Versions by DVC over Snakemake: nothing is built again that is already here, wherever it came from."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -170,3 +171,31 @@ def test_what_is_not_pushed_stays_here(published: Tree, tmp_path: Path) -> None:
     clone.run("dvc", "pull", "-q", "--allow-missing", check=False)
     assert not list((clone.folder / "results/demo/teacher").glob("cache/*.safetensors"))
     assert (clone.folder / "results/demo/students/grace/int4/seed0/model/manifest.json").is_file()
+
+
+def test_a_stale_file_of_equal_size_is_not_taken_for_built(published: Tree, tmp_path: Path, monkeypatch) -> None:
+    """Records come back for contents, not for sizes; and a record that a kill cut stops no start."""
+    tree = published.copy(tmp_path / "tree")
+    packed = tree.folder / "results/demo/students/rtn/int4/seed0/packed"
+    manifest = json.loads((packed / "manifest.json").read_text())
+    (packed / "weights").write_text("stale")
+    right = hashlib.sha256(b"fresh").hexdigest()
+    (packed / "manifest.json").write_text(json.dumps({**manifest, "files": {"weights": {"bytes": 5, "sha256": right}}}))
+    monkeypatch.chdir(tree.folder)
+    row = {"output": str((packed / "manifest.json").relative_to(tree.folder))}
+    row |= records._identity(packed / "manifest.json")
+    assert not records._same(packed / "manifest.json", row)
+    (packed / "weights").write_text("fresh")
+    assert records._same(packed / "manifest.json", row)
+
+
+def test_after_a_cut_record_and_a_left_lock_the_next_start_goes_on(published: Tree, tmp_path: Path) -> None:
+    tree = published.copy(tmp_path / "tree")
+    record = tree.folder / records._record_path("results/demo/metrics.json")
+    record.write_text(record.read_text()[:100])
+    lock = tree.folder / ".snakemake/locks/0.output.lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.write_text("results/demo/metrics.json\n")
+    said = tree.snakemake()
+    assert "metrics" in said.stdout + said.stderr and not lock.exists()
+    assert tree.planned() == []

@@ -1,0 +1,118 @@
+"""Before a run: what a killed Snakemake left is put in order, so that nobody has to.
+
+A lock of Snakemake's is a file and outlives its owner. Beside it each run holds one of the operating system, which ends
+with its process however that ends: who gets it knows that no other run of this folder on this machine lives, and that
+Snakemake's locks here are left-overs. A run of another machine, on a shared file system without working locks, can't be
+seen in this way; its locks are left alone, and `snakemake --unlock` is the user's decision.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from base64 import urlsafe_b64decode
+from pathlib import Path
+
+from grace.cluster.lock import lock_path
+from grace.files import MANIFEST
+from grace.provenance.snakemake_records import _record_path
+
+STATE = Path(".snakemake")
+_held: list[int] = []  # open for as long as this process lives
+
+
+def take_over(wait_s: float = 3.0) -> bool:
+    """Join the runs of this folder until the process ends; alone among them, first remove Snakemake's left-over locks.
+
+    Args:
+        wait_s: how long to wait, where there are locks of Snakemake's, for runs to end that look for a moment only, as
+            dry runs do.
+
+    Returns:
+        Whether no other run of this folder lives. Where one does, Snakemake itself compares what both would write.
+    """
+    path = STATE / "grace" / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.append(descriptor)
+    end = time.monotonic() + wait_s
+    while not (alone := _locked(descriptor, fcntl.LOCK_EX)) and _left() and time.monotonic() < end:
+        time.sleep(0.1)
+    if alone:
+        here, before = platform.node(), os.pread(descriptor, 1000, 0).decode(errors="replace")
+        if before in ("", here):
+            for lock in _left():
+                lock.unlink(missing_ok=True)
+        if not _left():
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, here.encode(), 0)
+        alone = before in ("", here)
+    _locked(descriptor, fcntl.LOCK_SH)
+    return alone
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:  # held by a living run, or a file system without locks
+        return False
+    return True
+
+
+def _left() -> list[Path]:
+    return sorted((STATE / "locks").glob("*.lock"))
+
+
+def mend_records() -> list[str]:
+    """Remove records that a kill or a full disk cut; returns their outputs, which are marked to be built again."""
+    mended = []
+    folder = STATE / "metadata"
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or _readable(path):
+            continue
+        place = path.relative_to(folder)
+        encoded = "".join(part.removeprefix("@") for part in place.parts)
+        path.unlink()
+        mark = STATE / "incomplete" / place
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text('{"external_jobid": null}')
+        mended.append(urlsafe_b64decode(encoded).decode(errors="replace"))
+    for path in (STATE / "incomplete").rglob("*"):
+        if path.is_file() and not _readable(path):
+            path.write_text('{"external_jobid": null}')
+    return mended
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text()), dict)
+    except ValueError:
+        return False
+
+
+def drop_accepted(results: str | Path) -> int:
+    """Remove finished trainings that are kept beside their checkpoints and whose outputs Snakemake has accepted.
+
+    It accepts an output at the end of its job, when it records it and takes the mark of an unfinished job away.
+
+    Args:
+        results: the folder of the experiment; `.checkpoints/X/finished` belongs to `X/model`.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+    results = Path(results)
+    home = results / ".checkpoints"
+    for kept in sorted(home.rglob("finished")) if home.is_dir() else []:
+        run = kept.parent.relative_to(home)
+        output = results / run / "model" / MANIFEST
+        record = _record_path(output.as_posix())
+        unfinished = STATE / "incomplete" / record.relative_to(STATE / "metadata")
+        busy = unfinished.exists() or lock_path(kept.parent).exists()
+        if output.is_file() and record.is_file() and not busy:
+            shutil.rmtree(kept.parent)
+            removed += 1
+    return removed
