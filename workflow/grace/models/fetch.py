@@ -1,28 +1,25 @@
 """`grace fetch`: a pretrained model, from a folder or the hub, as a model folder of the experiment."""
 
-import os
 import shutil
 from pathlib import Path
 
+from grace.config.pretrained import PATTERNS, source_files, source_hashes
 from grace.errors import GraceError
-from grace.files import whole_folder
+from grace.files import read_json, whole_folder
+from grace.hashes import known_hashes
 
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """Share the bytes of a local model where the file system allows it: nobody writes to a model folder."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+INDEX = "model.safetensors.index.json"
 
 
 def fetch(model: str, out: Path, revision: str | None = None) -> None:
-    """Bring `model` (a local folder or a hub id, at `revision`) to `out` with a manifest of its files."""
+    """Bring `model` (a local folder or a hub id, at `revision`) to `out` with a manifest of its files.
+
+    Raises:
+        GraceError: not to be had, incomplete, changed while it was copied, or a model that runs code of its own.
+    """
     with whole_folder(out, pretrained=model, revision=revision) as folder:
         if Path(model).is_dir():
-            shutil.copytree(model, folder, copy_function=_link_or_copy, dirs_exist_ok=True)
+            _copy(Path(model), folder)
         else:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -33,5 +30,33 @@ def fetch(model: str, out: Path, revision: str | None = None) -> None:
                 reason = str(error).strip().splitlines()[0]
                 raise GraceError(f"{model}: neither a local folder nor to be had from the hub ({reason})") from error
             shutil.rmtree(folder / ".cache", ignore_errors=True)
-        if not any(folder.glob("*.safetensors")):
-            raise GraceError(f"{model}: holds no *.safetensors; name a model in the transformers format")
+        _check(model, folder)
+
+
+def _copy(model: Path, folder: Path) -> None:
+    """Copies, not hard links: an edit of the user's folder must not reach into the experiment's."""
+    before = source_hashes(model)
+    for name, path in source_files(model):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    copied = known_hashes(folder / name for name in before)
+    changed = [name for name, digest in before.items() if copied[folder / name] != digest]
+    if changed:
+        raise GraceError(f"{model}: {', '.join(changed)} changed while it was copied; run again when it is at rest")
+
+
+def _check(model: str, folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise GraceError(f"{model}: holds no *.safetensors; name a model in the transformers format")
+    if (folder / INDEX).is_file():
+        parts = set(read_json(folder / INDEX).get("weight_map", {}).values())
+        missing = sorted(name for name in parts if not (folder / name).is_file())
+        if missing:
+            raise GraceError(f"{model}: {INDEX} names {', '.join(missing)}, which are not there; download it again")
+    for file in folder.glob("*config.json"):
+        about = read_json(file)
+        if isinstance(about, dict) and "auto_map" in about:
+            raise GraceError(
+                f"{model}: {file.name} asks for code of its own (auto_map), which is never run; use a model that "
+                "transformers knows"
+            )

@@ -1,0 +1,91 @@
+"""A pretrained model of the user's own: whole, at rest, without code of its own, and apart from his folder."""
+
+import json
+import os
+
+import pytest
+
+from grace.config.pretrained import source_hashes
+from grace.errors import GraceError
+from grace.files import check_manifest
+from grace.models import fetch as fetching
+from grace.models.fetch import fetch
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A snapshot as the hub's cache keeps it: names that are links to blobs."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/main"
+    blobs.mkdir()
+    (snapshot / "sub").mkdir(parents=True)
+    files = {"config.json": "{}", "model.safetensors": "weights", "sub/vocab.txt": "a", "training_args.bin": "pickle"}
+    for number, (name, text) in enumerate(files.items()):
+        (blobs / str(number)).write_text(text)
+        (snapshot / name).symlink_to(blobs / str(number))
+    return snapshot
+
+
+def test_links_are_followed_and_bytes_are_copied(model, tmp_path):
+    out = tmp_path / "out"
+    fetch(str(model), out)
+    assert sorted(check_manifest(out)["files"]) == ["config.json", "model.safetensors", "sub/vocab.txt"]
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    (model / "model.safetensors").resolve().write_text("others!")  # in place
+    check_manifest(out)
+
+
+def test_a_replaced_file_changes_the_hashes_whatever_its_time(model):
+
+    before, blob = source_hashes(model), (model / "model.safetensors").resolve()
+    state = blob.stat()
+    blob.write_text("weighty")
+    os.utime(blob, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = source_hashes(model)
+    assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
+
+
+def dangling(model):
+    (model / "model.safetensors").resolve().unlink()
+
+
+def code_of_its_own(model):
+    (model / "config.json").resolve().write_text(json.dumps({"auto_map": {"AutoConfig": "modeling.Config"}}))
+
+
+def processor_s_code(model):
+    (model / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "processing.P"}}))
+
+
+def shard_missing(model):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-2.safetensors"}}))
+
+
+def no_weights(model):
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "fault, sentence",
+    [
+        (dangling, "model.safetensors: a link to .*, which is not there"),
+        (code_of_its_own, r"config.json asks for code of its own \(auto_map\), which is never run"),
+        (processor_s_code, r"processor_config.json asks for code of its own \(auto_map\), which is never run"),
+        (shard_missing, "names model-2.safetensors, which are not there"),
+        (no_weights, "holds no .*safetensors"),
+    ],
+)
+def test_a_model_that_cannot_be_trusted_is_refused(model, tmp_path, fault, sentence):
+    fault(model)
+    with pytest.raises(GraceError, match=sentence):
+        fetch(str(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.part"))
+
+
+def test_a_folder_that_changes_while_it_is_copied_is_refused(model, tmp_path, monkeypatch):
+    def copy(source, target, real=fetching.shutil.copyfile):
+        real(source, target)
+        target.write_text(target.read_text() + "cut")
+
+    monkeypatch.setattr(fetching.shutil, "copyfile", copy)
+    with pytest.raises(GraceError, match="changed while it was copied"):
+        fetch(str(model), tmp_path / "out")
