@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
-from grace.report.numbers import number
+from grace.report.numbers import number, p_text
 from grace.results.statistics import ALPHA, POWER, Comparison, minimum_detectable_difference
 
 MARGIN = 0.5  # points: a smaller advantage is of no interest
@@ -32,10 +32,11 @@ def decide(found: Comparison, p: float | None, sign: int, least_seeds: int, test
     Args:
         found: A less B.
         p: over questions and seeds after the correction; None with one seed.
-        tests: how many claims share the level; the interval is Bonferroni's.
+        tests: how many claims share the level; the interval that is held against a margin is Bonferroni's.
     """
+    low, high = found.interval()
+    span = f"{number(found.difference)}, 95% interval {number(low)} to {number(high)}"
     low, high = found.interval(ALPHA / tests)
-    span = f"{number(found.difference)}, {1 - ALPHA / tests:.1%} interval {number(low)} to {number(high)}"
     if sign < 0:
         low, high = -high, -low
     gap = found.difference * (sign or 1)
@@ -43,18 +44,18 @@ def decide(found: Comparison, p: float | None, sign: int, least_seeds: int, test
         return Decision("Not decided", f"{span}: it takes {least_seeds} seeds, there {_are(found.seeds)}")
     if sign == 0:
         if low > -CLOSE and high < CLOSE:
-            return Decision("Holds", f"{span}: within {number(CLOSE)} points")
+            return Decision("Holds", f"{span}: within {number(CLOSE)} points, after correction")
         if low > CLOSE or high < -CLOSE:
-            return Decision("Fails", f"{span}: more than {number(CLOSE)} points apart")
+            return Decision("Fails", f"{span}: after correction more than {number(CLOSE)} points apart")
         return Decision(
             "Not decided", f"{span}: it would take {_takes(found, abs(CLOSE - abs(gap)), least_seeds, tests)}"
         )
     if p < ALPHA and gap < 0:
-        return Decision("Fails", f"{span}: the reverse holds")
+        return Decision("Fails", f"{span}: the reverse holds, {p_text(p)} after correction")
     if p < ALPHA and gap >= MARGIN:
-        return Decision("Holds", f"{span}")
+        return Decision("Holds", f"{span}, {p_text(p)} after correction")
     if high < MARGIN:
-        return Decision("Fails", f"{span}: an advantage, if any, is below {number(MARGIN)} points")
+        return Decision("Fails", f"{span}: an advantage, if any, is below {number(MARGIN)} points, after correction")
     effect = gap if gap >= MARGIN else MARGIN - gap
     return Decision("Not decided", f"{span}: it would take {_takes(found, effect, least_seeds, tests)}")
 

@@ -34,7 +34,7 @@ def claims_table(results: Results, known: dict | None = None) -> Table:
         f"seen here with {POWER:.0%} power.",
         "p, questions: paired bootstrap over images, about these very models. p, seeds too: the largest of that and two t tests "
         "that hold the variance between seeds, about the method; a dash with one seed, which cannot tell. p values (Holm) and "
-        f"intervals (Bonferroni) are corrected over the claims of a group ({', '.join(f'{g}: {n}' for g, n in sizes.items())}).",
+        f"the intervals that verdicts are made by (Bonferroni; those shown are single ones) are corrected over the claims of a group ({', '.join(f'{g}: {n}' for g, n in sizes.items())}).",
         f"Paper: {ARXIV}, difference of its averages (Tables 1 and 2, LLaVA-1.5), or, where a row has none, over the "
         "benchmarks that both rows have (Tables 3 and 4, Qwen2-VL). A dash: the paper has no such pair; it has no rows at "
         "INT3, INT2 or under the outlier transform.",
