@@ -422,15 +422,15 @@ def test_shards_of_another_teacher_are_not_finished_but_rewritten(copy, home):
 def test_bad_examples_are_refused_by_name(examples):
     model = make_llava(vocabulary=75)
     example = examples[0]
-    check_examples(examples, model)
+    check_examples(examples, model, 75)
     blind = SimpleNamespace(**{**vars(example), "input_ids": example.input_ids[example.input_ids != IMAGE]})
-    with pytest.raises(GraceError, match="conversation row0: its image has no visual tokens"):
-        check_examples([blind], model)
+    with pytest.raises(GraceError, match=r"conversation row0: it has 1 images, and visual tokens .id 4. for 0"):
+        check_examples([blind], model, 75)
     for label in (75, -1):
         labels = example.labels.clone()
         labels[-1] = label
         with pytest.raises(GraceError, match="conversation row0: a label lies outside the model's vocabulary of 75"):
-            check_examples([SimpleNamespace(**{**vars(example), "labels": labels})], model)
+            check_examples([SimpleNamespace(**{**vars(example), "labels": labels})], model, 75)
 
 
 def test_a_teacher_that_gives_nan_is_refused_by_the_conversation(home, tmp_path):

@@ -401,7 +401,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(home, tmp_path):
         )
 
 
-@pytest.mark.parametrize("fault, reason", [("label", "a label lies outside"), ("image", "has no visual tokens")])
+@pytest.mark.parametrize(
+    "fault, reason", [("label", "a label lies outside"), ("image", "it has 1 images, and visual tokens")]
+)
 def test_bad_conversations_are_refused_by_name(home, tmp_path, monkeypatch, fault, reason):
     def load(data, tower):
         examples = load_prepared(data, tower)

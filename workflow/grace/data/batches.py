@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 
-from grace.data.examples import IGNORED, Example
+from grace.data.conversations import Message
+from grace.data.examples import IGNORED, Example, Tokeniser
 
 LENGTH_WINDOW = 16  # optimiser steps whose conversations are sorted by length together
 
@@ -17,8 +19,9 @@ class Batch:
     Attributes:
         input_ids, attention_mask: int64 [batch, tokens].
         labels: int64 [batch, tokens], -100 where nothing is asked; not shifted.
-        pixels: what the model's forward takes of the images, in order: `pixel_values` (for Qwen also `image_grid_thw`), or
-            `vision_features` [images, n, d] where the frozen tower's output was kept (`models.image_inputs`).
+        pixels: of the images, in order, what the image processor makes: `pixel_values` (for Qwen also
+            `image_grid_thw`), or `vision_features` [images, n, d] where the frozen tower's output was kept; empty for
+            text alone. `models.forward_inputs` turns it into what the forward takes.
         keys: the teacher records, in order.
         ids: the conversations, in order.
     """
@@ -41,12 +44,28 @@ class Batch:
         rows, columns = torch.nonzero(self.labels[:, 1:] != IGNORED, as_tuple=True)
         return rows, columns, self.labels[rows, columns + 1]
 
+    def visual(self, image: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Rows and columns [visual tokens] of the tokens `image`, and how many each image has, in order."""
+        rows, columns = torch.nonzero(self.input_ids == image, as_tuple=True)
+        return rows, columns, [count for row in self.input_ids for count in image_runs(row, image)]
+
+
+def image_runs(input_ids: torch.Tensor, image: int) -> list[int]:
+    """How many visual tokens each image of a conversation has: the lengths of the runs of `image` in int64 [tokens].
+
+    Between two images every template writes something.
+    """
+    shown = torch.nn.functional.pad((input_ids == image).int(), (1, 1))
+    edges = shown.diff().nonzero().flatten()  # starts and ends in turn
+    return (edges[1::2] - edges[::2]).tolist()
+
 
 def collate(examples: Sequence[Example], processor) -> Batch:
     """Pad `examples` to a batch."""
     ends = [len(example.input_ids) for example in examples]
     shape = (len(examples), max(ends))
-    input_ids = torch.full(shape, processor.tokenizer.pad_token_id)
+    pad = processor.tokenizer.pad_token_id
+    input_ids = torch.full(shape, pad if pad is not None else processor.tokenizer.eos_token_id)  # masked either way
     labels = torch.full(shape, IGNORED)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     for row, (example, end) in enumerate(zip(examples, ends, strict=True)):
@@ -62,6 +81,33 @@ def collate(examples: Sequence[Example], processor) -> Batch:
         images = [image.open() for example in shown for image in example.images]
         pixels = dict(processor.image_processor(images=images, return_tensors="pt"))
     return Batch(input_ids, attention_mask, labels, pixels, [e.key for e in examples], [e.id for e in examples])
+
+
+def collate_prompts(
+    tokeniser: Tokeniser, asked: Sequence[tuple[Sequence[Message], Sequence[Image]]]
+) -> dict[str, torch.Tensor]:
+    """What a model's `forward` and `generate` take of questions, up to where the answers begin.
+
+    Args:
+        asked: messages, the last of them the user's, and their images in order.
+
+    Returns: left-padded int64 `input_ids` and `attention_mask` [batch, tokens], and where there are images what the
+        family's forward takes of them.
+    """
+    processor, images = tokeniser.processor, [image for _, own in asked for image in own]
+    prompts = tokeniser.prompts([(said, [(image.height, image.width) for image in own]) for said, own in asked])
+    shape = (len(prompts), max(map(len, prompts)))
+    pad = processor.tokenizer.pad_token_id
+    input_ids = torch.full(shape, pad if pad is not None else processor.tokenizer.eos_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, shape[1] - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, shape[1] - len(prompt) :] = 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if images:
+        inputs |= dict(processor.image_processor(images=images, return_tensors="pt"))
+        inputs |= tokeniser.family.token_types(input_ids, tokeniser.template.image)
+    return inputs
 
 
 def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:

@@ -79,9 +79,9 @@ def prepare_files(
         write_mix(written, order, ids, folder, parts)
         write_report(folder, data, written, summary, len(order.rows))
         write_json(folder / FOLDERS, {str(n): s.images for n, s in enumerate(data.sources) if s.images is not None})
-        shutil.copytree(
-            processor, folder / "processor", ignore=shutil.ignore_patterns("*.safetensors*", "manifest.json")
-        )
+        from grace.models import load_processor
+
+        load_processor(processor).save_pretrained(folder / "processor")  # with the template and geometry of training
         if benchmarks is not None:
             shutil.copytree(benchmarks, folder / "benchmarks")
     shutil.rmtree(parts)

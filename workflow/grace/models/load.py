@@ -1,28 +1,50 @@
 """Reading a model folder: plain, or packed as compressed-tensors, which transformers dequantises on the way in."""
 
-import json
+import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, CompressedTensorsConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
 from grace.errors import GraceError
+from grace.files import read_json
+from grace.models.families import family_named, family_of_folder
+from grace.models.template import marks_answers
+
+TESTED = ((5, 20), (5, 24))  # of transformers: from, and below
+
+
+def check_transformers() -> None:
+    """Refuse a transformers that this code was not tested with: an older one swallows arguments that it does not know."""
+    version = importlib.metadata.version("transformers")
+    least, below = TESTED
+    if not least <= tuple(int(part) for part in version.split(".")[:2]) < below:
+        raise GraceError(
+            f"transformers {version} is installed, and this pipeline was tested with {'.'.join(map(str, least))} up to "
+            f"below {'.'.join(map(str, below))}; install one of those"
+        )
 
 
 def model_folder(folder: str | Path) -> dict:
     """Check that `folder` is a checkpoint folder and return its config.json; a `GraceError` says what is missing."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise GraceError(
-            f"{folder}: not a model folder (config.json is missing); give the folder of a checkpoint"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise GraceError(f"{folder / 'config.json'}: not valid JSON ({error}); build or copy the model again") from None
+    if not (folder / "config.json").is_file():
+        raise GraceError(f"{folder}: not a model folder (config.json is missing); give the folder of a checkpoint")
+    config = read_json(folder / "config.json")
+    family_named(config.get("model_type"), folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise GraceError(f"{folder}: has no *.safetensors; build or copy the model again")
     return config
+
+
+def _no_code(folder: Path) -> None:
+    for file in folder.glob("*.json"):
+        about = read_json(file) if file.name.endswith("config.json") else None
+        if isinstance(about, dict) and "auto_map" in about:
+            raise GraceError(
+                f"{file}: asks for code of its own (auto_map), which is never run; use the model as transformers has it"
+            )
 
 
 def load_model(
@@ -34,27 +56,83 @@ def load_model(
         folder: a checkpoint folder, plain or packed.
         dtype: of the weights in memory; "auto" takes the checkpoint's own (bf16 for everything made here).
         attention: "sdpa", or "eager" where attention maps are wanted.
+
+    Raises:
+        GraceError: no checkpoint, another transformers than those tested, code of its own, or weights that are missing,
+            unexpected or of another shape than the model's.
     """
+    check_transformers()
     config = model_folder(folder)
-    more = {}
+    _no_code(Path(folder))
+    more: dict[str, Any] = {}
     if "quantization_config" in config:
         more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, local_files_only=True, **more
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the others
+            **more,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraceError(
             f"{folder}: transformers could not load it ({reason}); build or copy the model again"
         ) from error
+    check_loaded(folder, loaded)
     return model.to(device).eval()
 
 
-def load_processor(folder: str | Path):
-    """The processor (tokenizer, image preprocessing, chat template) kept beside a model or in the data folder."""
+def check_loaded(folder: str | Path, loaded: dict[str, Any]) -> None:
+    """Refuse a model of which weights are missing, unexpected or of another shape; a `GraceError` names some of each.
+
+    `loaded` is what `from_pretrained(output_loading_info=True)` reports; it counts a tied head as there.
+    """
+    problems = []
+    for kind, words in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has other shapes of")):
+        names = [str(entry if isinstance(entry, str) else entry[0]) for entry in loaded.get(f"{kind}_keys") or ()]
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            problems.append(f"{words} {shown}")
+    if problems:
+        raise GraceError(
+            f"{folder}: {'; '.join(problems)}; its weights are not those of its config.json: fetch it again"
+        )
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The processor of a model's or the data's folder, as this pipeline trains and asks: the family's geometry, and its
+    template unless the folder's own one marks its answers.
+    """
+    check_transformers()
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise GraceError(f"{folder}: no such folder; build the data or the model again")
+    _no_code(folder)
+    family = family_of_folder(folder)
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        processor = family.load_processor(folder)
+    except (OSError, ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise GraceError(f"{folder}: no usable processor ({reason}); build the data or the model again") from error
+    own = _own_template(folder, processor)
+    processor.chat_template = own if own and marks_answers(processor.tokenizer, own) else family.template
+    processor.tokenizer.chat_template = None  # one template, beside the processor
+    return processor
+
+
+def _own_template(folder: Path, processor: Any) -> str | None:
+    """The folder's chat template, wherever its version of the library kept it."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text()
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            kept = read_json(folder / name).get("chat_template")
+            if isinstance(kept, str):
+                return kept
+    kept = processor.tokenizer.chat_template
+    return kept if isinstance(kept, str) else None

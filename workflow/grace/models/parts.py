@@ -1,24 +1,34 @@
-"""The parts of a vision-language model that the method touches, for LLaVA, Qwen2-VL and Qwen3-VL alike.
+"""The parts of a vision-language model that the method touches, for every family alike."""
 
-All three keep their decoder at `model.model.language_model` and their vocabulary projection at the output
-embeddings; they differ in where the vision side sits and what it is called.
-"""
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-_VISION = ("vision_tower", "visual")
+from grace.models.families import family_of
+from grace.models.families.base import DECODER, LAYERS
 
 
 def decoder(model: nn.Module) -> nn.Module:
     """The language model without its head: a stack of decoder layers that ends in a norm."""
-    return model.model.language_model
+    return model.get_submodule(DECODER)
 
 
 def output_head(model: nn.Module) -> nn.Linear:
-    """The projection from the last hidden state to the vocabulary; weight [vocab, d]."""
+    """The projection from the last hidden state to the vocabulary; weight [rows, d], rows that only pad included."""
     return model.get_output_embeddings()
+
+
+def vocabulary(processor: Any) -> int:
+    """V: one more than the largest id that the tokenizer can give. A head's rows from V on only pad it."""
+    tokenizer = processor.tokenizer
+    return max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=0))
+
+
+def head_weight(model: nn.Module, size: int) -> torch.Tensor:
+    """The head's first `size` rows [V, d]: no logit, gate, sample or gradient comes from rows that only pad it."""
+    weight = output_head(model).weight
+    return weight if len(weight) == size else weight[:size]
 
 
 def image_token_id(model: nn.Module) -> int:
@@ -31,34 +41,37 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".language_model.layers." in f".{name}"
+        if isinstance(module, nn.Linear) and name.startswith(f"{LAYERS}.")
     }
 
 
 def freeze_vision(model: nn.Module) -> None:
-    """Stop gradients to the vision tower; projector, decoder and head stay trainable."""
-    for name, parameter in model.model.named_parameters():
-        if name.split(".")[0] in _VISION and ".merger" not in name and ".deepstack" not in name:
+    """Stop gradients to the vision tower; what projects into the decoder, the decoder and the head stay trainable."""
+    family = family_of(model)
+    for name, parameter in model.get_submodule(family.tower).named_parameters():
+        if name.split(".")[0] not in family.trained:
             parameter.requires_grad_(False)
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:
-    """The vision tower where it is apart from the projector (LLaVA); None for Qwen, whose merger is part of it."""
-    return getattr(model.model, "vision_tower", None)
+    """The vision tower where its output may be kept (LLaVA); None for Qwen, whose merger is part of it and trained."""
+    return family_of(model).vision_tower(model)
 
 
-def image_inputs(model: nn.Module, pixels: dict[str, torch.Tensor]) -> dict:
-    """What the forward takes of a batch's images, on the model's device and in its dtype.
+def forward_inputs(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What the forward takes of a batch, on the model's device and images in its dtype.
 
-    Kept tower features (`vision_features`, fp32 [batch, n, d]) go through the projector here, so that the forward
-    need not run the tower.
+    Args:
+        input_ids, attention_mask: int64 [batch, tokens].
+        pixels: what the image processor gives for the batch's images, in order; empty where it has none.
     """
     parameter = next(model.parameters())
-    pixels = {
-        name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None, non_blocking=True)
-        for name, value in pixels.items()
-    }
-    if "vision_features" not in pixels:
-        return pixels
-    projected = list(model.model.multi_modal_projector(pixels["vision_features"]))
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=projected)}}
+
+    def here(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+    ids = here(input_ids)
+    images = family_of(model).image_inputs(model, ids, {name: here(value) for name, value in pixels.items()})
+    return {"input_ids": ids, "attention_mask": here(attention_mask), **images}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grace.errors import GraceError
+from grace.models.families.base import LAYERS
 from grace.progress import progress
 
 # Linears that read the same activations share one H, collected at the first of them.
@@ -87,15 +88,15 @@ def layers_with_moments(
     The consumer rounds each layer in place before it asks for the next.
 
     Args:
-        model: a vision-language model whose decoder lies at `model.language_model.layers`.
+        model: a vision-language model.
         batches: keyword arguments of its forward, one sequence each (padding would count as activations).
     """
     if not batches:
         raise GraceError("calibration: there are no examples; set quantization.calibration to at least 1")
-    layers = model.get_submodule("model.language_model.layers")
+    layers = model.get_submodule(LAYERS)
     with progress("rounding layers", len(layers)) as advance:
         for number, layer in enumerate(layers):
-            name = f"model.language_model.layers.{number}"
+            name = f"{LAYERS}.{number}"
             moments = _collect(model, layer, batches)
             for part, moment in moments.items():
                 if not torch.isfinite(moment.second).all():

@@ -38,7 +38,7 @@ def _round_with_activations(
     import torch
 
     from grace.data import collate, load_examples
-    from grace.models import load_model, load_processor
+    from grace.models import forward_inputs, load_model, load_processor
     from grace.quant import add_outliers, awq, gptq, save_quantization
     from grace.quant.calibration import round_model
     from grace.quant.checkpoint import Checkpoint, copy_companions
@@ -56,7 +56,7 @@ def _round_with_activations(
     batches = []
     for example in load_examples(data, processor, limit=settings.calibration):
         batch = collate([example], processor)
-        batches.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.pixels})
+        batches.append(forward_inputs(model, batch.input_ids, batch.attention_mask, batch.pixels))
     method = {"awq": awq, "gptq": gptq}[parameters.post_training]
     rule = partial(method.round_layer, bits=parameters.bits, group_size=settings.group_size)
     layers = round_model(model, batches, rule)

@@ -1,13 +1,15 @@
 """What the decoder's tensors are called: one name per module, whatever the checkpoint's age.
 
-In memory every family keeps its decoder under `model.language_model.layers`. On disk LLaVA writes
+In memory every family keeps its decoder at the same place (`models.families.base.LAYERS`). On disk LLaVA writes
 `language_model.model.layers` and Qwen2-VL `model.layers`; transformers renames them when it loads. Codes and scales
 go by the name in memory, so a key on disk is matched by its layer number and part. What is packed for others to load
-takes the names that published checkpoints have.
+takes the names that published checkpoints have (`Family.published`).
 """
 
 import re
 from typing import NamedTuple
+
+from grace.models.families.base import LAYERS
 
 LINEARS = (
     "self_attn.q_proj",
@@ -24,7 +26,6 @@ READERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.[a-z]+_proj|[a-z_]+_?layernorm)\.(weight|bias)$")
-_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)(?=(?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)")
 _VISION = re.compile(r"(?:^|\.)(vision_tower|vision_model|visual)\.")
 
 
@@ -38,7 +39,7 @@ class DecoderPart(NamedTuple):
     @property
     def module(self) -> str:
         """The module's name in memory."""
-        return f"model.language_model.layers.{self.layer}.{self.part}"
+        return f"{LAYERS}.{self.layer}.{self.part}"
 
 
 def decoder_part(key: str) -> DecoderPart | None:
@@ -53,11 +54,3 @@ def quantised_module(key: str) -> str | None:
     """The module name in memory where `key` is the weight of a linear that is quantised, else None."""
     part = decoder_part(key)
     return part.module if part and part.part in LINEARS and part.kind == "weight" else None
-
-
-def published(key: str) -> str:
-    """A key as published LLaVA checkpoints have it: recent transformers drop `vision_model` from CLIP's and SigLIP's.
-
-    They read both; other readers (vLLM, older transformers) know the published one alone.
-    """
-    return _TOWER.sub(r"\1vision_model.", key)

@@ -12,12 +12,13 @@ import torch
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, contents_hash, read_json, whole_folder
+from grace.models.families import family_of_folder
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import model_card
 from grace.quant.checkpoint import SHARD_BYTES, Checkpoint, TensorSpec, copy_companions, copy_config, write_checkpoint
 from grace.quant.grid import dequantize, group_count
-from grace.quant.names import published, quantised_module
+from grace.quant.names import quantised_module
 from grace.quant.student import StoredQuantization, read_quantization
 
 # Linears that stay in bf16, by their names in memory: the head, the vision towers and projectors of every family.
@@ -94,11 +95,12 @@ def verify(model: Path, packed: Path) -> None:
     """
     source, written, stored = Checkpoint.of_folder(model), Checkpoint.of_folder(packed), read_quantization(model)
     linears, _ = _linears(model, source, stored)
+    family = family_of_folder(model)
     with progress("verifying", len(source)) as advance:
         for key in source:
             advance(note=key)
             if key not in linears:
-                name = published(key)
+                name = family.published(key)
                 same = name in written and source.spec(key)._replace(name=name) == written.spec(name)
                 if not (same and torch.equal(_bytes(source[key]), _bytes(written[name]))):
                     raise GraceError(f"{packed}: {key} differs from {model}; pack it again")
@@ -122,10 +124,12 @@ def pack_student(model: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> S
     source, stored = Checkpoint.of_folder(model), read_quantization(model)
     linears, unquantised = _linears(model, source, stored)
     specs, kept, origin = [], {}, {}
+    family = family_of_folder(model)
     for key in source:
         if key not in linears:
-            specs.append(source.spec(key)._replace(name=published(key)))
-            kept[published(key)] = key
+            name = family.published(key)
+            specs.append(source.spec(key)._replace(name=name))
+            kept[name] = key
             continue
         rows, columns = source.spec(key).shape
         groups = group_count(columns, stored.group_size, linears[key])

@@ -29,13 +29,13 @@ class Audited:
         key: the record's key.
         labels: int64 [tokens].
         states: fp32 [tokens, d_T], the teacher's last hidden states.
-        gram: fp32 [n, n].
+        grams: per image, fp32 [n, n].
     """
 
     key: str
     labels: torch.Tensor
     states: torch.Tensor
-    gram: torch.Tensor
+    grams: list[torch.Tensor]
 
 
 Student = Callable[[Audited], torch.Tensor]  # the student's logits [tokens, vocab] at the record's supervised tokens
@@ -44,12 +44,14 @@ Student = Callable[[Audited], torch.Tensor]  # the student's logits [tokens, voc
 def audited(cache: TeacherCache) -> Iterator[Audited]:
     """The records that the cache keeps in full precision."""
     tensors = load_audit(cache.folder)
-    tokens, squares = 0, 0
-    for key, count, n in zip(tensors["keys"], tensors["counts"].tolist(), tensors["sizes"].tolist(), strict=True):
+    sizes = tensors["sizes"].tolist()
+    matrices = [part.view(n, n) for part, n in zip(tensors["grams"].split([n * n for n in sizes]), sizes, strict=True)]
+    tokens, images = 0, 0
+    for key, count, shown in zip(tensors["keys"], tensors["counts"].tolist(), tensors["images"].tolist(), strict=True):
         part = slice(tokens, tokens + count)
-        matrix = tensors["grams"][squares : squares + n * n].view(n, n)
-        yield Audited(bytes(key.numpy()).hex(), tensors["labels"][part], tensors["hidden"][part], matrix)
-        tokens, squares = tokens + count, squares + n * n
+        own = matrices[images : images + shown]
+        yield Audited(bytes(key.numpy()).hex(), tensors["labels"][part], tensors["hidden"][part], own)
+        tokens, images = tokens + count, images + shown
 
 
 def rounded_head(head: torch.Tensor, bits: int) -> Student:
@@ -61,7 +63,7 @@ def rounded_head(head: torch.Tensor, bits: int) -> Student:
 
 def model_student(model: nn.Module, processor, examples: Sequence[Example]) -> Student:
     """A student model; `examples` are the training conversations, or those of the audited records."""
-    from grace.models import output_head
+    from grace.models import head_weight, vocabulary
     from grace.teacher.forward import see
 
     by_key = {example.key: example for example in examples}
@@ -69,7 +71,7 @@ def model_student(model: nn.Module, processor, examples: Sequence[Example]) -> S
     @torch.inference_mode()
     def logits(record: Audited) -> torch.Tensor:
         ((_, seen),) = see(model, processor, [by_key[record.key]])
-        return output_head(model)(seen.states).float().cpu()
+        return (seen.states @ head_weight(model, vocabulary(processor)).T).float().cpu()
 
     return logits
 
@@ -171,13 +173,14 @@ def _gram_error(cache: TeacherCache, records: Sequence[Audited]) -> dict[str, fl
     generator = torch.Generator().manual_seed(0)
     losses, errors = [], []
     for record in records:
-        values, vectors = torch.linalg.eigh(record.gram.double())
-        rows = vectors * values.clamp(min=0).sqrt()  # rows with this Gram matrix [n, n]
-        noise = torch.randn(rows.shape, dtype=torch.float64, generator=generator) / math.sqrt(len(rows))
-        student = rows + 0.3 * noise
-        exact = float(relational_cka_from_gram(student, record.gram.double()))
-        losses.append(exact)
-        errors.append(float(relational_cka_from_gram(student, cache.batch([record.key]).grams[0].double())) - exact)
+        for matrix, cached in zip(record.grams, cache.batch([record.key]).grams, strict=True):
+            values, vectors = torch.linalg.eigh(matrix.double())
+            rows = vectors * values.clamp(min=0).sqrt()  # rows with this Gram matrix [n, n]
+            noise = torch.randn(rows.shape, dtype=torch.float64, generator=generator) / math.sqrt(len(rows))
+            student = rows + 0.3 * noise
+            exact = float(relational_cka_from_gram(student, matrix.double()))
+            losses.append(exact)
+            errors.append(float(relational_cka_from_gram(student, cached.double())) - exact)
     sample = torch.tensor(errors, dtype=torch.float64)
     return {
         "images": len(errors),

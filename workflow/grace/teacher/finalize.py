@@ -99,7 +99,7 @@ def _write_head(teacher: Path, out: Path, dtype: torch.dtype, shape: tuple[int, 
             break
     else:
         raise GraceError(f"{teacher}: holds neither lm_head.weight nor embed_tokens.weight; fetch the model again")
-    weight = checkpoint[names[0]].to(dtype)
+    weight = checkpoint[names[0]][: shape[0]].to(dtype).contiguous()  # without the rows that only pad it
     if tuple(weight.shape) != shape:
         raise GraceError(
             f"{teacher}: {names[0]} is {tuple(weight.shape)} where the shards' teacher had {shape}; write the cache again"
@@ -117,16 +117,18 @@ def _write_audit(out: Path, parts: list[dict[str, Any]]) -> None:
         shard = Shard(out, entry)
         shard.verify()
         records = shard.tensors["audit.records"].long()
-        offsets = shard.tensors["token_offsets"]
+        offsets, images = shard.tensors["token_offsets"], shard.tensors["image_offsets"]
+        shown = torch.cat([torch.arange(int(images[r]), int(images[r + 1])) for r in records.tolist()])
         values = {
             "keys": shard.tensors["keys"][records],
             "counts": (offsets[1:] - offsets[:-1])[records],
-            "sizes": shard.tensors["gram.sizes"][shard.tensors["gram_of_record"][records].long()],
+            "images": (images[1:] - images[:-1])[records],
+            "sizes": shard.tensors["gram.sizes"][shard.tensors["gram_of_image"][shown].long()],
             **{name: shard.tensors[f"audit.{name}"] for name in ("labels", "hidden", "grams")},
         }
         for name, value in values.items():
             pieces.setdefault(name, []).append(value)
-    empty = {name: torch.empty(0) for name in ("counts", "sizes", "labels", "grams")}
+    empty = {name: torch.empty(0) for name in ("counts", "images", "sizes", "labels", "grams")}
     empty |= {"keys": torch.empty(0, 32, dtype=torch.uint8), "hidden": torch.empty(0, 0)}
     with whole_file(out / AUDIT_FILE) as part:
         save_file({name: torch.cat(value) for name, value in pieces.items()} or empty, part)

@@ -5,13 +5,16 @@ The teacher goes through here when its cache is written, a student when the cach
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from grace.data import Batch, Example, collate
+from grace.data.batches import image_runs
+from grace.data.examples import IGNORED
 from grace.errors import GraceError
-from grace.models import image_inputs, image_token_id, output_head
+from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
 from grace.teacher.prefetch import ahead
 
@@ -26,33 +29,78 @@ class Seen:
         states: [tokens, d], the last hidden state (after the final norm) at the supervised positions, in the model's
             dtype.
         labels: int64 [tokens], the next token at each.
-        visual: [n, d], the penultimate decoder layer's output at the visual tokens, in the model's dtype.
+        visual: per image [n, d], the penultimate decoder layer's output at its visual tokens, in the model's dtype.
     """
 
     states: torch.Tensor
     labels: torch.Tensor
-    visual: torch.Tensor
+    visual: list[torch.Tensor]
 
-    def gram(self) -> torch.Tensor:
-        """The Gram matrix fp32 [n, n] of the l2-normalised rows of `visual`."""
-        return gram(self.visual)
+    def grams(self) -> list[torch.Tensor]:
+        """Per image the Gram matrix fp32 [n, n] of the l2-normalised rows of `visual`."""
+        return [gram(tokens) for tokens in self.visual]
 
 
-def check_examples(examples: Sequence[Example], model: nn.Module) -> None:
-    """Refuse what would only fail, or silently go wrong, in the middle of a run; a `GraceError` names the conversation."""
-    vocabulary, image = output_head(model).weight.shape[0], image_token_id(model)
+def check_examples(examples: Sequence[Example], model: nn.Module, vocabulary: int) -> None:
+    """Refuse what would only fail, or silently go wrong, in the middle of a run; a `GraceError` names the conversation.
+
+    Args:
+        vocabulary: V of the tokenizer; the model may have more rows, which are padding.
+    """
+    rows, image = len(output_head(model).weight), image_token_id(model)
+    if rows < vocabulary:
+        raise GraceError(
+            f"the tokenizer has {vocabulary} tokens and the model {rows} rows for them; use the model's own tokenizer"
+        )
     for example in examples:
         where = f"conversation {example.id}"
-        if not (example.input_ids == image).any():
+        found = len(image_runs(example.input_ids, image))
+        if found != len(example.images):
             raise GraceError(
-                f"{where}: its image has no visual tokens (id {image} is not among its tokens); check that the "
-                "processor belongs to the model"
+                f"{where}: it has {len(example.images)} images, and visual tokens (id {image}) for {found}; check that "
+                "the processor belongs to the model"
             )
-        asked = example.labels[example.labels != -100]
+        asked = example.labels[example.labels != IGNORED]
         if len(asked) and not 0 <= int(asked.min()) <= int(asked.max()) < vocabulary:
             raise GraceError(
                 f"{where}: a label lies outside the model's vocabulary of {vocabulary}; use the model's tokenizer"
             )
+
+
+@torch.inference_mode()
+def check_sight(model: nn.Module, processor: Any, examples: Sequence[Example]) -> None:
+    """Refuse a model whose answers do not depend on its image: exchange one, and the logits must change.
+
+    A forward that does not know an argument may swallow it without a word, and would train blind. The first example
+    with an image and a label is asked with the image as it is and with its negative.
+
+    Raises:
+        GraceError: no logit changes, or the forward cannot take the image.
+    """
+    shown = next((example for example in examples if example.images and supervised_tokens(example)), None)
+    if shown is None:
+        return
+    batch = collate([shown], processor)
+    negative = {name: -value if value.is_floating_point() else value for name, value in batch.pixels.items()}
+    rows, columns, _ = batch.supervised()
+    logits = []
+    for pixels in (batch.pixels, negative):
+        try:
+            inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, pixels)
+            states = model.model(**inputs, use_cache=False).last_hidden_state
+        except (ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            raise GraceError(
+                f"conversation {shown.id}: the model cannot take its image ({str(error).strip().splitlines()[0]}); check "
+                "that the processor belongs to the model"
+            ) from error
+        logits.append(output_head(model)(states[rows.to(states.device), columns.to(states.device)]))
+    if torch.equal(*logits):
+        raise GraceError(
+            f"conversation {shown.id}: another image changes none of the model's logits, so it does not see; check its "
+            "vision tower and projector, and that transformers is of the tested range"
+        )
 
 
 def supervised_tokens(example: Example) -> int:
@@ -74,27 +122,25 @@ def plan(examples: Sequence[Example], tokens: int = TOKENS_AT_ONCE) -> list[list
 
 
 @torch.inference_mode()
-def see(model: nn.Module, processor, examples: Sequence[Example]) -> Iterator[tuple[int, Seen]]:
+def see(model: nn.Module, processor: Any, examples: Sequence[Example]) -> Iterator[tuple[int, Seen]]:
     """Run `model` over `examples` and yield (index, what it makes of it), in the order of `plan`."""
-    head, image = output_head(model).weight, image_token_id(model)
+    image = image_token_id(model)
     batches = plan(examples)
     collated = ahead(lambda indices: collate([examples[i] for i in indices], processor), batches)
     for indices, batch in zip(batches, collated, strict=True):
-        states, labels, visual = _forward(model, batch, head, image)
+        states, labels, visual = _forward(model, batch, image)
         counts = [supervised_tokens(examples[index]) for index in indices]
-        images = (batch.input_ids == image).sum(1).tolist()
-        parts = zip(states.split(counts), labels.split(counts), visual.split(images), strict=True)
-        yield from ((index, Seen(*part)) for index, part in zip(indices, parts, strict=True))
+        parts = zip(indices, states.split(counts), labels.split(counts), strict=True)
+        for index, own, asked in parts:
+            yield index, Seen(own, asked, [next(visual) for _ in examples[index].images])
 
 
-def _forward(model: nn.Module, batch: Batch, head: torch.Tensor, image: int) -> tuple[torch.Tensor, ...]:
-    input_ids = batch.input_ids.to(head.device)
-    rows, columns, labels = (part.to(head.device) for part in batch.supervised())
-    outputs = model.model(
-        input_ids=input_ids,
-        attention_mask=batch.attention_mask.to(head.device),
-        use_cache=False,
-        output_hidden_states=True,
-        **image_inputs(model, batch.pixels),
-    )
-    return outputs.last_hidden_state[rows, columns], labels, outputs.hidden_states[-2][input_ids == image]
+def _forward(model: nn.Module, batch: Batch, image: int) -> tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]:
+    """States [tokens, d] and labels [tokens] of the supervised positions, and each image's visual tokens [n, d]."""
+    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, batch.pixels)
+    outputs = model.model(**inputs, use_cache=False, output_hidden_states=True)
+    device = outputs.last_hidden_state.device
+    rows, columns, labels = (part.to(device) for part in batch.supervised())
+    at, place, sizes = batch.visual(image)
+    visual = outputs.hidden_states[-2][at.to(device), place.to(device)].split(sizes)
+    return outputs.last_hidden_state[rows, columns], labels, iter(visual)

@@ -35,7 +35,7 @@ class CachedTargets:
         gates: fp32 [tokens].
         hidden: bf16 [tokens, d_T], the teacher's last hidden states; None in a `sampled` cache.
         sampled: the sampled record of these tokens; None in the other formats.
-        grams: per record, fp32 [n, n], the Gram matrix of its image's l2-normalised visual tokens.
+        grams: per image of these conversations, fp32 [n, n], the Gram matrix of its l2-normalised visual tokens.
     """
 
     keys: list[str]
@@ -163,7 +163,7 @@ class TeacherCache:
             gates,
             hidden,
             sampled,
-            [shard.gram(record) for shard, record in places],
+            [matrix for shard, record in places for matrix in shard.grams(record)],
         )
 
     def prefetch(self, batches: Iterable[Sequence[str]], depth: int = 2) -> Iterator[CachedTargets]:

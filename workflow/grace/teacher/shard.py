@@ -5,11 +5,12 @@ The file holds
     token_offsets   int64 [records + 1]     where each record's supervised tokens stand
     gates           fp32 [tokens]
     hidden | hidden.codes, hidden.scales | log_odds, negentropy, log_tail, entries      [tokens, ...], by format
-    gram_of_record  int32 [records]         which of the shard's Gram matrices; records share one where they may
+    image_offsets   int64 [records + 1]     where each record's images stand; a record of text alone has none
+    gram_of_image   int32 [images]          which of the shard's Gram matrices; images share one where they may
     gram.sizes      int32 [grams]           visual tokens n
     gram.codes int8, gram.scales fp16, gram.diagonal fp16, gram.offset fp32     `formats.encode_gram`, concatenated
     audit.records   int32 [audited]         records also kept in full precision:
-    audit.labels    int64, audit.hidden fp32 [tokens of these, d_T], audit.grams fp32 [sum of n²]
+    audit.labels    int64, audit.hidden fp32 [tokens of these, d_T], audit.grams fp32 [sum of n² over their images]
 The sidecar is written last, so a shard without a sidecar that fits it is a shard to write again.
 """
 
@@ -48,7 +49,7 @@ class ShardBuilder:
         self.keys = torch.frombuffer(bytearray(bytes.fromhex("".join(keys))), dtype=torch.uint8) if keys else None
         self.offsets = torch.tensor([0, *counts]).cumsum(0)
         self.tokens: dict[str, torch.Tensor] = {}
-        self.gram_of_record = torch.full((len(keys),), -1, dtype=torch.int32)
+        self.gram_of_image: list[list[int]] = [[] for _ in keys]
         self.grams: dict[str, int] = {}
         self.gram_parts: list[dict[str, torch.Tensor]] = []
         self.audit: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -61,16 +62,20 @@ class ShardBuilder:
                 self.tokens[name] = torch.empty(int(self.offsets[-1]), *value.shape[1:], dtype=value.dtype)
             self.tokens[name][begin:end] = value
 
-    def put_gram(self, record: int, identity: str, matrix: torch.Tensor) -> None:
-        """Set a record's Gram matrix [n, n]; records with the same `identity` share the first one given."""
-        if identity not in self.grams:
-            self.grams[identity] = len(self.gram_parts)
-            self.gram_parts.append({name: part.cpu() for name, part in encode_gram(matrix).items()})
-        self.gram_of_record[record] = self.grams[identity]
+    def put_grams(self, record: int, identities: Sequence[str], matrices: Sequence[torch.Tensor]) -> None:
+        """Set the Gram matrices [n, n] of a record's images; images of one identity share the first one given."""
+        for identity, matrix in zip(identities, matrices, strict=True):
+            if identity not in self.grams:
+                self.grams[identity] = len(self.gram_parts)
+                self.gram_parts.append({name: part.cpu() for name, part in encode_gram(matrix).items()})
+            self.gram_of_image[record].append(self.grams[identity])
 
-    def put_audit(self, record: int, labels: torch.Tensor, states: torch.Tensor, matrix: torch.Tensor) -> None:
-        """Keep a record in full precision too: labels [tokens], states fp32 [tokens, d_T], Gram fp32 [n, n]."""
-        self.audit[record] = (labels.cpu(), states.float().cpu(), matrix.float().flatten().cpu())
+    def put_audit(
+        self, record: int, labels: torch.Tensor, states: torch.Tensor, matrices: Sequence[torch.Tensor]
+    ) -> None:
+        """Keep a record in full precision too: labels [tokens], states fp32 [tokens, d_T], Gram fp32 [n, n] per image."""
+        grams = torch.cat([torch.zeros(0), *(matrix.float().flatten().cpu() for matrix in matrices)])
+        self.audit[record] = (labels.cpu(), states.float().cpu(), grams)
 
     def finished(self) -> dict[str, torch.Tensor]:
         """The shard's tensors; empty for a shard without records."""
@@ -79,11 +84,12 @@ class ShardBuilder:
         tensors = {
             "keys": self.keys.view(-1, 32),
             "token_offsets": self.offsets,
-            "gram_of_record": self.gram_of_record,
+            "image_offsets": torch.tensor([0, *map(len, self.gram_of_image)]).cumsum(0),
+            "gram_of_image": torch.tensor([which for own in self.gram_of_image for which in own], dtype=torch.int32),
             "gram.sizes": torch.tensor([len(parts["scales"]) for parts in self.gram_parts], dtype=torch.int32),
             **self.tokens,
         }
-        for name in self.gram_parts[0]:
+        for name in self.gram_parts[0] if self.gram_parts else ():
             tensors[f"gram.{name}"] = torch.cat([parts[name] for parts in self.gram_parts])
         if self.audit:
             audited = sorted(self.audit)
@@ -156,6 +162,7 @@ class Shard:
                 return
             sizes = self.tensors["gram.sizes"].long()
             self.offsets = self.tensors["token_offsets"].tolist()
+            self.images = self.tensors["image_offsets"].tolist()
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise GraceError(f"{path}: damaged ({error}); {REBUILD}") from error
         self.rows = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).tolist()
@@ -178,9 +185,14 @@ class Shard:
         """A record's part [tokens, ...] of a per-token tensor."""
         return self.tensors[name][self.offsets[record] : self.offsets[record + 1]]
 
-    def gram(self, record: int) -> torch.Tensor:
-        """A record's Gram matrix, fp32 [n, n]."""
-        which = int(self.tensors["gram_of_record"][record])
+    def grams(self, record: int) -> list[torch.Tensor]:
+        """The Gram matrices of a record's images, each fp32 [n, n]."""
+        return [
+            self._gram(which)
+            for which in self.tensors["gram_of_image"][slice(*self.images[record : record + 2])].tolist()
+        ]
+
+    def _gram(self, which: int) -> torch.Tensor:
         rows, pairs = slice(*self.rows[which : which + 2]), slice(*self.pairs[which : which + 2])
         return decode_gram(
             {

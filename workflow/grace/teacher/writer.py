@@ -11,14 +11,15 @@ from torch import nn
 
 from grace.config.runs import CacheRun
 from grace.data import Example, load_conversations
+from grace.data.batches import image_runs
 from grace.data.examples import Tokeniser
 from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
 from grace.files import read_json
-from grace.models import image_token_id, load_model, load_processor, output_head
+from grace.models import head_weight, image_token_id, load_model, load_processor, output_head, vocabulary
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
-from grace.teacher.forward import Seen, check_examples, see, supervised_tokens
+from grace.teacher.forward import Seen, check_examples, check_sight, see, supervised_tokens
 from grace.teacher.identity import run_pins
 from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
 from grace.teacher.shard import ShardBuilder, damage, read_sidecar, shard_name, shard_range, write_shard
@@ -53,15 +54,16 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
     processor = load_processor(data / "processor")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(teacher, getattr(torch, parameters.compute_dtype), device)
-    head = output_head(model)
+    head, size = output_head(model), vocabulary(processor)
     if head.bias is not None:
         raise GraceError(f"{teacher}: its vocabulary projection has a bias, which a cache does not hold")
     if parameters.cache.format == "sampled":
-        entry_counts(head.weight.shape[0])
+        entry_counts(size)
     for number in missing:
         part = [conversations[index] for index in slices[number]]
         examples = Tokeniser(processor)(part) if part else []
-        check_examples(examples, model)
+        check_examples(examples, model, size)
+        check_sight(model, processor, examples)
         tensors = record(model, processor, examples, parameters, f"teacher cache {number + 1}/{shards}")
         write_shard(
             out,
@@ -71,7 +73,7 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
             conversations=len(conversations),
             first=slices[number].start,
             last=slices[number].stop,
-            vocabulary=head.weight.shape[0],
+            vocabulary=size,
             width=head.weight.shape[1],
             libraries=libraries(),
         )
@@ -95,20 +97,20 @@ def record(
     examples = list({example.key: example for example in examples}.values())
     builder = ShardBuilder([e.key for e in examples], [supervised_tokens(e) for e in examples])
     audited = audited_records([e.key for e in examples], run.cache.audit)
-    weight, image = output_head(model).weight.float(), image_token_id(model)
+    weight, image = head_weight(model, vocabulary(processor)).float(), image_token_id(model)
     with progress(title, len(examples)) as advance:
         for index, seen in see(model, processor, examples):
             example = examples[index]
             tensors = _encode(seen, example, weight, run)
             builder.put(index, **{name: tensor.cpu() for name, tensor in tensors.items()})
-            matrix = seen.gram()
-            if not torch.isfinite(matrix).all():
+            matrices = seen.grams()
+            if not all(torch.isfinite(matrix).all() for matrix in matrices):
                 raise GraceError(
                     f"conversation {example.id}: the teacher's states are NaN or infinite; check the teacher"
                 )
-            builder.put_gram(index, image_identity(example, image), matrix)
+            builder.put_grams(index, image_identities(example, image), matrices)
             if index in audited:
-                builder.put_audit(index, seen.labels, seen.states, matrix)
+                builder.put_audit(index, seen.labels, seen.states, matrices)
             advance(1)
     return builder.finished()
 
@@ -122,11 +124,16 @@ def audited_records(keys: Sequence[str], share: float) -> set[int]:
     return set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
 
 
-def image_identity(example: Example, image: int) -> str:
-    """Two conversations that share this share their visual tokens' states, for attention is causal."""
-    last = int((example.input_ids == image).nonzero()[-1])
-    prefix = example.input_ids[: last + 1].to(torch.int32).numpy().tobytes()
-    return hashlib.sha256(prefix + b"".join(bytes.fromhex(i.sha256) for i in example.images)).hexdigest()
+def image_identities(example: Example, image: int) -> list[str]:
+    """Per image; conversations that share one share that image's states, for attention is causal."""
+    shown = (example.input_ids == image).nonzero().flatten()
+    ends = torch.tensor(image_runs(example.input_ids, image), dtype=torch.int64).cumsum(0)
+    found = []
+    for number, end in enumerate(ends.tolist(), 1):
+        prefix = example.input_ids[: int(shown[end - 1]) + 1].to(torch.int32).numpy().tobytes()
+        images = b"".join(bytes.fromhex(i.sha256) for i in example.images[:number])
+        found.append(hashlib.sha256(prefix + images).hexdigest())
+    return found
 
 
 def _encode(seen: Seen, example: Example, weight: torch.Tensor, run: CacheRun) -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ from grace.data import load_prepared
 from grace.distributed import World, join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
-from grace.models import build_llava, load_model, load_processor, vision_tower
+from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
 from grace.quant import save_quantization
-from grace.teacher.forward import check_examples
+from grace.teacher.forward import check_examples, check_sight
 from grace.teacher.identity import expected
 from grace.teacher.reader import TeacherCache
 from grace.train.checkpoint import finish, finished, publish
@@ -117,7 +117,8 @@ def _train(
     if cache is not None:
         targets = TeacherCache.open(cache, expect=expected(data, parameters.method.temperature, teacher))
     examples = load_prepared(data, vision_tower(model))
-    check_examples(examples, model)
+    check_examples(examples, model, vocabulary(processor))
+    check_sight(model, processor, examples)
     if targets is not None:
         targets.check_keys(example.key for example in examples if not example.caption)
     growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed

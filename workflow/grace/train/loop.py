@@ -21,7 +21,7 @@ from grace.distributed import World, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
 from grace.hashes import sha256
-from grace.models import freeze_vision
+from grace.models import freeze_vision, vocabulary
 from grace.progress import progress
 from grace.teacher.prefetch import ahead
 from grace.teacher.reader import CachedTargets, TeacherCache
@@ -86,7 +86,7 @@ class Trainer:
         self.meter = Meter(matrices, world.device, world.size)
         shard(model, world)
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
-        self.objective = Objective(model, run, cache)
+        self.objective = Objective(model, run, cache, vocabulary(processor))
         self.micro_batch = run.optimisation.micro_batch  # conversations; smaller once the GPU's memory was too small
         self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
         method = run.method

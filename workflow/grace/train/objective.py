@@ -16,7 +16,7 @@ from grace.distill import TokenLoss, distillation_loss_from_hidden, load_objecti
 from grace.distill.chunk_loss import Mode
 from grace.distill.from_hidden import FUSED
 from grace.errors import GraceError
-from grace.models import image_inputs, image_token_id, output_head
+from grace.models import forward_inputs, head_weight, image_token_id, output_head
 from grace.teacher.reader import CachedTargets, TeacherCache
 from grace.teacher.sampled import distillation_loss_from_record
 
@@ -39,17 +39,18 @@ class Objective:
         GraceError: the recipe distils and there is no cache, or its vocabulary is another.
     """
 
-    def __init__(self, model: nn.Module, run: TrainRun, cache: TeacherCache | None) -> None:
-        self.model, self.run, self.cache = model, run, cache
+    def __init__(self, model: nn.Module, run: TrainRun, cache: TeacherCache | None, vocabulary: int) -> None:
+        """`vocabulary` is the tokenizer's V: rows of the head beyond it get no probability and no gradient."""
+        self.model, self.run, self.cache, self.vocabulary = model, run, cache, vocabulary
         self.device = output_head(model).weight.device
         self.image_token = image_token_id(model)
         self.distils = run.kd != "none" or run.rcka
         if self.distils and cache is None:
             raise GraceError("this recipe distils: give the teacher's cache (--cache)")
-        if run.kd != "none" and cache.vocabulary != output_head(model).weight.shape[0]:
+        if run.kd != "none" and cache.vocabulary != vocabulary:
             raise GraceError(
                 f"{cache.folder}: the teacher's vocabulary has {cache.vocabulary} entries, the student's "
-                f"{output_head(model).weight.shape[0]}; distil between models of one tokenizer"
+                f"{vocabulary}; distil between models of one tokenizer"
             )
         self.mode: Mode | TokenLoss = run.kd
         if run.kd not in FUSED:
@@ -65,7 +66,8 @@ class Objective:
         """The normalisers of a global batch, known before its first forward pass."""
         tokens = sum(example.supervised_tokens() for example in chosen)
         gates = self.cache.gate_sum([e.key for e in chosen]) if self.gated else tokens
-        return Totals(float(tokens), float(gates), float(len(chosen)), beta, omega)
+        images = sum(len(example.images) for example in chosen)
+        return Totals(float(tokens), float(gates), float(max(images, 1)), beta, omega)
 
     def backward(
         self, batch: Batch, target: CachedTargets | None, totals: Totals, share: float = 1.0
@@ -81,13 +83,8 @@ class Objective:
             return tensor.to(device, non_blocking=True)
 
         rows, columns, labels = map(here, batch.supervised())
-        outputs = self.model.model(
-            input_ids=here(batch.input_ids),
-            attention_mask=here(batch.attention_mask),
-            use_cache=False,
-            output_hidden_states=run.rcka,
-            **image_inputs(self.model, batch.pixels),
-        )
+        inputs = forward_inputs(self.model, batch.input_ids, batch.attention_mask, batch.pixels)
+        outputs = self.model.model(**inputs, use_cache=False, output_hidden_states=run.rcka)
         target = target.to(device) if target is not None else None
         states = outputs.last_hidden_state[rows, columns]  # [tokens, d]
         losses = self._token_losses(states, labels, target, totals, share)
@@ -96,10 +93,11 @@ class Objective:
         if run.kd != "none":
             parts["kd"] = losses["kd_sum"] * (share / totals.gates)
         if run.rcka:
-            visual = batch.input_ids == self.image_token  # asked of the host's copy: the device is not waited for
-            places = map(here, visual.nonzero(as_tuple=True))
-            tokens = outputs.hidden_states[-2][*places].split(visual.sum(1).tolist())  # per image [n, d]
-            rcka, _, skipped = relational_cka_sum(tokens, teacher_grams=target.grams)
+            at, place, sizes = batch.visual(self.image_token)  # asked of the host's copy: the device is not waited for
+            tokens = outputs.hidden_states[-2][here(at), here(place)].split(sizes)  # per image [n, d]
+            rcka = skipped = loss.detach().new_zeros(())  # a micro-batch of text alone has no image to align
+            if sizes:
+                rcka, _, skipped = relational_cka_sum(tokens, teacher_grams=target.grams)
             rcka = rcka * (share / totals.images)
             loss = loss + totals.omega * rcka
             parts |= {"rcka": rcka.detach(), "rcka_skipped": share * skipped}
@@ -111,7 +109,7 @@ class Objective:
         self, states: torch.Tensor, labels: torch.Tensor, target: CachedTargets | None, totals: Totals, share: float
     ) -> dict[str, torch.Tensor]:
         """Cross-entropy and distillation of states [tokens, d] against labels [tokens] and the teacher's record."""
-        method, head = self.run.method, output_head(self.model).weight
+        method, head = self.run.method, head_weight(self.model, self.vocabulary)
         common = dict(
             temperature=method.temperature,
             alpha=method.alpha,

@@ -1,0 +1,59 @@
+"""The families of models, one file each. Importing this costs no torch: a dry run reads the names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grace.errors import GraceError
+from grace.models.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
+from grace.models.families.base import Family
+
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_folder"]
+
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_vl, qwen2_5_vl, qwen3_vl)}
+
+
+def family_named(name: str | None, where: str | Path) -> Family:
+    """The family of a `model_type`; a `GraceError` lists those there are."""
+    if name not in FAMILIES:
+        raise GraceError(f"{where}: model_type is {name!r}; this pipeline knows {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of(thing: Any) -> Family:
+    """The family of a model or a processor in memory."""
+    config = getattr(thing, "config", None)
+    if config is not None:
+        return family_named(config.model_type, config.name_or_path or "the model")
+    name = type(thing).__name__
+    for family in FAMILIES.values():
+        if family.processor == name:
+            return family
+    raise GraceError(f"no family has the processor {name}; this pipeline knows {', '.join(FAMILIES)}")
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family of a model's or a processor's folder: by config.json, or by the processor's class where there is none."""
+    config = _read(folder / "config.json")
+    if config is not None:
+        return family_named(config.get("model_type"), folder / "config.json")
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        known = (_read(folder / name) or {}).get("processor_class")
+        for family in FAMILIES.values():
+            if family.processor == known:
+                return family
+    raise GraceError(
+        f"{folder}: no config.json and no processor of a known family ({', '.join(FAMILIES)}); build or copy it again"
+    )
+
+
+def _read(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise GraceError(f"{path}: not valid JSON ({error}); build or copy it again") from None
+    if not isinstance(value, dict):
+        raise GraceError(f"{path}: holds no JSON object; build or copy it again")
+    return value
