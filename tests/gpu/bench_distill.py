@@ -134,7 +134,8 @@ def bench_loss(name: str, gpu: dict[str, float], repeats: int) -> dict[str, floa
     kd, gates = gated_dkd_sum(exact_logits, exact_teacher, labels[part])
     exact_loss = cross_entropy(exact_logits, labels[part], reduction="sum") / TOKENS + 0.5 * kd / TOKENS
     exact_loss.backward()
-    got = distillation_loss_from_hidden(hidden[part], head, teacher_hidden[part], teacher_head, labels[part], **weights)
+    inputs = hidden[part], head, teacher_hidden[part], teacher_head, labels[part]
+    got = distillation_loss_from_hidden(*inputs, **weights, logits_dtype=None)
     hidden.grad = head.grad = None
     got["loss"].backward()
     errors = {

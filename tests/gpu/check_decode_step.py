@@ -264,7 +264,7 @@ def check_chat() -> None:
         Image.effect_noise((120, 80), 90).convert("RGB").save(Path(place) / "noise.png")
         for folder in (plain, save_packed(plain, Path(place) / "packed")):
             image, question = Path(place) / "noise.png", "what is this"
-            text = chat(folder, image, question, device="cuda", new_tokens=12)
+            (text,) = chat(folder, [image], question, device="cuda", new_tokens=12)
             model = load_for_inference(folder, device="cuda")
             inputs = build_prompts(load_processor(folder), [(open_image(image), question)])
             session = Session(model, 1, inputs["input_ids"].shape[1] + 12, fused=False, compile=False)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from grace.distill import distillation_loss_from_hidden, gated_dkd, relational_cka, relational_cka_sum
+from grace.distill import (
+    confidence_gate,
+    distillation_loss_from_hidden,
+    gated_dkd,
+    load_objective,
+    objective_names,
+    relational_cka,
+    relational_cka_sum,
+)
 from grace.kernels import fake_quant
 from grace.kernels.gated_dkd import loss_rows_, scale_
 from grace.quant import LearnedStepSize, lsq_gradients
@@ -144,6 +152,32 @@ def check_whole_loss() -> None:
     report("gated_dkd", loss=excess(got, want[1].sum() / want[2].sum(), 1e-5))
 
 
+def check_objectives() -> None:
+    """Every objective by autograd from bf16 states, in chunks of a few rows, against whole logits in fp64."""
+    hidden, head = (random(i, *shape, dtype=torch.bfloat16) for i, shape in enumerate(((70, 96), (5003, 96))))
+    teacher_hidden, teacher_head = random(2, 70, 128, dtype=torch.bfloat16), random(3, 5003, 128, dtype=torch.bfloat16)
+    labels = torch.randint(5003, (70,), device=DEVICE)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
+    teacher = teacher_hidden.double() @ teacher_head.double().T
+    for name in objective_names():
+        objective = load_objective(name, {"temperature": 2.0})
+        student = exact[0] @ exact[1].T
+        kd = objective(student, teacher, labels, confidence_gate(teacher)).sum()
+        loss = 0.1 * cross_entropy(student, labels, reduction="sum") + 0.2 * kd
+        want = torch.autograd.grad(loss, exact)
+        for dtype, loss_bound, gradient_bound in ((torch.float32, 1e-5, 1e-2), (None, 1e-2, 5e-2)):
+            leaves = [tensor.detach().requires_grad_() for tensor in (hidden, head)]
+            got = distillation_loss_from_hidden(
+                *leaves, teacher_hidden, teacher_head, labels, mode=objective, ce_weight=0.1, kd_weight=0.2,
+                logits_dtype=dtype, workspace=1 << 20,
+            )["loss"]  # fmt: skip
+            found = torch.autograd.grad(got, leaves)
+            report(
+                f"{name} by autograd, logits in {dtype or 'bf16'}", loss=excess(got, loss, loss_bound),
+                hidden=norm_error(found[0], want[0], gradient_bound), head=norm_error(found[1], want[1], gradient_bound),
+            )  # fmt: skip
+
+
 def check_relational_cka() -> None:
     def textbook(x: Tensor, y: Tensor) -> Tensor:
         x, y = (rows / rows.norm(dim=1, keepdim=True) for rows in (x, y))
@@ -212,6 +246,7 @@ def main() -> int:
     print(torch.cuda.get_device_name(), torch.__version__)
     check_rows()
     check_whole_loss()
+    check_objectives()
     check_relational_cka()
     check_fake_quantisation()
     print(f"{len(FAILED)} failures" + "".join(f"\n  {name}" for name in FAILED))

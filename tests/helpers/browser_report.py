@@ -21,11 +21,16 @@ CONTRAST = 4.5  # WCAG AA for text
 SORTED = """
 const table = document.querySelector('#table2 ~ .scroll table');
 const head = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === 'average');
-const read = () => [...table.tBodies[0].rows].map(row => Number(row.cells[head].dataset.v));
-const button = table.tHead.rows[0].cells[head].querySelector('button');
-button.click(); const down = read(); button.click(); const up = read();
-return {down, up, foot: table.tFoot.rows.length, said: table.tHead.rows[0].cells[head].getAttribute('aria-sort')};
+const read = () => [...table.tBodies].map(body => [...body.rows].slice(1).map(row => Number(row.cells[head].dataset.v)));
+const button = table.tHead.rows[0].cells[head].querySelector('button'), said = () => table.tHead.rows[0].cells[head].getAttribute('aria-sort');
+const before = read(); button.click(); const down = read(); button.click(); const up = read(), sort = said(); button.click();
+return {before, down, up, after: read(), said: sort, end: said()};
 """
+SMALL = """
+const text = [...document.querySelectorAll('body *')].filter(it => [...it.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
+return text.filter(it => it.getClientRects().length && parseFloat(getComputedStyle(it).fontSize) < 12).map(it => it.tagName + ' ' + it.textContent.slice(0, 40));
+"""
+SKIP = "const link = document.querySelector('a'); link.focus(); return [link.getAttribute('href'), link.getBoundingClientRect().left >= 0]"
 IMAGES = "return [...document.images].map(image => [image.complete, image.naturalWidth, image.alt])"
 TEXT_SORT = """
 const table = document.querySelector('#provenance ~ .scroll table');
@@ -44,7 +49,7 @@ const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
 const behind = it => { for (; it; it = it.parentElement) { const c = rgb(getComputedStyle(it).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-const found = ['body', '.badge', '.finding', '.cards small', 'dt', 'nav a', 'td', 'td.run', 'tfoot td', 'ol.note li', 'summary', 'figcaption', '.right', '.wrong', '.example small', 'pre']
+const found = ['body', '.badge', '.finding', '.cards small', 'dt', 'nav a', 'td', 'td.run', '.verdicts small', '.yes > b', '.no > b', '.open > b', 'tr.block th', 'ol.note li', 'summary', 'figcaption', '.right', '.wrong', '.example small', 'pre']
   .flatMap(name => { const it = document.querySelector(name); if (!it) return [];
     const [a, b] = [light(rgb(getComputedStyle(it).color)), light(behind(it))].sort((x, y) => y - x);
     return [[name, (a + 0.05) / (b + 0.05)]]; });
@@ -79,8 +84,13 @@ def check(page: Path) -> dict[str, float]:
             return call("POST", f"{session}/execute/sync", {"script": script, "args": []})
 
         order = run(SORTED)
-        assert len(order["down"]) > 1 and order["down"] == sorted(order["down"], reverse=True), order
-        assert order["up"] == sorted(order["up"]) and order["foot"] == 1 and order["said"] == "ascending", order
+        assert max(map(len, order["down"])) > 1, order
+        assert order["down"] == [sorted(block, reverse=True) for block in order["before"]], order  # blocks stay whole
+        assert order["up"] == [sorted(block) for block in order["before"]] and order["said"] == "ascending", order
+        assert order["after"] == order["before"] and order["end"] is None, order
+        small = run(SMALL)
+        assert not small, small
+        assert run(SKIP) == ["#main", True], "no link that skips to the tables"
         names = run(TEXT_SORT)
         assert names == sorted(names, key=str.casefold), names
         images = run(IMAGES)
@@ -104,7 +114,11 @@ def check(page: Path) -> dict[str, float]:
         assert not errors, errors
         asked = run(ASKED)
         assert not asked, asked
-        return {"rows sorted": len(order["down"]) + len(names), "images": len(images), "contrast": min(contrasts)}
+        return {
+            "rows sorted": sum(map(len, order["down"])) + len(names),
+            "images": len(images),
+            "contrast": min(contrasts),
+        }
     finally:
         if session:
             call("DELETE", session)

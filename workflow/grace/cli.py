@@ -304,15 +304,19 @@ def report_page(results: Results, out: Out) -> None:
 
 @app.command()
 def chat(
-    image: Path,
-    question: str,
+    image: Annotated[str, typer.Argument(help="an image file")],
+    question: Annotated[str | None, typer.Argument(help="without one, questions are read until an empty line")] = None,
+    *,
     model: Annotated[Path, typer.Option(help="packed folder or plain checkpoint")],
+    more: Annotated[list[str] | None, typer.Option("--image", help="a further image; repeat for several")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one by default")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 128,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
 ) -> None:
     """Ask a model about an image; the answer streams."""
     from grace.infer.chat import chat as answer
 
-    answer(model, image, question, device)
+    answer(model, [image, *(more or [])], question, device, new_tokens, json)
 
 
 @app.command()

@@ -1,12 +1,16 @@
 """Every file of grace/distill/objectives: against formulas written out in fp64, and against the rules of the folder."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 
 from grace.config import objectives as config
+from grace.config.schema import Recipe
 from grace.distill import confidence_gate, distillation_loss_from_hidden, load_objective, objective_names
 from grace.distill import objectives as folder
 from grace.errors import GraceError
@@ -67,8 +71,11 @@ def test_values(name, scale):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rules_of_the_folder(name):
+    check_rules(load_objective(name, CONSTANTS))
+
+
+def check_rules(objective):
     """A loss per token that depends on its row alone, never negative, least at the teacher, with a true gradient."""
-    objective = load_objective(name, CONSTANTS)
     student, teacher = logits(2).requires_grad_(), logits(3)
     gates = confidence_gate(teacher)
     losses = objective(student, teacher, LABELS, gates)
@@ -200,6 +207,30 @@ def test_refusals(monkeypatch, tmp_path):
         wrong = folder.TokenLoss(objective.name, change, {}, False)
         with pytest.raises(GraceError, match=says):
             wrong(student, logits(1), LABELS)
+
+
+def test_the_documented_example(monkeypatch, tmp_path):
+    """The file of docs/extending.md is found by its name, keeps the rules, trains, and the documented recipe is valid."""
+    page = (Path(__file__).parents[3] / "docs/extending.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page.split("## An objective")[1].split("\n## ")[0], re.DOTALL)
+    (tmp_path / "skewed_kl.py").write_text(code)
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    (recipe,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])["recipes"].values()
+    recipe = Recipe(**recipe)
+    assert "skewed_kl" in objective_names() and recipe.constants == {"skew": 0.2}
+    objective = load_objective(recipe.kd, CONSTANTS | recipe.constants)
+    check_rules(objective)
+    *tensors, labels = states()
+    optimiser = torch.optim.Adam(tensors[:2], lr=0.1)
+    losses = []
+    for _ in range(20):
+        step = distillation_loss_from_hidden(*tensors, labels, mode=objective, ce_weight=0.0, workspace=1)
+        optimiser.zero_grad()
+        step["loss"].backward()
+        optimiser.step()
+        losses.append(float(step["kd_sum"]))
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_config_knows_the_same_files():

@@ -1,15 +1,14 @@
-"""Decoding over the static cache against transformers' own generate, and chatting about an image."""
+"""Decoding over the static cache against transformers' own generate."""
 
 import pytest
 import torch
 from infer_models import QUESTIONS, make_image, qwen, qwen_inputs, save_llava, save_packed, theirs
 
 from grace.errors import GraceError
-from grace.infer.chat import chat, pieces
 from grace.infer.decode import Session, generate, stream
 from grace.infer.fuse import fuse_dense
 from grace.infer.load import load_for_inference
-from grace.infer.prompt import build_prompts, open_image
+from grace.infer.prompt import build_prompts
 from grace.models import load_processor
 
 
@@ -96,43 +95,3 @@ def test_a_card_without_memory_is_said(folder, prompts, monkeypatch):
     monkeypatch.setattr(model, "forward", full)
     with pytest.raises(GraceError, match="no memory left on cpu for 3 sequences of 80 tokens; decode fewer"):
         session.prefill(prompts)
-
-
-def test_chat_streams_what_generate_says(folder, tmp_path, capfd):
-    packed = save_packed(folder, tmp_path / "packed")
-    make_image(0).save(tmp_path / "image.png")
-    heard: list[str] = []
-    answer = chat(packed, tmp_path / "image.png", "what is this", device="cpu", new_tokens=6, write=heard.append)
-    processor = load_processor(packed)
-    tokens = generate(load_for_inference(packed), build_prompts(processor, [(make_image(0), "what is this")]), 6)
-    assert answer == processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
-    assert "".join(heard) == answer + "\n" and len(heard) > 3
-    assert "Compressing" not in capfd.readouterr().err
-
-
-def test_chat_says_what_is_wrong(folder, tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
-    make_image(0).save(tmp_path / "good.jpg")
-    for image, question, message in [
-        ("none.png", "what", "no such image"),
-        ("text.png", "what", "not a readable image"),
-        ("cut.png", "what", "not a readable image"),
-        ("good.jpg", "  ", "the question is empty"),
-    ]:
-        with pytest.raises(GraceError, match=message):
-            chat(folder, tmp_path / image, question)
-    with pytest.raises(GraceError, match="not a model folder"):
-        chat(tmp_path, tmp_path / "good.jpg", "what")
-    half = (tmp_path / "good.jpg").read_bytes()
-    (tmp_path / "half.jpg").write_bytes(half[: len(half) // 2])
-    with pytest.raises(GraceError, match="not a readable image"):
-        open_image(tmp_path / "half.jpg")
-
-
-def test_pieces_hold_back_half_a_character():
-    class Bytes:
-        def decode(self, ids, skip_special_tokens):
-            return bytes(ids).decode(errors="replace")
-
-    assert list(pieces(Bytes(), iter("né".encode()))) == ["n", "é"]

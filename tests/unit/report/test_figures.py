@@ -13,9 +13,9 @@ from fake_results import results_folder
 from PIL import Image
 
 from grace.distill import relational_cka
+from grace.report.entropy import binned, entropy_error, entropy_numbers
 from grace.report.figures import attention as looking
 from grace.report.figures import write as figures
-from grace.report.figures.entropy import binned, entropy_error, entropy_numbers
 from grace.report.figures.roofline import work
 from grace.report.figures.style import place_labels, save, style, title_of
 from grace.results.read import TEACHER, Row, read_results

@@ -1,14 +1,13 @@
 """The table of the language side: lm-eval's own aggregates, their errors, and what is marked."""
 
 import json
-import shutil
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_results import results_folder
+from fake_results import make_results, results_folder
 
 from grace.errors import GraceError
 from grace.evaluate.language import SCHEMA
@@ -37,10 +36,9 @@ def test_points_are_lm_evals_aggregates_and_errors_those_of_resampled_texts():
 
 
 @pytest.fixture
-def folder(tmp_path, results_folder):
-    """The fake experiment with a task of two metrics; int2 is worse at it, the teacher lacks it."""
-    folder = tmp_path / "fake"
-    shutil.copytree(results_folder, folder)
+def folder(tmp_path):
+    """A fake experiment with a task of two metrics; int2 is worse at it, the teacher lacks it."""
+    folder = make_results(tmp_path / "fake", seeds=(0, 1, 2, 3, 4), questions=8)
     path = folder / "config/experiment.json"
     config = json.loads(path.read_text())
     config["evaluation"]["language"] = ["tasks/tiny.yaml"]

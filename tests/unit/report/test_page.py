@@ -101,7 +101,9 @@ def test_answers_and_provenance_are_there(built):
 def test_the_opening_says_what_was_run_and_what_was_found(built):
     text = built[1]
     head = text[text.index("<header>") : text.index("</header>")]
-    assert "demo models, not LLaVA-1.5" in head and "95% interval" in head
+    assert "demo models, not LLaVA-1.5" in head and "not decided" in head
+    assert head.index("GRACE is above QAT at INT4: <b>") < head.index("The teacher is above the bf16 student: <b>")
+    assert "Significantly worse" in head and "it takes 5 seeds, there are 2" in head
     assert "37 models on 240 questions in 3 benchmarks" in head and "lm-eval 0.4.13" in head
     assert "Partial results" not in text
 

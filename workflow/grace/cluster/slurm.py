@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 
+from grace.cluster.again import beyond, limits
 from grace.cluster.kinds import kind_of
 from grace.config.sections import Resources
 from grace.errors import GraceError
@@ -44,6 +45,24 @@ def check_submission(rules: Iterable[str], resources: Mapping[str, Resources], s
     check_slurm({kind: resources.get(kind, Resources()) for kind in kinds}, status_command)
 
 
+def check_arrays(waiting: Mapping[str, int], arrays: str | None, at_once: int | None) -> None:
+    """Refuse fewer jobs at once than an array has parts: Snakemake hands out parts up to that number, and its Slurm
+    plugin collects them until the array is complete, so that each would wait for the other.
+
+    Args:
+        waiting: jobs still to be done of each rule.
+        arrays: `--slurm-array-jobs`, names of rules or `all`.
+        at_once: `--jobs`; None: no limit.
+    """
+    chosen = {name.strip() for name in (arrays or "").replace(";", ",").split(",")} - {""}
+    for rule, jobs in sorted(waiting.items()):
+        if at_once is not None and at_once < jobs and chosen & {rule, "all"}:
+            raise GraceError(
+                f"--jobs {at_once} is less than the {jobs} jobs of {rule}, which are submitted as one array and would "
+                f"wait for ever; give --jobs {jobs} or more, or switch arrays off by --slurm-array-jobs none"
+            )
+
+
 def submission(request: Resources) -> list[str]:
     """The flags of sbatch for a request, as Snakemake's Slurm plugin gives them."""
     flags = [f"--nodes={request.nodes}", f"--cpus-per-task={request.cpus}", f"--mem={request.mem_mb}"]
@@ -57,7 +76,9 @@ def submission(request: Resources) -> list[str]:
 
 
 def _refusal(request: Resources) -> str | None:
-    """Why Slurm would not take a job, with the fix; None where it would."""
+    """Why Slurm would not take a job, or would never start it, with the fix; None where it would."""
+    if request.partition in limits() and (problem := beyond(request)):
+        return problem  # sbatch takes these where EnforcePartLimits is not set
     flags = submission(request)
     code, said = _asked("sbatch", "--test-only", *flags, "--wrap", "true")
     if not code:

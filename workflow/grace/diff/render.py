@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 
 from grace.diff.model import Change, Difference
+from grace.report.numbers import number, p_text
 from grace.report.tables.scores import AVERAGE
-from grace.report.tables.table import number, p_text
 from grace.results.statistics import ALPHA
 
 FLIPS_IN_MARKDOWN = 20

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from grace.files import write_json
-from grace.report.figures.entropy import entropy_numbers
+from grace.report.claims import findings
+from grace.report.decoding import decode_rows
+from grace.report.entropy import entropy_numbers
 from grace.report.paper import AVERAGE
-from grace.report.tables.claims import findings
-from grace.report.tables.deployment import decode_rows
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
@@ -27,6 +27,7 @@ def metrics(results: Results) -> dict[str, Any]:
         found["teacher_minus_baseline"] = round(gap, 2)
     found["claims"] = {
         item.claim.text: {
+            "verdict": item.decision.verdict,
             "difference": round(item.comparison.difference, 2),
             "stderr": round(item.comparison.stderr, 2),
             **({} if item.p is None else {"p_holm": _significant(item.p)}),

@@ -14,6 +14,7 @@ PARTS = ("gdkd", "rcka", "ib")
 ARXIV = "arXiv 2601.22709"
 DEMO = "demo models, not LLaVA-1.5"
 _LABELS = {"teacher": "Teacher", "baseline": "Baseline", "rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", GRACE: "GRACE"}
+_FAMILIES = {"llava": "LLaVA-1.5", "qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 _CANONICAL = {
     "sqa": "ScienceQA",
     "scienceqaimg": "ScienceQA",
@@ -96,43 +97,48 @@ def paper_numbers() -> pd.DataFrame:
 
 @cache
 def _values() -> dict[tuple[str, ...], float]:
-    keys = paper_numbers()[["source", "table", "role", "precision", "benchmark"]].itertuples(index=False, name=None)
+    keys = paper_numbers()[["model", "table", "role", "precision", "benchmark"]].itertuples(index=False, name=None)
     return dict(zip(keys, paper_numbers()["value"].tolist(), strict=True))
 
 
-def paper_value(experiment: Experiment, table: str, role: str, precision: str, benchmark: str) -> float | None:
-    """The paper's number for one cell, or None. Qwen3-VL experiments take the authors' released run instead."""
-    source = "release" if experiment.family == "qwen3_vl" else "paper"
-    return _values().get((source, table, role, precision, benchmark)) if role else None
+def paper_family(experiment: Experiment) -> str | None:
+    """The model of the paper (or of the authors' release) whose numbers may stand beside this experiment's.
+
+    None where the models were made here: numbers of a model stand beside that model's alone.
+    """
+    if experiment.data.source == "demo" or not (experiment.teacher.pretrained and experiment.student.pretrained):
+        return None
+    return _FAMILIES.get(experiment.family)
+
+
+def paper_beside(experiment: Experiment, table: str, role: str, precision: str, benchmark: str) -> float | None:
+    """The paper's number for one cell where it is about this experiment's own family, else None.
+
+    The teacher and the baseline of Table 2 are those of Table 1.
+    """
+    tables = ("1", "2") if table in ("1", "2") and role in ("teacher", "baseline") else (table,)
+    family = paper_family(experiment)
+    numbers = (_values().get((family, each, role, precision, benchmark)) for each in tables if family and role)
+    return next((number for number in numbers if number is not None), None)
 
 
 def paper_average(experiment: Experiment, table: str) -> list[str]:
     """The benchmarks that the paper's average is made of; empty where the table has none. MME is not among them."""
     numbers = paper_numbers()
-    source = "release" if experiment.family == "qwen3_vl" else "paper"
-    part = numbers[(numbers["source"] == source) & (numbers["table"] == table)]
+    part = numbers[(numbers["model"] == paper_family(experiment)) & (numbers["table"] == table)]
     names = list(part["benchmark"].unique())
     return [name for name in names if name not in (AVERAGE, "MME")] if AVERAGE in names else []
 
 
-def paper_model(experiment: Experiment, table: str) -> str:
-    """Whose numbers stand beside ours in a table."""
-    if experiment.family == "qwen3_vl":
-        return "Qwen3-VL, the authors' released run"
-    return "LLaVA-1.5, 13B to 7B" if table in ("1", "2", "deployment") else "Qwen2-VL, 7B to 2B"
-
-
-def what_was_run(experiment: Experiment, seeds: tuple[int, ...], trained: bool = True) -> str:
-    """The column that keeps a reader from taking one model, or its data, for another."""
+def what_was_run(experiment: Experiment, seeds: tuple[int, ...] = ()) -> str:
+    """The column that keeps a reader from taking one model, or its data, for another; seeds only where some are given."""
     if experiment.data.source == "demo":
         what = f"{DEMO}, on demo images"
     else:
         names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
         what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family
         what += ", on " + " + ".join(Path(source.path).stem for source in experiment.data.sources)
-    if not trained:
-        return f"{what}; no training"
-    return f"{what}; {seed_range(seeds)}"
+    return f"{what}; {seed_range(seeds)}" if seeds else what
 
 
 def seed_range(seeds: tuple[int, ...]) -> str:

@@ -61,7 +61,8 @@ class TokenLoss:
 
 def objective_names() -> list[str]:
     """The objectives there are: the names of this folder's files."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    files = [path for folder in __path__ for path in Path(folder).glob("*.py")]
+    return sorted(path.stem for path in files if not path.stem.startswith("_"))
 
 
 def load_objective(name: str, constants: Mapping[str, Any]) -> TokenLoss:

@@ -1,9 +1,9 @@
 """Figure 1: average score against decoding throughput, memory as the bubble's area."""
 
+from grace.report.decoding import decode_rows
 from grace.report.figures.style import COLOURS, MARKERS, WIDE, headline, named, nothing, place_labels
+from grace.report.numbers import number
 from grace.report.paper import GRACE, row_role
-from grace.report.tables.deployment import decode_rows
-from grace.report.tables.table import number
 from grace.results.read import BASELINE, Results, Row
 from grace.results.statistics import ALPHA, compare
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from grace.report.claims import METHOD, Finding, findings, measured, sides
+from grace.report.numbers import number, p_text
 from grace.report.paper import DEMO, GRACE, label, row_role, seed_range
-from grace.report.tables.claims import main_finding
 from grace.report.tables.footnotes import gaps
-from grace.report.tables.table import number
+from grace.report.tables.pairs import pairs, won_and_lost
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
@@ -15,10 +16,62 @@ def opening(results: Results, known: dict) -> dict[str, Any]:
     return {
         "badge": f"{DEMO}: far smaller models and questions, made here; compare directions, not values" if demo else "",
         "finding": main_finding(results, known),
+        "verdicts": verdicts(results, known),
+        "won_and_lost": won_and_lost(results, pairs(results, known)),
         "lacking": " ".join(gaps(results)),
         "cards": [_card(results, row) for row in _shown(results)],
         "facts": _facts(results),
     }
+
+
+MARKS = {"Holds": ("yes", "✓"), "Fails": ("no", "✗"), "Not decided": ("open", "?")}
+
+
+def verdicts(results: Results, known: dict) -> list[dict[str, Any]]:
+    """Per group of claims: each claim in a line, with yes, no or not decided, and why."""
+    found = findings(results, known)
+    groups: dict[str, list] = {}
+    for item in sorted(found, key=lambda item: item.claim.group != METHOD):  # what the method is good for stands first
+        groups.setdefault(item.claim.group, []).append((item.claim.text, item.decision))
+    for item in measured(results):
+        groups.setdefault("Measured values", []).append((item.text, item.decision))
+    return [
+        {
+            "group": group,
+            "claims": [(text, *MARKS[verdict], verdict, reason) for text, (verdict, reason) in claims],
+            "count": ", ".join(
+                f"{sum(decision.verdict == verdict for _, decision in claims)} {said}"
+                for verdict, said in (("Holds", "hold"), ("Fails", "fail"), ("Not decided", "not decided"))
+                if any(decision.verdict == verdict for _, decision in claims)
+            ),
+        }
+        for group, claims in groups.items()
+    ]
+
+
+def main_finding(results: Results, known: dict | None = None) -> str:
+    """The experiment in one sentence: GRACE at INT4 against QAT, or the nearest claim to that which was measured."""
+    found = findings(results, known)
+    order = (
+        "GRACE is above QAT at INT4",
+        "GRACE at INT4 is above the bf16 baseline",
+        "GRACE is above the baseline at bf16",
+    )
+    item = next((i for text in order for i in found if i.claim.text == text), found[0] if found else None)
+    if item is None:
+        return "Nothing can be compared yet: the two sides of no claim have predictions."
+    return _sentence(results, item)
+
+
+def _sentence(results: Results, item: Finding) -> str:
+    a, b = sides(results, item.claim)
+    gap = item.comparison.difference
+    word = {"Holds": "it holds", "Fails": "it fails", "Not decided": "not decided"}[item.decision.verdict]
+    p = item.p_questions if item.p is None else item.p
+    return (
+        f"{a} is {number(abs(gap))} points {'above' if gap >= 0 else 'below'} {b} (paired, {p_text(p)} after correction): "
+        f"“{item.claim.text}” – {word}."
+    )
 
 
 def _shown(results: Results) -> list[Row]:

@@ -18,7 +18,6 @@ from grace.report.figures.write import NAMES as FIGURES
 from grace.report.page.examples import Example, examples
 from grace.report.page.summary import opening
 from grace.report.paper import label
-from grace.report.tables.scores import DETECTABLE
 from grace.report.tables.table import WIDE, Cell, Table, Texts, aligned, comma_separated, latex, markdown
 from grace.report.tables.write import build_tables
 from grace.results.read import TEACHER, Results, Row
@@ -57,15 +56,15 @@ def _content(results: Results) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    blocks = any(not line.group.lower().startswith(line.heads[-1].lower()) for line in table.lines if line.group)
-    lines = []
+    blocks: list[dict[str, Any]] = []
     for line, texts in zip(table.lines, aligned(table), strict=True):
         cells = [
             {"value": _plain(cell.value), "html": _cell(cell, text)}
             for cell, text in zip(line.cells, texts, strict=True)
         ]
-        heads = [line.heads[0], *([line.group] if blocks else []), *line.heads[1:]]
-        lines.append({"heads": heads, "cells": cells, "run": line.run, "last": line.heads[0] == DETECTABLE})
+        if not blocks or blocks[-1]["title"] != line.group:
+            blocks.append({"title": line.group, "lines": []})
+        blocks[-1]["lines"].append({"heads": line.heads, "cells": cells, "run": line.run})
     files = {
         "csv": ("text/csv", comma_separated),
         "md": ("text/markdown", markdown),
@@ -74,10 +73,10 @@ def _table(table: Table) -> dict[str, Any]:
     return {
         "name": table.name,
         "title": table.title,
-        "heads": [table.heads[0], *(["Block"] if blocks else []), *table.heads[1:]],
+        "heads": table.heads,
         "columns": table.columns,
         "wide": len(table.columns) > WIDE,
-        "lines": lines,
+        "blocks": blocks,
         "notes": table.notes,
         "files": [(ending, _inline(write(table).encode(), kind)) for ending, (kind, write) in files.items()],
     }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from grace.report.paper import ARXIV, canonical, label, paper_model, paper_value, row_role, what_was_run
+from grace.report.paper import ARXIV, canonical, label, paper_beside, paper_family, row_role, what_was_run
 from grace.report.tables.table import Cell, Line, Table
 from grace.results.read import Results, Row
 
@@ -68,9 +68,12 @@ def measures_table(results: Results) -> Table:
     table.notes = [
         "Mean over seeds ± standard error: a jackknife over images and, with several seeds, the variance between them. "
         "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of images with all "
-        "answers right) over its sub-tasks: 200 for each. Nothing is tested here.",
-        f"“paper” is {ARXIV}'s number for {paper_model(results.experiment, '1')}; its MME has ten sub-tasks.",
+        "answers right) over its sub-tasks: 200 for each. Nothing is tested here."
     ]
+    if paper_family(results.experiment):
+        table.notes.append(
+            f"“paper” is {ARXIV}'s number for {paper_family(results.experiment)}; its MME has ten sub-tasks."
+        )
     if not wanted:
         table.notes = ["No benchmark of this experiment has such a measure."]
     return table
@@ -82,7 +85,7 @@ def _cell(results: Results, row: Row, name: str, measure: Callable, metric: str,
     value, stderr = jackknife(frames, lambda rows: measure(rows)[key])
     paper = None
     if _PAPER.get((metric, key)) == canonical(results.mirrors.get(name, name)):
-        paper = paper_value(
+        paper = paper_beside(
             results.experiment, "1", row_role(results.experiment, row), row.precision, _PAPER[metric, key]
         )
     scale = 1 if (metric, key) in _PAPER else 100

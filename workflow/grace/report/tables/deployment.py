@@ -6,28 +6,13 @@ from pathlib import Path
 import pandas as pd
 
 from grace.files import MANIFEST
-from grace.report.paper import ARXIV, GRACE, label, paper_value, row_role, what_was_run
+from grace.report.decoding import decode_rows, dense_beside
+from grace.report.paper import ARXIV, GRACE, label, paper_beside, paper_family, row_role, what_was_run
 from grace.report.tables.table import Cell, Line, Table
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
 MIB_PER_GB = 1e9 / 2**20
 COLUMNS = ("batch", "weights MiB", "peak MiB", "tokens/s", "× throughput", "× memory")
-
-
-def decode_rows(results: Results) -> list[tuple[Row, dict]]:
-    """Each measurement of bench/decode.csv with the row of the tables that it belongs to; others are left out.
-
-    The `model` column is `teacher` or `recipe/precision/seed0`.
-    """
-    if results.decode is None:
-        return []
-    found = []
-    for record in results.decode.to_dict("records"):
-        recipe, _, rest = str(record["model"]).partition("/")
-        row = Row(recipe, rest.partition("/")[0] or record["precision"])
-        if row in results.seeds:
-            found.append((row, record))
-    return found
 
 
 def deployment_table(results: Results) -> Table:
@@ -37,20 +22,12 @@ def deployment_table(results: Results) -> Table:
     )
     measured = decode_rows(results)
     for row, record in measured:
-        table.lines.append(_decode_line(results, row, record, _dense(measured, record)))
+        table.lines.append(_decode_line(results, row, record, dense_beside(measured, record)))
     table.lines += _disk_lines(results)
     if results.kernel is not None:
         table.lines += _kernel_lines(results.kernel)
     table.notes = _notes(results)
     return table
-
-
-def _dense(measured: list[tuple[Row, dict]], record: dict) -> dict | None:
-    """The bf16 student measured at the same batch: what ratios are taken against."""
-    for row, other in measured:
-        if row == BASELINE and all(other[key] == record[key] for key in ("batch", "device")) and other["cache"] == 16:
-            return other
-    return None
 
 
 def _decode_line(results: Results, row: Row, record: dict, dense: dict | None) -> Line:
@@ -62,7 +39,7 @@ def _decode_line(results: Results, row: Row, record: dict, dense: dict | None) -
         ratios = [record["tokens_per_second"] / dense["tokens_per_second"], record["peak_mib"] / dense["peak_mib"]]
     role = row_role(experiment, row)
     for ratio, name in zip(ratios, ("throughput over bf16", "memory over bf16"), strict=True):
-        paper = paper_value(experiment, "deployment", role, row.precision, name)
+        paper = paper_beside(experiment, "deployment", role, row.precision, name)
         cells.append(Cell(ratio, paper=paper, digits=2))
     run = f"{what_was_run(experiment, results.seeds[row][:1])}; {record['device']}, {int(record.get('new_tokens', 0))} new tokens"
     bits = row.precision if record["cache"] == 16 else f"{row.precision}, {int(record['cache'])}-bit cache"
@@ -95,7 +72,7 @@ def _paper_weights(results: Results, row: Row, cells: list[Cell]) -> None:
     """The paper's language model in this precision: its size, and that over bf16."""
     experiment = results.experiment
     own, dense = (
-        paper_value(experiment, "deployment", row_role(experiment, each), each.precision, "language model GB")
+        paper_beside(experiment, "deployment", row_role(experiment, each), each.precision, "language model GB")
         for each in (row, BASELINE)
     )
     if own is not None and dense is not None:
@@ -149,9 +126,12 @@ def _notes(results: Results) -> list[str]:
         "the baseline's too, except where “8-bit cache” stands. Decoder linears alone are packed: "
         "vision tower, embeddings and head stay in bf16. W4A16 product: the median speed-up over shapes of the packed product "
         "over the dense one, by activation rows (column “batch”).",
-        f"“paper”: {ARXIV}'s INT4 model on a data-centre GPU with its own kernel, 3 times the throughput and 54% less memory; "
-        "its weights are LLaVA-1.5-7B's language model in MiB.",
     ]
+    if paper_family(results.experiment) == "LLaVA-1.5":
+        notes.append(
+            f"“paper”: {ARXIV}'s INT4 model on a data-centre GPU with its own kernel, 3 times the throughput and 54% less memory; "
+            "its weights are LLaVA-1.5-7B's language model in MiB."
+        )
     if results.experiment.data.source == "demo":
         notes.append("The demo's models are far smaller than real ones: their speed and memory do not carry over.")
     return notes

@@ -1,9 +1,9 @@
 """The footnotes of the score tables: what a number is, what was tested, and what the paper's number beside it means."""
 
 from grace.benchmarks.question_points import SAID
-from grace.report.paper import ARXIV, AVERAGE, canonical, label, paper_average, paper_model, paper_numbers
-from grace.report.tables.table import number
-from grace.results.read import TEACHER, Results
+from grace.report.numbers import number
+from grace.report.paper import ARXIV, AVERAGE, canonical, label, paper_average, paper_family, paper_numbers
+from grace.results.read import TEACHER, Results, Row
 from grace.results.statistics import ALPHA, POWER
 
 MISSING_SHOWN = 6
@@ -13,7 +13,7 @@ def notes(results: Results, number_: str, groups: list, tests) -> list[str]:
     """Footnotes of one table; `groups` and `tests` are its rows and its family of tests."""
     if not groups:
         return [f"The experiment `{results.experiment.experiment}` ran nothing that belongs here."]
-    found = [_numbers(results), *_seeds(results, groups), _paper(results, number_), *_averages(results, number_)]
+    found = [_numbers(results), *_seeds(results, groups), *_paper(results, number_), *_averages(results, number_)]
     found += [*_forms(results), *_tests(tests), *_differences(results, groups)]
     if any(TEACHER in group.rows for group in groups):
         found.append("The teacher is not ranked.")
@@ -40,24 +40,31 @@ def _numbers(results: Results) -> str:
 
 
 def _seeds(results: Results, groups: list) -> list[str]:
-    for group in groups:
-        rows = [row for row in group.rows if row != TEACHER] + ([group.reference] if group.reference else [])
-        if len({results.seeds[row] for row in rows if row != TEACHER}) > 1:
-            return [
-                "Rows with different seeds (column Run) are compared on the seeds that both have. Their Δ is then not the "
-                "difference of the averages shown, and a row of one lucky seed may stand higher than it should."
-            ]
-    return []
+    """Which seeds the rows are shown on, where some have others too."""
+    partial = [group for group in groups if any(_others(results, group, row) for row in group.rows)]
+    if not partial:
+        return []
+    said = [
+        "Rows that are compared are shown on the same seeds, those that they share; what else was run is in column Run."
+    ]
+    if any(group.apart for group in partial):
+        said[0] += " A row that lacks some of these is marked there, and is neither ranked nor compared."
+    return said
 
 
-def _paper(results: Results, number_: str) -> str:
-    model = paper_model(results.experiment, number_)
-    if results.experiment.data.source == "demo":
-        return (
-            f"“paper” is {ARXIV}'s number for {model}, on the benchmark in brackets. The demo's models, images and "
-            "questions are other and far smaller ones: compare directions, not values."
-        )
-    return f"“paper” is {ARXIV}'s number for {model}."
+def _others(results: Results, group, row: Row) -> bool:
+    return row != TEACHER and set(results.seeds[row]) != set(group.seeds)
+
+
+def _paper(results: Results, number_: str) -> list[str]:
+    family = paper_family(results.experiment)
+    numbers = paper_numbers()
+    if family is None or not ((numbers["model"] == family) & (numbers["table"] == number_)).any():
+        return [
+            f"{ARXIV}'s own numbers are not shown: it has none for these models. Its claims stand in the table of claims."
+        ]
+    source = "the authors' released run" if family == "Qwen3-VL" else ARXIV
+    return [f"“paper” is the number of {source} for {family}."]
 
 
 def _averages(results: Results, number_: str) -> list[str]:
@@ -76,10 +83,6 @@ def _forms(results: Results) -> list[str]:
     for name in results.benchmarks:
         found.setdefault(results.form(name), name)
     said = [f"{results.mirrors[name]}: {SAID[form]}." for form, name in found.items() if form in SAID]
-    if any(canonical(results.mirrors[name]) == "MME" for name in results.imitations):
-        said.append(
-            "MME: the paper's number is MME's score (up to 2,000), ours the share of right answers, in percent."
-        )
     return said
 
 
@@ -91,7 +94,7 @@ def _tests(tests) -> list[str]:
         f"Bold: best of its block, underlined: second best after a bold one, each only where it beats the next at {ALPHA:.0%} "
         f"after Holm's correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * marks its significant ones). "
         "One benchmark of right or wrong answers: McNemar's exact test, clustered by image. All else: paired bootstrap over "
-        "images. With several seeds also a t test with the variance between seeds, and the larger p counts; with one seed a "
+        "images. With several seeds also t tests with the variance between seeds, and the largest p counts; with one seed a "
         "mark is about these very models, not the method."
     ]
 
@@ -101,9 +104,9 @@ def _differences(results: Results, groups: list) -> list[str]:
     if not names:
         return []
     return [
-        f"Δ average: difference of the averages from {', '.join(dict.fromkeys(names))}, paired by question and by the seeds that "
-        f"both have, ± its standard error. Detectable difference: what a comparison with that row finds with {POWER:.0%} power "
-        f"at {ALPHA:.0%}, uncorrected (median over the rows)."
+        f"Δ average: difference of the averages from {', '.join(dict.fromkeys(names))}, paired by question and by seed, ± its "
+        f"standard error. Detectable Δ: the true difference that this very comparison, with its seeds, finds with {POWER:.0%} "
+        f"power at {ALPHA:.0%}, uncorrected."
     ]
 
 
@@ -121,9 +124,8 @@ def sizes(results: Results) -> str:
 
 def _elsewhere(results: Results, number_: str) -> list[str]:
     """Rows of the paper's table that are other people's methods, which this pipeline does not run."""
-    if results.experiment.family == "qwen3_vl":
-        return []
     numbers = paper_numbers()
+    numbers = numbers[numbers["model"] == (paper_family(results.experiment) or "")]
     others = numbers[(numbers["table"] == number_) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
     listed = ", ".join(f"{row} {number(value)}" for row, value in zip(others["row"], others["value"], strict=True))
     return [f"The paper's table also lists (average): {listed}; these methods are not run here."] if listed else []

@@ -1,75 +1,79 @@
 """Tables 1 to 4 and the outlier table: which rows stand where, what is tested, and what is marked."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
+from grace.report.comparisons import Family, has, parts_of
 from grace.report.paper import (
     AVERAGE,
     GRACE,
     PARTS,
     canonical,
     label,
+    paper_beside,
     paper_numbers,
-    paper_value,
     row_role,
+    seed_range,
     what_was_run,
 )
 from grace.report.tables.footnotes import notes
 from grace.report.tables.table import Cell, Line, Table
 from grace.results.read import BASELINE, TEACHER, Results, Row
-from grace.results.statistics import ALPHA, Comparison, Estimate, Scores, compare, holm, minimum_detectable_difference
+from grace.results.statistics import ALPHA, Estimate, estimate
 
-DETECTABLE = "Detectable difference"
 PRECISIONS = ("int8", "int4", "int3", "int2")
 ABLATION = ("none", *PARTS, "gdkd+rcka", "gdkd+ib", "rcka+ib", GRACE)
 
 
 @dataclass
 class Group:
-    """Rows that are ranked together, and the row that the others are held against."""
+    """Rows that are ranked together, and the row that the others are held against.
+
+    `seeds`: what its rows are shown and compared on. Rows in `apart` lack some of these; they show what they have of
+    them, or their own, and are neither ranked nor compared.
+    """
 
     title: str
     rows: list[Row]
     reference: Row | None = None
     unranked: tuple[Row, ...] = (TEACHER,)
+    seeds: tuple[int, ...] = ()
+    apart: tuple[Row, ...] = ()
 
 
-@dataclass
-class Family:
-    """The family of tests that a table shows, corrected together once all are known."""
-
-    results: Results
-    known: dict = field(default_factory=dict)  # shared between tables
-    shown: list[tuple] = field(default_factory=list)
-
-    def compare(self, a: Row, b: Row, column: str) -> Comparison:
-        """A less B in one column; computed once however many tables need it."""
-        if (a, b, column) not in self.known:
-            sides = [_parts(self.results, row, column) for row in (a, b)]
-            self.known[a, b, column] = compare(*sides)
-        return self.known[a, b, column]
-
-    def show(self, a: Row, b: Row, column: str) -> Comparison:
-        """The same, counted into the table's family."""
-        key = (a, b, column)
-        if key not in self.shown:
-            self.shown.append(key)
-        return self.compare(a, b, column)
-
-    def adjusted(self) -> dict[tuple, float]:
-        """Holm-adjusted p of every comparison shown."""
-        return dict(zip(self.shown, holm([self.known[key].p for key in self.shown]), strict=True))
+def _shown_seeds(results: Results, group: Group, row: Row) -> tuple[int, ...]:
+    """The seeds that a row of the group is shown on."""
+    return tuple(seed for seed in group.seeds if seed in results.seeds[row]) or results.seeds[row]
 
 
-def _parts(results: Results, row: Row, column: str) -> list[Scores]:
-    return results.all_scores(row) if column == AVERAGE else [results.scores(row, column)]
+def _estimate(results: Results, group: Group, row: Row, column: str) -> Estimate:
+    return estimate(parts_of(results, row, column, _shown_seeds(results, group, row)))
 
 
-def _estimate(results: Results, row: Row, column: str) -> Estimate:
-    return results.estimate(row, None if column == AVERAGE else column)
+def on_shared_seeds(results: Results, groups: list[Group]) -> list[Group]:
+    """Each group with its seeds; groups that are held against one row share them.
+
+    Of the sets of seeds that some row has, that one is taken which gives the most comparisons: seeds times rows that
+    have them all, less one. The reference is always among these rows.
+    """
+    for reference in {group.reference for group in groups}:
+        together = [group for group in groups if group.reference == reference]
+        rows = {row for group in together for row in group.rows} | {reference}
+        has_seeds = {row: frozenset(results.seeds[row]) for row in rows if row not in (TEACHER, None)}
+        if not has_seeds:
+            continue
+        limit = has_seeds.get(reference, frozenset().union(*has_seeds.values()))
+        sets = sorted({found & limit for found in has_seeds.values()}, key=lambda each: (-len(each), sorted(each)))
+
+        def compared(seeds: frozenset, has_seeds: dict = has_seeds) -> int:
+            return len(seeds) * (sum(seeds <= found for found in has_seeds.values()) - 1)
+
+        chosen = max(sets, key=compared)
+        for group in together:
+            group.seeds = tuple(sorted(chosen))
+            group.apart = tuple(row for row in group.rows if row != TEACHER and not chosen <= has_seeds[row])
+    return groups
 
 
 def columns_of(results: Results) -> list[str]:
@@ -79,11 +83,6 @@ def columns_of(results: Results) -> list[str]:
     return [*sorted(results.benchmarks, key=lambda name: order.get(named[name], len(order))), AVERAGE]
 
 
-def has(results: Results, row: Row, column: str) -> bool:
-    """Whether a row has a number in a column: partial results leave gaps."""
-    return results.has_average(row) if column == AVERAGE else results.has(row, column)
-
-
 def score_table(results: Results, name: str, title: str, number_: str, groups: list[Group], known: dict) -> Table:
     """Score every row of `groups` on every benchmark and their average, test, mark, and write the footnotes."""
     tests = Family(results, known)
@@ -91,44 +90,44 @@ def score_table(results: Results, name: str, title: str, number_: str, groups: l
     for group in groups:
         for column in columns:
             for a, b in list(pairwise(_order(results, group, column)))[:2]:
-                tests.show(a, b, column)
-        for row in _held(results, group, AVERAGE):
-            tests.show(row, group.reference, AVERAGE)
+                tests.show(a, b, column, group.seeds)
+        for row in _held(results, group):
+            tests.show(row, group.reference, AVERAGE, group.seeds)
     adjusted = tests.adjusted()
-    table = Table(name, title, ["Model", "Bits"], [*(heading(results, column) for column in columns), "Δ average"])
+    headings = [*(heading(results, column) for column in columns), "Δ average", "detectable Δ"]
+    table = Table(name, title, ["Model", "Bits"], headings)
     for group in groups:
         marks = _marks(results, group, columns, tests, adjusted)
         table.lines += [_line(results, group, row, number_, columns, marks, tests, adjusted) for row in group.rows]
-    if groups:
-        table.lines.append(_detectable(results, groups, columns, tests))
     table.notes = notes(results, number_, groups, tests)
     return table
 
 
 def _order(results: Results, group: Group, column: str) -> list[Row]:
     """Ranked rows that have a number in the column, best first; equal scores keep the table's order."""
-    rows = [row for row in group.rows if row not in group.unranked and has(results, row, column)]
-    return sorted(rows, key=lambda row: -_estimate(results, row, column).value)
+    rows = [row for row in group.rows if row not in (*group.unranked, *group.apart) and has(results, row, column)]
+    return sorted(rows, key=lambda row: -_estimate(results, group, row, column).value)
 
 
-def _held(results: Results, group: Group, column: str) -> list[Row]:
-    """The rows that are held against the group's reference in a column."""
-    if group.reference is None or not has(results, group.reference, column):
+def _held(results: Results, group: Group) -> list[Row]:
+    """The rows whose average is held against the reference's."""
+    if group.reference is None or not has(results, group.reference, AVERAGE):
         return []
-    return [row for row in group.rows if row != group.reference and has(results, row, column)]
+    rows = [row for row in group.rows if row != group.reference and row not in group.apart]
+    return [row for row in rows if has(results, row, AVERAGE)]
 
 
 def _marks(results: Results, group: Group, columns: list[str], tests: Family, adjusted: dict) -> dict:
     """The paper's rule (bold best, underlined second), each only where it beats the next row significantly.
 
-    Without a sure best there is no second either. Rows may share only some of their seeds, and then the ranking of their
-    means may not be that of the seeds they share.
+    Without a sure best there is no second either.
     """
     marks = {}
     for column in columns:
         order = _order(results, group, column)
         for mark, a, b in zip(("best", "second"), order, order[1:], strict=False):
-            if adjusted[a, b, column] >= ALPHA or tests.compare(a, b, column).difference <= 0:
+            found = tests.compare(a, b, column, group.seeds)
+            if adjusted[a, b, column] >= ALPHA or found.difference <= 0:
                 break
             marks[a, column] = mark
     return marks
@@ -136,38 +135,36 @@ def _marks(results: Results, group: Group, columns: list[str], tests: Family, ad
 
 def _line(results, group, row, number_, columns, marks, tests, adjusted) -> Line:
     experiment, cells = results.experiment, []
+    role = row_role(experiment, row)
     for column in columns:
         wanted = AVERAGE if column == AVERAGE else canonical(results.mirrors.get(column, column))
-        tables = (number_, "1") if row in (TEACHER, BASELINE) else (number_,)
-        role = row_role(experiment, row)
-        found = (paper_value(experiment, table, role, row.precision, wanted) for table in tables)
-        cell = Cell(paper=next((value for value in found if value is not None), None))
+        cell = Cell(paper=paper_beside(experiment, number_, role, row.precision, wanted))
         if has(results, row, column):
-            mean = _estimate(results, row, column)
+            mean = _estimate(results, group, row, column)
             cell.value, cell.stderr, cell.mark = mean.value, mean.stderr, marks.get((row, column), "")
         cells.append(cell)
-    if row in _held(results, group, AVERAGE):
-        found = tests.compare(row, group.reference, AVERAGE)
+    if row in _held(results, group):
+        found = tests.compare(row, group.reference, AVERAGE, group.seeds)
         mark = "significant" if adjusted[row, group.reference, AVERAGE] < ALPHA else ""
-        cells.append(Cell(found.difference, found.stderr, mark=mark, signed=True))
+        cells += [Cell(found.difference, found.stderr, mark=mark, signed=True), Cell(found.detectable() or None)]
     else:
-        cells.append(Cell(text="reference" if row == group.reference else "–"))
+        cells += [Cell(text="reference" if row == group.reference else "–"), Cell(text="–")]
+    return Line(
+        [label(experiment, row), row.precision.removesuffix("-outliers")], cells, group.title, _run(results, group, row)
+    )
+
+
+def _run(results: Results, group: Group, row: Row) -> str:
+    """What was run, with the seeds that are shown; the others that the row has, or lacks, are said."""
+    experiment, shown = results.experiment, _shown_seeds(results, group, row)
+    run = what_was_run(experiment, shown)
+    rest = tuple(seed for seed in results.seeds[row] if seed not in shown)
+    if rest:
+        run += f" (also run: {seed_range(rest)})"
+    if row in group.apart:
+        run += f"; NOT COMPARED: lacks {seed_range(tuple(s for s in group.seeds if s not in results.seeds[row]))}"
     rounded = row not in (TEACHER, BASELINE) and experiment.recipes[row.recipe].post_training is not None
-    run = what_was_run(experiment, results.seeds[row]) + ("; rounded, not trained" if rounded else "")
-    return Line([label(experiment, row), row.precision.removesuffix("-outliers")], cells, group.title, run)
-
-
-def _detectable(results: Results, groups: list[Group], columns: list[str], tests: Family) -> Line:
-    """The last row: how large a difference must be for this table to find it."""
-    cells = []
-    for column in columns:
-        found = [
-            tests.compare(row, group.reference, column) for group in groups for row in _held(results, group, column)
-        ]
-        # models that answer alike everywhere say nothing about how much others vary
-        least = [minimum_detectable_difference(each.stderr, each.df) for each in found if each.stderr > 0]
-        cells.append(Cell(float(np.median(least)) if least else None))
-    return Line([DETECTABLE, ""], [*cells, Cell(text="–")], "", "see notes")
+    return run + ("; rounded, not trained" if rounded else "")
 
 
 def heading(results: Results, column: str) -> str:
@@ -204,7 +201,7 @@ def groups_of(results: Results) -> dict[str, list[Group]]:
     outliers = sorted({row.precision for row in results.rows() if row.precision.endswith("-outliers")}, reverse=True)
     everything = ("rtn", "awq", "gptq", "none", "kd", *ABLATION[1:], "variant")
     tables["outliers"] = _blocks(experiment, {p: pick(everything, p) for p in outliers}, base)
-    return tables
+    return {number_: on_shared_seeds(results, groups) for number_, groups in tables.items()}
 
 
 def _blocks(experiment, rows: dict[str, list[Row]], reference: Row | None) -> list[Group]:

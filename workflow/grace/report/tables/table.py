@@ -5,6 +5,8 @@ import io
 import math
 from dataclasses import dataclass, field, replace
 
+from grace.report.numbers import number
+
 WIDE = 8  # with more columns than that, errors stand under the numbers
 
 
@@ -51,13 +53,6 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def number(value: float | None, digits: int = 1) -> str:
-    """A number for people; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no minus before a zero
-
-
 @dataclass(frozen=True)
 class Texts:
     """A cell as texts, any of which may be empty; with the phantoms, the numbers of a column stand under each other."""
@@ -97,11 +92,6 @@ def aligned(table: Table) -> list[list[Texts]]:
             padded.append(replace(text, before_error=before, after=after))
         columns.append(padded)
     return [list(line) for line in zip(*columns, strict=True)]
-
-
-def p_text(p: float) -> str:
-    """A p value for people."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def markdown(table: Table) -> str:
