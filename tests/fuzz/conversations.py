@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -213,6 +214,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--cases", type=int, default=sys.maxsize)
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # Pillow's, on damaged tags
     ends, start, number = Counter(), time.monotonic(), arguments.first
     with tempfile.TemporaryDirectory() as processor:
         build_processor().save_pretrained(processor)

@@ -90,7 +90,10 @@ def _header(image: Image.Image, min_pixels: int, max_pixels: int) -> Header:
         raise Unreadable("image has fewer pixels than min_pixels", f"{width} x {height}, limit {min_pixels:,}")
     if _orientation(image) >= 5:
         width, height = height, width
-    animated = image.format in ("GIF", "WEBP", "PNG") and bool(getattr(image, "is_animated", False))
+    try:
+        animated = image.format in ("GIF", "WEBP", "PNG") and bool(getattr(image, "is_animated", False))
+    except Exception as error:  # the next frame is looked for, and may be damaged
+        raise Unreadable("image cannot be decoded", _brief(error)) from error
     return Header(str(image.format), height, width, animated)
 
 
