@@ -13,6 +13,7 @@ def processor(tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on damaged tags
 def test_no_broken_file_ends_in_a_traceback(processor):
     ends = [conversations.check(number, processor) for number in range(1000, 1025)]
     assert {"result", "sentence"} == set(ends)

@@ -29,8 +29,7 @@ _TURNS = {
 }
 _PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # Pillow registers these two only when they are imported
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # max_pixels is the limit that counts
-warnings.filterwarnings("ignore", "Corrupt EXIF data", module="PIL")  # shown unturned, as viewers do
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on damaged tags and large images: what matters is refused below
 
 
 class Unreadable(Exception):
