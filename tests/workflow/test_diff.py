@@ -276,3 +276,36 @@ def test_files_that_another_library_wrote_are_compared_all_the_same(results_fold
     assert not compare_folders(results_folder, version).flipped
     edit(version, spoil(7))
     assert compare_folders(results_folder, version).flipped == 7
+
+
+def drop_benchmark(folder, benchmark, recipe="grace", precision="int4", seed=0):
+    below = folder / f"students/{recipe}/{precision}/seed{seed}/predictions"
+    (below / f"{benchmark}.parquet").unlink()
+    about = json.loads((below / "manifest.json").read_text())
+    del about["benchmarks"][benchmark]
+    about["files"] = {name: entry for name, entry in about["files"].items() if name != f"{benchmark}.parquet"}
+    (below / "manifest.json").write_text(json.dumps(about))
+
+
+def test_what_one_model_lost_is_named_with_it(results_folder, version):
+    drop_benchmark(version, "colour", seed=1)
+    found = compare_folders(results_folder, version)
+    assert found.only["benchmarks only in A"] == ["colour of grace int4 seed 1"]
+
+
+def test_every_seed_s_flips_are_shown(results_folder, version):
+    for seed in (0, 1):
+        edit(version, spoil(40), seed=seed)
+    found = compare_folders(results_folder, version)
+    assert {flip.seed for flip in found.flips} == {0, 1}
+
+
+def test_json_says_what_the_tables_say(results_folder, version, capsys):
+    for seed in (0, 1):
+        edit(version, spoil(15), seed=seed)
+    diff(results_folder, version, as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    (drop,) = [c for c in said["changes"] if c["model"] == "grace int4" and c["benchmark"] == "colour"]
+    assert drop["difference"] == pytest.approx(-100 * 15 / 80) and (drop["gained"], drop["lost"]) == (0, 30)
+    assert said["flipped"] == 30 == len(said["flips"]) and not drop["identical"] and drop["seeds"] == [0, 1]
+    assert sum(not change["identical"] for change in said["changes"]) == 2

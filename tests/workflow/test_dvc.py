@@ -11,6 +11,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from stub_tree import ROOT, Tree
 
+from grace.diff.compare import diff
+from grace.errors import GraceError
 from grace.provenance import snakemake_records as records
 from grace.provenance.verify import verify
 
@@ -199,3 +201,17 @@ def test_after_a_cut_record_and_a_left_lock_the_next_start_goes_on(published: Tr
     said = tree.snakemake()
     assert "metrics" in said.stdout + said.stderr and not lock.exists()
     assert tree.planned() == []
+
+
+@pytest.mark.parametrize("remote", ["none", "empty"])
+def test_a_difference_without_the_results_is_a_sentence(published: Tree, tmp_path: Path, remote: str) -> None:
+    """A clone where nothing was pulled, and that has no remote or one that holds nothing."""
+    clone = _clone(published, tmp_path / "clone")
+    if remote == "none":
+        clone.run("dvc", "remote", "remove", "storage")
+    else:
+        clone.run("dvc", "remote", "modify", "-q", "storage", "url", str(tmp_path / "empty"))
+    _git(clone, "commit", "-q", "-a", "-m", "another remote")
+    with pytest.raises(GraceError, match="DVC has no copy of its results") as said:
+        diff("HEAD", "HEAD", repository=clone.folder)
+    assert "\n" not in str(said.value)

@@ -328,11 +328,12 @@ def diff(
     markdown: Annotated[Path | None, typer.Option(help="write it for a pull request")] = None,
     page: Annotated[Path | None, typer.Option(help="write it for a browser")] = None,
     fail_on_regression: Annotated[bool, typer.Option(help="exit 1 when a drop is significant")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Say what changed between two versions of the results, with a paired test for every change."""
     from grace.diff.compare import diff as compare
 
-    compare(a, b, experiment, repository, markdown, page, fail_on_regression)
+    compare(a, b, experiment, repository, markdown, page, fail_on_regression, json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import numpy as np
 
 from grace.diff.model import Change, Difference, Flip, Moved
 from grace.diff.questions import Reader, answers
-from grace.diff.render import to_html, to_markdown, to_terminal
+from grace.diff.render import to_html, to_json, to_markdown, to_terminal
 from grace.diff.revisions import results_of
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256, whole_file
@@ -41,11 +41,11 @@ def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> D
     seeds: dict[Row, list[int]] = {}
     for row, seed in shared:
         seeds.setdefault(row, []).append(seed)
-    lonely: dict[str, set[str]] = {"A": set(), "B": set()}
+    lonely: dict[str, dict[str, list[str]]] = {"A": {}, "B": {}}
     reader = Reader()
     for row, listed in seeds.items():
         _compare_row(found, reader, (a, b), row, tuple(listed), lonely)
-    found.only |= {f"benchmarks only in {name}": sorted(names) for name, names in lonely.items()}
+    found.only |= {f"benchmarks only in {name}": _lonely(names, len(shared)) for name, names in lonely.items()}
     found.only = {key: value for key, value in found.only.items() if value}
     if not found.changes:
         raise GraceError(
@@ -79,8 +79,10 @@ def _compare_row(
     folders = [[side / row.folder(seed) / "predictions" for seed in seeds] for side in sides]
     manifests = [[read_json(folder / MANIFEST)["benchmarks"] for folder in side] for side in folders]
     names = [set.intersection(*(set(m) for m in side)) for side in manifests]
-    for name, own, other in (("A", names[0], names[1]), ("B", names[1], names[0])):
-        lonely[name] |= own - other
+    for side, other in (("A", 1), ("B", 0)):
+        for seed, own, others in zip(seeds, manifests[1 - other], manifests[other], strict=True):
+            for benchmark in own.keys() - others.keys():
+                lonely[side].setdefault(benchmark, []).append(f"{row} seed {seed}")
     shared = [name for name in manifests[1][0] if name in names[0] & names[1]]
     if all(_same_bytes(folders, benchmark) for benchmark in shared):
         changes = [_unchanged(row, seeds, benchmark, manifests[1]) for benchmark in shared]
@@ -98,6 +100,14 @@ def _compare_row(
         if any(change.comparison is not None for change in changes):
             average.comparison = compare([b for _, b in pairs], [a for a, _ in pairs])
         found.changes.append(average)
+
+
+def _lonely(names: dict[str, list[str]], models: int) -> list[str]:
+    """Benchmarks that only one version asked, with the models where it is not so for all."""
+    return [
+        benchmark if len(names[benchmark]) == models else f"{benchmark} of {', '.join(names[benchmark])}"
+        for benchmark in sorted(names)
+    ]
 
 
 def _same_bytes(folders: list[list[Path]], benchmark: str) -> bool:
@@ -149,8 +159,9 @@ def _flips(found: Difference) -> list[Flip]:
     flips: list[Flip] = []
     for row, benchmark in sorted(found.moved, key=changed.__getitem__):
         left = min(FLIPS_OF_ONE, FLIPS - len(flips))
-        for moved in found.moved[row, benchmark]:
-            shown = moved.samples[:left]
+        seeds = found.moved[row, benchmark]
+        for number, moved in enumerate(seeds):
+            shown = moved.samples[: -(-left // (len(seeds) - number))]  # each seed its part of what is left
             if not len(shown):
                 continue
             left -= len(shown)
@@ -171,6 +182,7 @@ def diff(
     markdown: Path | None = None,
     page: Path | None = None,
     fail_on_regression: bool = False,
+    as_json: bool = False,
 ) -> Difference:
     """Compare two results folders or git revisions, print what changed, and return it.
 
@@ -179,6 +191,7 @@ def diff(
         experiment: which folder of `results/` to take from a revision.
         markdown, page: files to write for a pull request or a browser.
         fail_on_regression: raise a GraceError when a drop is significant.
+        as_json: print JSON instead of tables.
     """
     with results_of(a, experiment, repository) as first, results_of(b, experiment, repository) as second:
         found = compare_folders(first, second, (str(a), str(b)))
@@ -186,7 +199,10 @@ def diff(
         if path is not None:
             with whole_file(path) as part:
                 part.write_text(render(found))
-    to_terminal(found)
+    if as_json:
+        print(to_json(found))
+    else:
+        to_terminal(found)
     if fail_on_regression and found.regressions:
         worst = min(found.regressions, key=lambda change: change.comparison.difference)
         raise GraceError(

@@ -1,7 +1,9 @@
 """A difference for the terminal, for a pull request and for a browser."""
 
 import base64
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,33 @@ def _speed(record: dict[str, Any]) -> tuple[str, ...]:
         f"x{record['ratio']:.2f}",
         verdict,
     )
+
+
+def to_json(found: Difference) -> str:
+    """For a program: scores in points, differences B less A, p after Holm's correction, every flip that is shown."""
+    changes = []
+    for change in found.changes:
+        about: dict[str, Any] = {
+            "model": str(change.row), "benchmark": change.benchmark, "seeds": list(change.seeds),
+            "before": change.before, "after": change.after, "questions": change.shared,
+            "added": change.added, "removed": change.removed, "reworded": change.reworded,
+            "redefined": change.redefined, "identical": change.comparison is None, "p": float(change.p),
+        }  # fmt: skip
+        if change.comparison is not None:
+            compared = change.comparison
+            about |= {"difference": float(compared.difference), "stderr": float(compared.question_stderr)}
+            about |= {"gained": int(compared.gained), "lost": int(compared.lost), "regressed": change.regressed}
+        changes.append(about)
+    flips = [{**asdict(flip), "row": str(flip.row)} for flip in found.flips]
+    speed = [] if found.speed is None else found.speed.to_dict("records")
+    return json.dumps(
+        {
+            "a": found.a, "b": found.b, "summary": summary(found), "changes": changes, "flipped": found.flipped,
+            "flips": flips, "only": found.only, "settings": found.settings, "environment": found.environment,
+            "artifacts": found.artifacts, "speed": speed,
+        },
+        indent=2, default=lambda value: value.item() if hasattr(value, "item") else str(value),
+    )  # fmt: skip
 
 
 def to_markdown(found: Difference) -> str:

@@ -81,7 +81,9 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
     """What DVC and git have of the revision; without the images of flipped questions where they were never pulled."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
 
+    missing = (DvcException, DataIndexDirError, OSError)  # a folder of which there is no list, or a file
     system = DVCFileSystem(str(top), rev=commit)
     try:
         found = system.find(below) if system.exists(below) else []
@@ -89,17 +91,21 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
             name = path.removeprefix(f"{below}/")
             if _light(name):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
-                with suppress(*([DvcException, OSError] if name.startswith("data/") else [])):
+                with suppress(*(missing if name.startswith("data/") else ())):
                     system.get_file(path, str(target / name))
-    except (DvcException, OSError) as error:
+    except missing as error:
         if not system.repo.config["remote"].keys() - {"auto-generated-upstream"}:  # DVC's own name for this folder
             raise GraceError(
                 f"{revision}: DVC has no copy of its results, and no remote is set; `dvc remote add -d NAME URL` says "
                 "where they were pushed to"
             ) from error
         raise GraceError(
-            f"{revision}: DVC has no copy of its results ({error}); run `dvc fetch` at that revision, or `dvc fetch --all-commits`"
+            f"{revision}: DVC has no copy of its results ({_first_line(error)}); run `dvc fetch` at that revision, or `dvc fetch --all-commits`"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _light(name: str) -> bool:
