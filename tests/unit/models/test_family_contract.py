@@ -216,5 +216,7 @@ def test_code_of_its_own_is_never_run(home, tmp_path):
 def test_another_transformers_is_refused(home, monkeypatch):
     monkeypatch.setattr("grace.models.load.importlib.metadata.version", lambda name: "5.17.0")
     for load in (load_model, load_processor):
-        with pytest.raises(GraceError, match=r"transformers 5\.17\.0 is installed, and this pipeline was tested with 5"):
+        with pytest.raises(
+            GraceError, match=r"transformers 5\.17\.0 is installed, and this pipeline was tested with 5"
+        ):
             load(home / "model")
