@@ -9,6 +9,7 @@ from typing import Any
 
 from grace.benchmarks.registry import ADAPTERS
 from grace.config.code import code_files
+from grace.config.objectives import training_modules
 from grace.config.runs import (
     BenchRun,
     CacheRun,
@@ -91,8 +92,7 @@ class Plan:
 
     def distil_code(self, wildcards: Any) -> list[str]:
         """What distilling a recipe depends on: the trainer, and its objective's file, which is imported by name."""
-        kd = self.experiment.recipes[wildcards.recipe].kd
-        return self.code("grace.train.commands", *([] if kd == "none" else [f"grace.distill.objectives.{kd}"]))
+        return self.code(*training_modules(self.experiment.recipes[wildcards.recipe].kd))
 
     # Which recipe is made by which rule, as wildcard constraints.
 

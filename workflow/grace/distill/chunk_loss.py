@@ -47,7 +47,7 @@ def loss_rows_(
     log_r = student.log_softmax(1)
     ce = -log_r.gather(1, label).squeeze(1)
     gradient = log_r.exp_().scatter_add_(1, label, torch.full_like(ce, -1.0).unsqueeze(1)).mul_(weights[0])
-    if mode == "none":
+    if mode == "none" or teacher_logits is None:
         student_logits.copy_(gradient)
         return RowLosses(ce, torch.zeros_like(ce), torch.zeros_like(ce))
 
@@ -56,17 +56,18 @@ def loss_rows_(
     teacher_odds, teacher_rest = label_split(teacher, labels, temperature)
     tckd = binary_kl(teacher_odds, student_odds)
     nckd = kl_elements(teacher_rest, student_rest).sum(1)
+    beta = torch.full_like(ce, beta_dkd)  # [rows]
     if mode == "plain":
-        gate, alpha, beta_dkd = torch.ones_like(ce), 1.0, torch.sigmoid(-teacher_odds)
+        gate, alpha, beta = torch.ones_like(ce), 1.0, torch.sigmoid(-teacher_odds)
     else:
         gate = entropy_gate(teacher) if gates is None else gates.to(student.dtype)
-    kd = gate * temperature**2 * (alpha * tckd + beta_dkd * nckd)
+    kd = gate * temperature**2 * (alpha * tckd + beta * nckd)
 
     # q - p as a difference of small numbers even where both are close to 1
     shift = student_odds.sigmoid() * (-teacher_odds).sigmoid() - teacher_odds.sigmoid() * (-student_odds).sigmoid()
     scale = weights[1] * gate * temperature  # [rows]
     q, p = student_rest.exp_(), teacher_rest.exp_()
-    others = (q - p) * (scale * beta_dkd).unsqueeze(1) - q * (scale * alpha * shift).unsqueeze(1)
+    others = (q - p) * (scale * beta).unsqueeze(1) - q * (scale * alpha * shift).unsqueeze(1)
     gradient += others.scatter_(1, label, (scale * alpha * shift).unsqueeze(1))
     student_logits.copy_(gradient)
     return RowLosses(ce, kd, gate)

@@ -66,32 +66,35 @@ def distillation_loss_from_hidden(
     _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, gates, mode)
     check_temperature(temperature)
     labels = labels.long()
-    fused = not isinstance(mode, TokenLoss)
-    cut = cut_rows(student_head, len(student_hidden), logits_dtype, workspace, 1 if fused else TENSORS)
+    cut = cut_rows(
+        student_head, len(student_hidden), logits_dtype, workspace, TENSORS if isinstance(mode, TokenLoss) else 1
+    )
     teacher = None
-    if mode != "none":
+    if mode != "none" and teacher_hidden is not None and teacher_head is not None:  # `_check` refuses any other case
         dtype = torch.promote_types(teacher_head.dtype, logits_dtype or teacher_head.dtype)
         teacher = Logits(teacher_hidden, teacher_head, dtype, cut.inner)
-    if fused:
+    if not isinstance(mode, TokenLoss):
         if student_head.is_cuda:
             from grace.kernels.gated_dkd import loss_rows_ as fused_rows_
         else:
             fused_rows_ = loss_rows_
-        constants = dict(mode=mode, temperature=temperature, alpha=alpha, beta_dkd=beta_dkd)
+        fused_rows_ = partial(fused_rows_, mode=mode, temperature=temperature, alpha=alpha, beta_dkd=beta_dkd)
 
         def rows_(logits: Tensor, part: slice, weights: Tensor) -> RowLosses:
             teacher_logits = teacher.make(part) if teacher is not None else None
             given = gates[part] if gates is not None and mode != "none" else None
-            return RowLosses(*fused_rows_(logits, teacher_logits, labels[part], weights, gates=given, **constants))
+            return RowLosses(*fused_rows_(logits, teacher_logits, labels[part], weights, gates=given))
 
     else:
+        assert teacher is not None
+        objective, make = mode, teacher.make
 
         def rows_(logits: Tensor, part: slice, weights: Tensor) -> RowLosses:
-            teacher_logits = at_least_fp32(teacher.make(part))
+            teacher_logits = at_least_fp32(make(part))
             gate = torch.ones_like(teacher_logits[:, 0])
-            if mode.gated:
+            if objective.gated:
                 gate = entropy_gate(teacher_logits) if gates is None else gates[part].to(gate.dtype)
-            distillation = partial(_objective, mode, teacher_logits, gate)
+            distillation = partial(_objective, objective, teacher_logits, gate)
             return autograd_rows_(logits, labels[part], weights, distillation, gate)
 
     return loss_in_chunks(student_hidden, student_head, rows_, cut, ce_weight, kd_weight)

@@ -67,9 +67,9 @@ def relational_cka_sum(
         GraceError: no visual tokens, different numbers of them; the lists differ in length, or are empty. Values are
             not looked at: a NaN or an infinity is a loss of NaN, which a training loop asks about.
     """
-    if (teacher_tokens is None) == (teacher_grams is None):
+    teachers = teacher_grams if teacher_tokens is None else teacher_tokens
+    if teachers is None or (teacher_tokens is not None and teacher_grams is not None):
         raise GraceError("give relational_cka_sum either teacher_tokens or teacher_grams")
-    teachers = teacher_tokens if teacher_grams is None else teacher_grams
     if len(student_tokens) != len(teachers) or not teachers:
         raise GraceError(
             f"{len(student_tokens)} images of the student and {len(teachers)} of the teacher; give as many of both, at least one"

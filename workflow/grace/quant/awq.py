@@ -7,6 +7,8 @@ data. What produces the channel: the norm before q, k, v and before gate, up; v 
 Step sizes are the best of 20 by squared error (in place of AWQ's search for a clipping threshold).
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -54,7 +56,7 @@ def search(
     return best
 
 
-def _per_value_head(channels: torch.Tensor, attention: nn.Module) -> torch.Tensor:
+def _per_value_head(channels: torch.Tensor, attention: Any) -> torch.Tensor:
     """[in of o] -> [v heads, query heads per v head, head width]: query heads that read one v head lie together."""
     return channels.unflatten(0, (-1, attention.num_key_value_groups, attention.head_dim))
 
@@ -65,8 +67,10 @@ def widen(layer: nn.Module, moments: dict[str, Moments], bits: int, group_size: 
     A norm's new gain is put on bf16's grid first and s follows from it, so that saving in bf16 changes nothing.
     """
     for source, parts in INPUTS.items():
-        linears = [layer.get_submodule(part) for part in parts]
-        producer = layer.get_submodule(PRODUCERS[source])
+        linears = [cast(nn.Linear, layer.get_submodule(part)) for part in parts]
+        producer: Any = layer.get_submodule(
+            PRODUCERS[source]
+        )  # a norm or a linear, with weights in place of parameters
         moment = moments[source]
         magnitude = moment.magnitude / moment.tokens
         if source == "self_attn.o_proj":  # one s for all query heads that read the same v head
@@ -77,9 +81,9 @@ def widen(layer: nn.Module, moments: dict[str, Moments], bits: int, group_size: 
             rows = scales
             if source == "self_attn.o_proj":
                 rows = _per_value_head(scales, layer.self_attn)[:, 0].flatten()
-            producer.weight /= rows[:, None]
+            producer.weight.div_(rows[:, None])
             if producer.bias is not None:
-                producer.bias /= rows
+                producer.bias.div_(rows)
         else:
             gain = (producer.weight / scales).bfloat16().float()
             scales = torch.where(gain == 0, 1.0, producer.weight / gain)
@@ -95,7 +99,7 @@ def round_layer(
     widen(layer, moments, bits, group_size)
     rounded = {}
     for part in (part for parts in INPUTS.values() for part in parts):
-        linear = layer.get_submodule(part)
+        linear = cast(nn.Linear, layer.get_submodule(part))
         scales = best_scales(linear.weight, bits, group_size, part)
         rounded[part] = quantize(linear.weight, scales, bits), scales
         linear.weight.copy_(dequantize(*rounded[part]))

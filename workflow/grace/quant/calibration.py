@@ -8,9 +8,12 @@ also where the decoder takes visual features in between its layers (Qwen3-VL).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from grace.errors import GraceError
 from grace.models.families.base import LAYERS
@@ -55,17 +58,20 @@ class _Enough(Exception):
     """The layer that is looked at has been passed: the rest of the forward is not needed."""
 
 
+def _add(moments: Moments, _: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    moments.add(arguments[0])
+
+
 @torch.no_grad()
 def _collect(model: nn.Module, layer: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, Moments]:
     device = next(layer.parameters()).device
-    moments = {part: Moments.empty(layer.get_submodule(part).in_features, device) for part in INPUTS}
+    moments = {part: Moments.empty(cast(nn.Linear, layer.get_submodule(part)).in_features, device) for part in INPUTS}
 
     def stop(*_):
         raise _Enough
 
-    hooks = [
-        layer.get_submodule(part).register_forward_pre_hook(lambda _, args, part=part: moments[part].add(args[0]))
-        for part in INPUTS
+    hooks: list[RemovableHandle] = [
+        layer.get_submodule(part).register_forward_pre_hook(partial(_add, moments[part])) for part in INPUTS
     ]
     hooks.append(layer.register_forward_hook(stop))
     try:
@@ -93,7 +99,7 @@ def layers_with_moments(
     """
     if not batches:
         raise GraceError("calibration: there are no examples; set quantization.calibration to at least 1")
-    layers = model.get_submodule(LAYERS)
+    layers = cast(nn.ModuleList, model.get_submodule(LAYERS))
     with progress("rounding layers", len(layers)) as advance:
         for number, layer in enumerate(layers):
             name = f"{LAYERS}.{number}"

@@ -97,7 +97,8 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], produce: Callable[[st
     Tensors lie by falling element size, so that each is aligned; among equals in the order given.
     """
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for spec in ordered:
         begin, end = end, end + spec.bytes
         header[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
@@ -111,7 +112,7 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec], produce: Callable[[st
             if TensorSpec.of(spec.name, tensor) != spec:
                 raise ValueError(f"{spec.name}: planned {spec}, made {tensor.dtype} {tuple(tensor.shape)}")
             if spec.bytes:
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_checkpoint(

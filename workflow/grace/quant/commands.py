@@ -47,8 +47,9 @@ def _round_with_activations(
 
     settings = parameters.quantization
     source = Checkpoint.of_folder(init)
-    for key in filter(quantised_module, source):  # before the model is loaded and the data read
-        group_count(source.spec(key).shape[1], settings.group_size, quantised_module(key))
+    for key in source:  # before the model is loaded and the data read
+        if module := quantised_module(key):
+            group_count(source.spec(key).shape[1], settings.group_size, module)
     processor = load_processor(data / "processor")
     model = load_model(init, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     if outliers:
@@ -60,6 +61,6 @@ def _round_with_activations(
     method = {"awq": awq, "gptq": gptq}[parameters.post_training]
     rule = partial(method.round_layer, bits=parameters.bits, group_size=settings.group_size)
     layers = round_model(model, batches, rule)
-    model.to("cpu", torch.bfloat16).save_pretrained(folder)
+    model.cpu().to(torch.bfloat16).save_pretrained(folder)
     copy_companions(init, folder)
     save_quantization(folder, layers, parameters.bits, settings.group_size, parameters.post_training)

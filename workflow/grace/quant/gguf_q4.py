@@ -125,7 +125,7 @@ def _add_info(writer: GGUFWriter, model: PackedModel, name: str, entry: _Entry) 
         width, kind = columns // BLOCK * BLOCK_BYTES, GGMLQuantizationType.Q4_0
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, kind)
         return
-    shape = model.tensors.spec(entry.key).shape
+    shape: tuple[int, ...] = model.tensors.spec(entry.key).shape
     if len(shape) > 1:
         rows, width = shape[0], 2 * shape[1]
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, GGMLQuantizationType.BF16)

@@ -97,7 +97,7 @@ def _pixels(folder: Path) -> dict:
 
 def _describe(writer: GGUFWriter, config: dict, vision: dict, pixels: dict, blocks: int) -> None:
     kind, llava = config["model_type"], config["model_type"] == "llava"
-    width = vision.get("embed_dim") if kind == "qwen2_vl" else vision["hidden_size"]
+    width: int = vision["embed_dim"] if kind == "qwen2_vl" else vision["hidden_size"]
     inner = round(width * vision["mlp_ratio"]) if kind == "qwen2_vl" else vision["intermediate_size"]
     writer.add_file_type(LlamaFileType.MOSTLY_BF16)
     writer.add_clip_has_vision_encoder(True)

@@ -6,6 +6,8 @@ update. Step sizes are the best of 20 by squared error, taken when a group is re
 group is also the block after which the rest of the matrix is updated at once.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -70,7 +72,7 @@ def round_layer(
     rounded = {}
     for source, parts in INPUTS.items():
         for part in parts:
-            linear = layer.get_submodule(part)
+            linear = cast(nn.Linear, layer.get_submodule(part))
             rounded[part] = gptq(linear.weight, moments[source].second, bits, group_size, part)
             linear.weight.copy_(dequantize(*rounded[part]))
     return rounded

@@ -23,7 +23,7 @@ _FIELDS = {"bits": int, "group_size": int, "method": str, "layers": list}
 
 def write_quantization(
     folder: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     produce: Callable[[str, str], torch.Tensor],
     bits: int,
     group_size: int,

@@ -1,14 +1,14 @@
 """Doing the next thing while the present one is used."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[Result]:
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Generator[Result]:
     """Yield `work(item)` in order, made up to `depth` items ahead in a background thread; its errors come out here."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()

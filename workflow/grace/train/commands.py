@@ -1,6 +1,7 @@
 """`grace train`: read the frozen parameters, start from the right weights, train, and keep what ships."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +19,13 @@ from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, run_identity
 
 
-def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World):
+def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World) -> Any:
     dtype = getattr(torch, run.compute_dtype)
     if run.architecture is not None:
         model = build_llava(run.architecture, processor, data / "vision_tower", run.seed).to(dtype)
     else:
-        model = load_model(init, dtype=dtype)
+        assert init is not None  # `train` asks for it
+        model: Any = load_model(init, dtype=dtype)
         if run.outliers:
             from grace.quant import add_outliers
 
@@ -89,7 +91,7 @@ def train(
         raise GraceError(f"{run}: this recipe distils; give the teacher's cache with --cache")
     world = join_world()
     identity = run_identity(
-        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if distils else None
+        parameters, data / MANIFEST, init / MANIFEST if init else None, cache / MANIFEST if cache and distils else None
     )
     if not any(world.gather([world.first and finished(checkpoints, identity)])):
         _train(parameters, data, checkpoints, identity, world, init, cache if distils else None, teacher)

@@ -1,12 +1,13 @@
 """The loop: from a starting model to a trained one, resumable at every checkpoint."""
 
 import hashlib
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from grace.config.code import code_files
+from grace.config.objectives import training_modules
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
 from grace.distill import InformationBottleneckController
@@ -44,7 +46,7 @@ class MicroBatch(NamedTuple):
 def run_identity(run: TrainRun, *manifests: Path | None) -> str:
     """What a checkpoint must agree with: the frozen parameters, the code, and the folders that the run starts from."""
     digest = hashlib.sha256(run.model_dump_json().encode())
-    for path in code_files("grace.train.commands"):
+    for path in code_files(*training_modules(run.kd)):
         digest.update(sha256(path).encode())
     for path in manifests:
         digest.update(contents_hash(path).encode() if path is not None else b"-")
@@ -109,7 +111,7 @@ class Trainer:
             self.controller.load_state_dict(state["controller"])
             self.skipped, self.micro_batch = state["skipped"], state["micro_batch"]
         self.model.train()
-        kept = self.log.open("a") if self.world.first else nullcontext()  # the others write nothing
+        kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
         with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
             feed = feeds.enter_context(closing(self._feed(done)))
             advance(done)
@@ -146,7 +148,7 @@ class Trainer:
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
             yield MicroBatch(mine, share)
 
-    def _feed(self, done: int) -> Iterator[tuple[Batch, CachedTargets | None]]:
+    def _feed(self, done: int) -> Generator[tuple[Batch, CachedTargets | None]]:
         """The prepared micro-batches of all steps after `done`, one after the other."""
         chosen = islice(self._plan(), done, self.run.optimisation.steps)
         return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
@@ -154,7 +156,8 @@ class Trainer:
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
         batch = collate(micro.examples, self.processor)
-        targets = self.objective.cache.batch(batch.keys) if self.objective.distils else None
+        cache = self.objective.cache
+        targets = cache.batch(batch.keys) if cache is not None and self.objective.distils else None
         if self.world.device.type == "cuda":
             return batch.pin_memory(), targets and targets.pin_memory()
         return batch, targets

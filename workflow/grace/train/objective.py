@@ -6,6 +6,7 @@ where the objective is gated, else over its tokens, and RCKA over its images.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,27 +46,35 @@ class Objective:
         self.device = output_head(model).weight.device
         self.image_token = image_token_id(model)
         self.distils = run.kd != "none" or run.rcka
+        self.logits_dtype = torch.float32 if run.method.logits_dtype == "float32" else None
+        self.mode: Mode | TokenLoss = "none"
+        self.teacher_head: torch.Tensor | None = None
         if self.distils and cache is None:
             raise GraceError("this recipe distils: give the teacher's cache (--cache)")
-        if run.kd != "none" and cache.vocabulary != vocabulary:
+        if cache is not None and run.kd != "none":
+            self._distil_from(cache, run)
+        self.gated = self.mode.gated if isinstance(self.mode, TokenLoss) else self.mode == "gated"
+
+    def _distil_from(self, cache: TeacherCache, run: TrainRun) -> None:
+        if cache.vocabulary != self.vocabulary:
             raise GraceError(
                 f"{cache.folder}: the teacher's vocabulary has {cache.vocabulary} entries, the student's "
-                f"{vocabulary}; distil between models of one tokenizer"
+                f"{self.vocabulary}; distil between models of one tokenizer"
             )
-        self.mode: Mode | TokenLoss = run.kd
-        if run.kd not in FUSED:
-            self.mode = load_objective(run.kd, {**run.method.model_dump(), **run.constants})
-        self.gated = run.kd == "gated" or (isinstance(self.mode, TokenLoss) and self.mode.gated)
-        self.logits_dtype = torch.float32 if run.method.logits_dtype == "float32" else None
-        if run.kd not in FUSED and cache.format == "sampled":
+        fused = next((mode for mode in FUSED if mode == run.kd), None)
+        self.mode = fused or load_objective(run.kd, {**run.method.model_dump(), **run.constants})
+        if cache.format != "sampled":
+            self.teacher_head = cache.head.to(self.device)
+        elif fused is None:
             raise GraceError(f"{cache.folder}: `{run.kd}` needs the teacher's full logits; set cache.format to hidden")
-        needs_head = run.kd != "none" and cache.format != "sampled"
-        self.teacher_head = cache.head.to(self.device) if needs_head else None
 
     def totals(self, chosen: Sequence[Example], beta: float, omega: float) -> Totals:
         """The normalisers of a global batch, known before its first forward pass."""
         tokens = sum(example.supervised_tokens() for example in chosen)
-        gates = self.cache.gate_sum([e.key for e in chosen]) if self.gated else tokens
+        gates: float = tokens
+        if self.gated:
+            assert self.cache is not None
+            gates = self.cache.gate_sum([e.key for e in chosen])
         images = sum(len(example.images) for example in chosen)
         return Totals(float(tokens), float(gates), float(max(images, 1)), beta, omega)
 
@@ -84,7 +93,8 @@ class Objective:
 
         rows, columns, labels = map(here, batch.supervised())
         inputs = forward_inputs(self.model, batch.input_ids, batch.attention_mask, batch.pixels)
-        outputs = self.model.model(**inputs, use_cache=False, output_hidden_states=run.rcka)
+        decoder = cast(nn.Module, self.model.model)  # without the head
+        outputs = decoder(**inputs, use_cache=False, output_hidden_states=run.rcka)
         target = target.to(device) if target is not None else None
         states = outputs.last_hidden_state[rows, columns]  # [tokens, d]
         losses = self._token_losses(states, labels, target, totals, share)
@@ -97,6 +107,7 @@ class Objective:
             tokens = outputs.hidden_states[-2][here(at), here(place)].split(sizes)  # per image [n, d]
             rcka = skipped = loss.detach().new_zeros(())  # a micro-batch of text alone has no image to align
             if sizes:
+                assert target is not None
                 rcka, _, skipped = relational_cka_sum(tokens, teacher_grams=target.grams)
             rcka = rcka * (share / totals.images)
             loss = loss + totals.omega * rcka
@@ -110,7 +121,7 @@ class Objective:
     ) -> dict[str, torch.Tensor]:
         """Cross-entropy and distillation of states [tokens, d] against labels [tokens] and the teacher's record."""
         method, head = self.run.method, head_weight(self.model, self.vocabulary)
-        common = dict(
+        common: dict[str, Any] = dict(
             temperature=method.temperature,
             alpha=method.alpha,
             beta_dkd=method.beta_dkd,
@@ -119,8 +130,9 @@ class Objective:
             ce_weight=share / totals.tokens,
             kd_weight=share * totals.beta / totals.gates,
         )
-        if self.run.kd == "none":
+        if self.mode == "none":
             return distillation_loss_from_hidden(states, head, None, None, labels, **common)
+        assert target is not None
         if target.sampled is not None:
             return distillation_loss_from_record(states, head, target.sampled, labels, **common)
         gates = target.gates if self.gated else None

@@ -88,8 +88,9 @@ class MasterAdamW:
             parameter.grad = None
             mine = parts if sharded else whole
             if size is not None:
-                rule = (self.bits, self.group_size)
-                gradient, size.theta.grad = lsq_gradients(master, size.theta, gradient, *rule, overwrite=True)
+                gradient, size.theta.grad = lsq_gradients(
+                    master, size.theta, gradient, size.bits, self.group_size, overwrite=True
+                )
                 mine.append(size.theta.grad)
             master.grad = gradient.float()
             if self.world.size > 1 and not sharded:
