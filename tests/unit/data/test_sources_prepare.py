@@ -15,7 +15,7 @@ from grace.data.examples import Tokeniser
 from grace.data.mix import plan_order
 from grace.demo.processor import build_processor
 from grace.errors import GraceError
-from grace.files import check_manifest, contents_hash
+from grace.files import check_manifest, contents_hash, read_json
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,8 @@ def test_workers_kills_and_mount_points_leave_the_bytes(tmp_path, processor, sma
     moved = {"path": str(source), "images": str(tmp_path / "mount" / "elsewhere")}
     out = prepare(tmp_path, processor, source=moved, name="moved")
     assert contents_hash(out / "manifest.json") == expected
+    about = [read_json(folder / "manifest.json")["data"] for folder in (out, tmp_path / "data")]
+    assert about[0] == about[1]
     assert load_prepared(out)[0].images[0].open().size == (40, 30)
     with pytest.raises(GraceError, match="cannot be read"):
         [image.open() for example in load_prepared(tmp_path / "data") for image in example.images]

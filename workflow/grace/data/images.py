@@ -72,12 +72,12 @@ class EncodedImage:
             reason = error.strerror or str(error)
             raise GraceError(
                 f"{self.path}: the image of {self.name} cannot be read ({reason}); bring it back, or correct "
-                "data.sources and run `grace prepare` again"
+                "data.sources and build the data again: `snakemake --forcerun prepare`"
             ) from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
             raise GraceError(
-                f"{self.path}: not the image that was prepared for {self.name}; bring the old file back, or run "
-                "`grace prepare` again"
+                f"{self.path}: not the image that was prepared for {self.name}; bring the old file back, or "
+                "build the data again: `snakemake --forcerun prepare`"
             )
         return data
 

@@ -56,7 +56,7 @@ def prepare_files(
     _keep_only(parts, data, processor, before)
     written = _write_parts(data, opened, processor, parts, workers)
     if _stamps(opened) != before:
-        raise GraceError("a file of data.sources changed while it was read; run `grace prepare` again")
+        raise GraceError("a file of data.sources changed while it was read; run again")
 
     summary = summarise(data, written)
     bad = sum(summary["bad"].values())
@@ -75,7 +75,7 @@ def prepare_files(
     order = plan_order(ids, sizes, [section.weight for section in data.sources], data.seed)
     if not len(order.rows):
         raise GraceError("data.sources: the weights leave no conversation; raise them")
-    with whole_folder(out, data=data.model_dump()) as folder:
+    with whole_folder(out, data=_settings(data)) as folder:
         write_mix(written, order, ids, folder, parts)
         write_report(folder, data, written, summary, len(order.rows))
         write_json(folder / FOLDERS, {str(n): s.images for n, s in enumerate(data.sources) if s.images is not None})
@@ -85,6 +85,15 @@ def prepare_files(
         if benchmarks is not None:
             shutil.copytree(benchmarks, folder / "benchmarks")
     shutil.rmtree(parts)
+
+
+def _settings(data: FilesData) -> dict[str, Any]:
+    """What decides the folder's contents, without where the sources lie."""
+    settings = data.model_dump(exclude={"benchmarks", "max_bad"})
+    for section in settings["sources"]:
+        section["path"] = Path(section["path"]).name
+        del section["images"], section["links_into"]
+    return settings
 
 
 def _stamps(opened: list[Files]) -> list[tuple[str, int, int]]:
