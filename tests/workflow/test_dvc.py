@@ -14,6 +14,7 @@ from stub_tree import ROOT, Tree
 from grace.diff.compare import diff
 from grace.errors import GraceError
 from grace.provenance import snakemake_records as records
+from grace.provenance.merge import merge
 from grace.provenance.verify import verify
 
 UP_TO_DATE = "didn't change, skipping"
@@ -215,3 +216,67 @@ def test_a_difference_without_the_results_is_a_sentence(published: Tree, tmp_pat
     with pytest.raises(GraceError, match="DVC has no copy of its results") as said:
         diff("HEAD", "HEAD", repository=clone.folder)
     assert "\n" not in str(said.value)
+
+
+def test_two_branches_that_both_built_are_merged_and_nothing_is_trained_again(
+    published: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = published.copy(tmp_path / "tree")
+    monkeypatch.chdir(tree.folder)
+    for name in ("user.name", "user.email"):
+        tree.run("git", "config", name, "test@example.org")
+    config = tree.folder / "config.yaml"
+    text = config.read_text()
+    changes = {"a": ("controller: true}", "controller: true, method: {tau: 1.0}}"),
+               "b": ("finetune: {}", "finetune: {train: {learning_rate: 0.002}}")}  # fmt: skip
+    built = {}
+    for branch, (old, new) in changes.items():
+        tree.run("git", "checkout", "-q", "main")
+        tree.run("dvc", "checkout", "-q")
+        tree.run("git", "checkout", "-q", "-b", branch)
+        assert old in text
+        config.write_text(text.replace(old, new))
+        ran = tree.run("dvc", "repro")
+        assert "at int4, seed 0" in ran.stdout + ran.stderr
+        for recipe in ("finetune", "grace"):
+            model = Path(f"results/demo/students/{recipe}/int4/seed0/model/manifest.json")
+            built[branch, recipe] = model.read_text()
+        tree.run("git", "commit", "-q", "-a", "-m", branch)
+    tree.run("git", "checkout", "-q", "a")
+    tree.run("dvc", "checkout", "-q")
+    with pytest.raises(GraceError, match=r"config\.yaml: both branches changed"):  # lines beside each other
+        merge("b")
+    for old, new in changes.values():
+        text = text.replace(old, new)
+    config.write_text(text)
+    tree.run("git", "add", "config.yaml")
+    taken = merge("b")["demo"]
+    assert "results/demo/students/finetune/int4/seed0/model/manifest.json" in taken
+    assert not [output for output in taken if "/grace/" in output]
+    jobs = tree.planned()
+    assert not [job for job in jobs if job.startswith(("train", "distil", "pack", "round", "evaluate", "compose"))], (
+        jobs
+    )
+    ran = tree.run("dvc", "repro")
+    assert "train" not in ran.stdout + ran.stderr and "distil" not in ran.stdout + ran.stderr
+    for branch, recipe in (("a", "grace"), ("b", "finetune")):
+        model = Path(f"results/demo/students/{recipe}/int4/seed0/model/manifest.json")
+        assert model.read_text() == built[branch, recipe]
+    tree.run("git", "add", "-A")
+    tree.run("git", "commit", "-q", "-m", "merged")
+    assert tree.planned() == [] and UP_TO_DATE in tree.run("dvc", "repro").stdout
+    assert "tau: 1.0" in config.read_text() and "learning_rate: 0.002" in config.read_text()
+
+
+def test_a_merge_waits_for_what_people_write(published: Tree, tmp_path: Path) -> None:
+    tree = published.copy(tmp_path / "tree")
+    for branch, rate in (("a", "0.002"), ("b", "0.003")):
+        _git(tree, "checkout", "-q", "-b", branch, "main")
+        tree.edit(finetune__learning_rate=float(rate))
+        _git(tree, "commit", "-q", "-a", "-m", branch)
+    tree.edit(finetune__steps=21)
+    with pytest.raises(GraceError, match="uncommitted changes; commit them"):
+        merge("a", tree.folder)
+    _git(tree, "checkout", "-q", "config.yaml")
+    with pytest.raises(GraceError, match=r"config\.yaml: both branches changed the same lines; resolve and `git add`"):
+        merge("a", tree.folder)

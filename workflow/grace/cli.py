@@ -337,6 +337,19 @@ def diff(
 
 
 @app.command()
+def merge(
+    branch: Annotated[str, typer.Argument(help="the branch to merge into the one that is checked out")],
+    repository: Annotated[Path, typer.Option(help="where Snakemake runs")] = Path("."),
+) -> None:
+    """Merge a branch that built results too, so that nothing is built twice; `dvc repro` and a commit follow."""
+    from grace.provenance.merge import merge as unite
+
+    for experiment, taken in unite(branch, repository).items():
+        print(f"{experiment}: {len(taken)} outputs taken from {branch}")
+    print("now `dvc repro`, `git add -A` and `git commit`")
+
+
+@app.command()
 def provenance(
     path: Annotated[Path, typer.Argument(help="an output file or folder of results/")],
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of a tree")] = False,

@@ -111,6 +111,8 @@ class Results:
             GraceError: it is no output, with the outputs that are near it.
         """
         path = Path(path).absolute()
+        if not path.exists():
+            raise GraceError(f"{path}: no such file or folder; build it, or `dvc pull` it")
         if path.is_file() and self.record(self.name(path)):
             return self.name(path)
         for folder in (path, *path.parents):
@@ -118,8 +120,6 @@ class Results:
                 break
             if (folder / MANIFEST).is_file():
                 return self.name(folder / MANIFEST)
-        if not path.exists():
-            raise GraceError(f"{path}: no such file or folder; build it, or `dvc pull` it")
         near = sorted(self.name(p.parent) for p in path.rglob(MANIFEST)) if path.is_dir() else []
         rest = f"; give one of {', '.join(near[:6])}{', …' if len(near) > 6 else ''}" if near else ""
         raise GraceError(f"{path}: no rule made it{rest or '; give an output of the workflow'}")

@@ -41,6 +41,14 @@ def save(results: str | Path) -> int:
     rows = {row["output"]: row for row in _read(store) if not Path(row["output"]).is_file()}
     for output, record in recorded.items():
         rows[output] = {"output": output, **_identity(Path(output)), "record": record}
+    _write(store, rows)
+    _stamp(results).parent.mkdir(parents=True, exist_ok=True)
+    _stamp(results).write_text(sha256(store))
+    return len(rows)
+
+
+def _write(store: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write rows by output; `_read` gives them back."""
     checksums: dict[str, str | None] = {}
     for row in rows.values():
         checksums |= {name: None for name in row["record"]["input"] if name not in checksums}
@@ -51,9 +59,6 @@ def save(results: str | Path) -> int:
         file.write(_line(head))
         for output in sorted(rows):
             file.write(_line({**rows[output], "record": _folded(rows[output]["record"], places, checksums)}))
-    _stamp(results).parent.mkdir(parents=True, exist_ok=True)
-    _stamp(results).write_text(sha256(store))
-    return len(rows)
 
 
 def restore(results: str | Path) -> int:

@@ -1,0 +1,158 @@
+"""`grace merge BRANCH`: a git merge of two branches that both built results, after which nothing is built twice.
+
+Each output is taken from the branch that built it anew, by what `provenance.jsonl` says on the branches and where they
+parted; its files come from git or from DVC's cache or remote. What both built anew (tables, metrics) is kept as it is
+here; the next `dvc repro` builds it from the merged inputs, and DVC's lock file follows.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, whole_file
+from grace.provenance.snakemake_records import _read, _same, _write
+
+Rows = dict[str, dict[str, Any]]
+LOCK = "dvc.lock"
+
+
+def merge(branch: str, repository: Path = Path(".")) -> dict[str, list[str]]:
+    """Merge `branch` into the one that is checked out, results included, up to the commit.
+
+    Args:
+        branch: any git revision.
+        repository: where Snakemake runs.
+
+    Returns:
+        By experiment, the outputs that were taken from `branch`.
+
+    Raises:
+        GraceError: uncommitted changes, conflicts in files that people write, or outputs that DVC has no copy of.
+    """
+    top = Path(repository)
+    theirs = _git(top, "rev-parse", "--verify", f"{branch}^{{commit}}")
+    going_on = (top / ".git/MERGE_HEAD").is_file() and _git(top, "rev-parse", "MERGE_HEAD") == theirs
+    if not going_on:
+        changed = _git(top, "status", "--porcelain", "--untracked-files=no")
+        if changed:
+            raise GraceError(f"{top}: uncommitted changes; commit them, then run `grace merge {branch}` again")
+        _git(top, "merge", "--no-commit", "--no-ff", branch, check=False)
+    conflicts = _git(top, "diff", "--name-only", "--diff-filter=U").splitlines()
+    written = [name for name in conflicts if name != LOCK and not name.startswith("results/")]
+    if written:
+        raise GraceError(
+            f"{', '.join(written)}: both branches changed the same lines; resolve and `git add` them, then run "
+            f"`grace merge {branch}` again"
+        )
+    base = _git(top, "merge-base", "HEAD", theirs)
+    taken = {}
+    for store in _stores(top):
+        sides = [_rows(top, revision, store) for revision in (base, "HEAD", theirs)]
+        taken[Path(store).parent.name] = _unite(top, store, theirs, *sides)
+    for name in conflicts:
+        if not name.endswith("/provenance.jsonl"):
+            _git(top, "checkout", "--ours", "--", name, check=False)
+    _put_light(top, taken, theirs)
+    _git(top, "add", "-A", "--", "results", *([LOCK] if (top / LOCK).is_file() else []))
+    return taken
+
+
+def _unite(top: Path, store: str, theirs: str, base: Rows, ours: Rows, other: Rows) -> list[str]:
+    """Bring this experiment's outputs together and write their records; returns those taken from the other branch."""
+    rows, taken = {}, []
+    for output in sorted(ours.keys() | other.keys()):
+        mine, its = ours.get(output), other.get(output)
+        anew = its is not None and (mine is None or (_key(mine) == _key(base.get(output)) != _key(its)))
+        if anew and not (mine is None and output in base):  # dropped here on purpose
+            rows[output] = its
+            taken.append(output)
+        elif mine is not None:
+            rows[output] = mine
+    for output in taken:
+        path = top / output
+        if not path.is_file() or not _same(path, rows[output]):
+            _bring(top, output, theirs)
+    _write(top / store, rows)
+    return taken
+
+
+def _key(row: dict[str, Any] | None) -> str | None:
+    """What an output is and was made from, without times."""
+    if row is None:
+        return None
+    record = {key: value for key, value in row["record"].items() if key not in ("starttime", "endtime", "log")}
+    return json.dumps([row["bytes"], row["sha256"], record], sort_keys=True)
+
+
+def _bring(top: Path, output: str, revision: str) -> None:
+    """An output's files as they are at a revision: all of a folder where it is a manifest."""
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc_data.index import DataIndexDirError
+
+    system = DVCFileSystem(str(top), rev=revision)
+    place = str(Path(output).parent) if Path(output).name == MANIFEST else output
+    try:
+        with TemporaryDirectory(dir=top, prefix=".grace-merge-") as temporary:
+            files = system.find(place)
+            if not files:
+                raise GraceError(
+                    f"{output}: not at {revision[:12]}, though its records say so; build that branch again"
+                )
+            for file in files:
+                part = Path(temporary, file)
+                part.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(file, str(part))
+            if place != output:
+                shutil.rmtree(top / place, ignore_errors=True)
+            for file in files:
+                (top / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(Path(temporary, file), top / file)
+    except (DvcException, DataIndexDirError, OSError) as error:
+        raise GraceError(
+            f"{output}: DVC has no copy of it as {revision[:12]} made it; `dvc fetch --all-commits`, or push that branch's "
+            "results where it was built, then run this again"
+        ) from error
+
+
+def _put_light(top: Path, taken: dict[str, list[str]], theirs: str) -> None:
+    """`git checkout --ours` has put this branch's version over light files that were taken from the other one."""
+    tracked = set(_git(top, "ls-tree", "-r", "--name-only", theirs, "--", "results").splitlines())
+    for output in (output for outputs in taken.values() for output in outputs):
+        folder = f"{Path(output).parent.as_posix()}/"
+        names = [n for n in tracked if n == output or (Path(output).name == MANIFEST and n.startswith(folder))]
+        for name in names:
+            with whole_file(top / name) as part:
+                part.write_bytes(_show(top, theirs, name))
+
+
+def _stores(top: Path) -> list[str]:
+    names = set()
+    for revision in ("HEAD", "MERGE_HEAD"):
+        names |= set(_git(top, "ls-tree", "-r", "--name-only", revision, "--", "results", check=False).splitlines())
+    return sorted(name for name in names if name.count("/") == 2 and name.endswith("/provenance.jsonl"))
+
+
+def _rows(top: Path, revision: str, store: str) -> Rows:
+    """A revision's records by output; {} where it has none."""
+    if not _git(top, "ls-tree", revision, "--", store):
+        return {}
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary, "provenance.jsonl")
+        path.write_bytes(_show(top, revision, store))
+        return {row["output"]: row for row in _read(path)}
+
+
+def _show(top: Path, revision: str, name: str) -> bytes:
+    return subprocess.run(["git", "-C", str(top), "show", f"{revision}:{name}"], capture_output=True, check=True).stdout
+
+
+def _git(top: Path, *words: str, check: bool = True) -> str:
+    done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True)
+    if check and done.returncode:
+        raise GraceError(f"git {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
