@@ -1,6 +1,7 @@
 """Figures: the numbers in them, the same bytes every time, and what teacher and students look at."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -127,6 +128,50 @@ def test_a_spotlight_is_bright_where_a_model_looks():
     drawn = looking.spotlight(image, np.array([0.1, 0.7, 0.1, 0.1]))
     assert drawn.shape == (40, 60) and drawn.min() >= 0 and drawn.max() <= 1
     assert drawn[:20, 30:].min() > drawn[20:].max() and drawn[:20, 30:].min() > drawn[:20, :30].max()
+
+
+def test_one_brightness_is_one_attention():
+    image, values = Image.new("RGB", (96, 96), "white"), np.arange(9) / 45
+    one, hundredth = looking.spotlight(image, values), looking.spotlight(image, values * 0.01)
+    assert one.max() > hundredth.max() and np.ptp(hundredth) < 0.01
+    assert looking.spotlight(image, values, most=values.max()).max() == 1
+
+
+def test_points_above_the_roof_are_not_to_be_trusted(tmp_path, results_folder):
+    folder = shutil.copytree(results_folder, tmp_path / "busy")
+    table = pd.read_csv(folder / "bench/kernel.csv")
+    table.loc[0, "floor_share"] = 37.26
+    table.to_csv(folder / "bench/kernel.csv", index=False)
+    with style() as plt:
+        said = " ".join(figures.roofline(read_results(folder), plt).get_suptitle().split())
+    assert said.startswith("NOT TO BE TRUSTED") and "37.26 times the measured roof" in said
+
+
+def test_losses_of_different_units_have_panels_of_their_own(results):
+    with style() as plt:
+        figure = figures.training(results, plt)
+        panels = {axis.get_title(loc="left"): axis.get_legend_handles_labels()[1] for axis in figure.axes}
+    assert not set(panels["KL to the teacher (nats)"]) & set(panels["gated decoupled KD (nats)"])
+    assert "GRACE int4" in panels["gated decoupled KD (nats)"]
+
+
+def test_labels_are_drawn_as_they_are(tmp_path, results_folder):
+    """Dollar signs are no formula, and nothing fails on them."""
+    folder = shutil.copytree(results_folder, tmp_path / "odd")
+    path = folder / "config/experiment.json"
+    config = json.loads(path.read_text())
+    config["recipes"]["grace"]["label"] = "a$b$_[x]{\\frac <script>"
+    path.write_text(json.dumps(config))
+    odd = read_results(folder)
+    with style() as plt:
+        for name in ("pareto", "training", "entropy"):
+            figure = figures.DRAWN[name](odd, plt)
+            save(figure, tmp_path, name)
+            texts = [
+                text for text in figure.findobj(match=lambda it: hasattr(it, "get_text")) if "script" in text.get_text()
+            ]
+            assert all(r"\$" in text.get_text() for text in texts)
+    assert "a$b$_[x]{\\frac <script> int4" in title_of((tmp_path / "pareto.svg").read_text())
 
 
 def test_without_measurements_a_figure_says_so(tmp_path, results_folder):

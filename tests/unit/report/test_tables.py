@@ -183,6 +183,16 @@ def test_marks_in_each_written_form():
     )
 
 
+def test_a_label_is_shown_as_it_is_in_each_written_form():
+    label_ = "[5pt] $x$ <script>a|b* _c_ `d`"
+    table = Table("t", "T", ["Model"], ["a"], [Line([label_], [Cell(1.0)], label_, label_)], [label_])
+    text = markdown(table)
+    assert "<script" not in text and text.count(r"\[5pt] \$x\$ &lt;script>a\|b\* \_c\_ \`d\`") == 3
+    tex = latex(table)
+    assert not re.search(r"^\s*[\[*]", tex, re.MULTILINE) and r"{[}5pt] \$x\$ $<$script$>$a|b{*} \_c\_" in tex
+    assert next(csv.reader(comma_separated(table).splitlines()[1:]))[1] == label_
+
+
 def test_numbers_of_a_column_stand_under_each_other():
     cells = [Cell(5.0, 1.5, mark="significant"), Cell(15.0, 10.5), Cell(7.0), Cell(text="reference")]
     table = Table("t", "T", ["Model"], ["a"], [Line(["x"], [cell]) for cell in cells])

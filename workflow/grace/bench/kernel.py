@@ -20,6 +20,8 @@ from grace.errors import GraceError
 from grace.progress import progress
 
 TOLERANCE = 1e-2  # relative error (Frobenius) of a bf16 product of random data is 2e-3 to 4e-3
+ABOVE = 1.05  # times the roof: more than timing noise, so the roof was measured while something else ran
+ROOFS = 3  # at most so many measurements of the ceilings
 COPIES = {"cpu": 4, "cuda": 64}  # at most: tiny weights stay in the cache, as they would in a tiny model
 
 
@@ -34,6 +36,8 @@ def bench_kernel(
     seed: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Measure every backend on every (shape, M); return the rows of kernel.csv and the measured ceilings.
+
+    Where a product beats the ceilings, these were measured on a busy machine: they are measured again, the highest count.
 
     Args:
         shapes: name -> (out, in); a shape whose inputs the group does not divide is refused.
@@ -59,7 +63,32 @@ def bench_kernel(
             for m in rows:
                 table += case.measure(name, m, chosen, repeats, limits)
                 advance(note=f"{name}, M = {m}")
+        for _ in range(ROOFS - 1):
+            if max((row["floor_share"] for row in table), default=0.0) <= ABOVE:
+                break
+            limits = {key: max(value, limits[key]) for key, value in machine.ceilings(device).items()}
+            for row in table:
+                _under(row, limits, torch.finfo(dtype).bits // 8)
+    if any(row["floor_share"] > ABOVE for row in table):
+        print("the machine was busy: products stand above the measured roof; measure again when idle", file=sys.stderr)
     return table, limits
+
+
+def floor_seconds(n: int, k: int, group: int, m: int, width: int, limits: Mapping[str, float]) -> float:
+    """Seconds that no int4 product can beat: its bytes over the copy bandwidth, or its FLOPs over the matrix rate.
+
+    Args:
+        n, k, group, m: outputs, inputs, inputs per bf16 scale, activation rows.
+        width: bytes of an activation.
+    """
+    nbytes = n * k / 2 + 2 * n * k // group + m * (k + n) * width
+    return max(nbytes / limits["copy_bytes_per_second"], 2 * m * n * k / limits["flops_per_second"])
+
+
+def _under(row: dict[str, Any], limits: Mapping[str, float], width: int) -> None:
+    """Hold a row of kernel.csv against other ceilings."""
+    floor = floor_seconds(row["out_features"], row["in_features"], row["group_size"], row["m"], width, limits) * 1e6
+    row |= {"floor_microseconds": floor, "floor_share": floor / row["microseconds"]}
 
 
 class _Case:
@@ -93,7 +122,7 @@ class _Case:
             except Exception as failure:
                 _leave_out(backend, f"{name}, M = {m}", failure)
         seconds = interleaved_medians(candidates, repeats, self.device)
-        floor = self.floor(m, limits)
+        floor = floor_seconds(self.n, self.k, self.group, m, self.x.element_size(), limits)
         return [
             {
                 "backend": backend,
@@ -113,11 +142,6 @@ class _Case:
             }
             for backend in errors
         ]
-
-    def floor(self, m: int, limits: dict[str, float]) -> float:
-        """Seconds that no int4 product can beat: its bytes over the copy bandwidth, or its FLOPs over the matrix rate."""
-        nbytes = self.n * self.k / 2 + self.scales.nbytes + m * (self.k + self.n) * self.x.element_size()
-        return max(nbytes / limits["copy_bytes_per_second"], 2 * m * self.n * self.k / limits["flops_per_second"])
 
     def _error(self, backend: Backend, call: partial, prepared: tuple, x: torch.Tensor) -> float:
         """Relative error against float64, with NaN in the memory that the output is likely to get."""

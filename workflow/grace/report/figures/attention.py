@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from grace.errors import GraceError
-from grace.report.figures.style import WIDE, headline, named, nothing
+from grace.report.figures.style import WIDE, headline, named, nothing, plain
 from grace.report.paper import GRACE, row_role
 from grace.results.read import BASELINE, TEACHER, Results, Row
 from grace.results.statistics import ALPHA
@@ -159,12 +159,15 @@ def _image(asked: pd.DataFrame):
     return Image.open(io.BytesIO(asked["image"].iloc[0]["bytes"])).convert("RGB")
 
 
-def spotlight(image, values: np.ndarray) -> np.ndarray:
-    """The image in grey [height, width] 0 to 1, as bright as `values` [visual tokens] say; needs a square of tokens."""
+def spotlight(image, values: np.ndarray, most: float = 1.0) -> np.ndarray:
+    """The image in grey [height, width] 0 to 1, as bright as `values` [visual tokens] are of `most`; needs a square of tokens.
+
+    Maps that stand side by side are drawn with the same `most`, so that equal brightness is equal attention.
+    """
     side = round(len(values) ** 0.5)
     grey = np.asarray(image.convert("L"), dtype=float) / 255
     rows, columns = (np.arange(size) * side // size for size in grey.shape)
-    light = (values / max(values.max(), 1e-9)).reshape(side, side)[np.ix_(rows, columns)]
+    light = (values / most).clip(0, 1).reshape(side, side)[np.ix_(rows, columns)]
     return (0.15 + 0.85 * light) * (0.25 + 0.75 * grey)
 
 
@@ -177,24 +180,25 @@ def attention(results: Results, plt):
     image = _image(asked)
     drawn = {row: np.unique(np.linspace(0, n - 1, min(n, LAYERS)).round().astype(int)) for row, n in
              ((row, len(look.attention)) for row, look in each.items())}  # fmt: skip
+    most = max(float(look.attention[drawn[row]].max()) for row, look in each.items())
     wide = 1 + max(map(len, drawn.values()))
     size = min(1.5, WIDE / wide)
     shape = (max(size * wide, 5.0), (size + 0.35) * len(rows) + 0.9)
     figure, axes = plt.subplots(len(rows), wide, figsize=shape, squeeze=False)
     for line, (row, look) in zip(axes, each.items(), strict=True):
         line[0].imshow(image, interpolation="none")
-        line[0].set_title(f"{named(results, row)}\nanswers “{look.answer}”", fontsize=8)
+        line[0].set_title(f"{plain(named(results, row))}\nanswers “{plain(look.answer)}”", fontsize=8)
         square = round(look.attention.shape[1] ** 0.5) ** 2 == look.attention.shape[1]
         for layer, axis in zip(drawn[row], line[1:], strict=False):
             values = look.attention[layer]
             if square:
-                axis.imshow(spotlight(image, values), cmap="gray", vmin=0, vmax=1, interpolation="none")
+                axis.imshow(spotlight(image, values, most), cmap="gray", vmin=0, vmax=1, interpolation="none")
             else:
-                axis.imshow(values[None], cmap="gray", aspect="auto")
+                axis.imshow(values[None], cmap="gray", aspect="auto", vmin=0, vmax=most)
             axis.set_title(f"layer {layer + 1}\n{100 * values.sum():.0f}% on the image", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
-    question = f"mean r over {len(asked)} images, first seeds; drawn: “{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; brighter is more attention"
+    question = f"mean r over {len(asked)} images, first seeds; drawn: “{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; white is {most:.1%} of the attention on one visual token, in every map"
     finding = _finding(results, "attention", _compared(results, rows, _likeness))
     headline(figure, results, finding, question)
     return figure
@@ -218,7 +222,7 @@ def similarity(results: Results, plt):
     for axis, (row, look) in zip(axes[0, 1:], each.items(), strict=True):
         shown = axis.imshow(maps[row], cmap="gray_r", vmin=lowest, vmax=1, interpolation="none")
         own = "" if row == TEACHER else f"CKA {cka(each[TEACHER].tokens, look.tokens):.2f}"
-        axis.set_title(f"{named(results, row)}\n{own}", fontsize=8)
+        axis.set_title(f"{plain(named(results, row))}\n{own}", fontsize=8)
         axis.set_xlabel("visual token", fontsize=8)
         axis.locator_params(integer=True, nbins=5)
         axis.grid(False)

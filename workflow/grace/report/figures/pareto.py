@@ -1,7 +1,7 @@
 """Figure 1: average score against decoding throughput, memory as the bubble's area."""
 
 from grace.report.decoding import decode_rows
-from grace.report.figures.style import COLOURS, MARKERS, WIDE, headline, named, nothing, place_labels
+from grace.report.figures.style import COLOURS, MARKERS, WIDE, headline, named, nothing, place_labels, plain
 from grace.report.numbers import number
 from grace.report.paper import GRACE, row_role
 from grace.results.read import BASELINE, Results, Row
@@ -45,7 +45,7 @@ def pareto(results: Results, plt):
         _finding(results, kept),
         "bars: ± 1 standard error; area: peak memory; dotted: the Pareto front",
     )
-    texts = [f"{named(results, row)}\n{_memory(each)}" for (row, _), each in zip(kept, memory, strict=True)]
+    texts = [f"{plain(named(results, row))}\n{_memory(each)}" for (row, _), each in zip(kept, memory, strict=True)]
     place_labels(axis, points, texts, radii)
     return figure
 

@@ -53,13 +53,18 @@ def style() -> Iterator:
         pyplot.close("all")
 
 
+def plain(text: str) -> str:
+    """Text for a figure, in which matplotlib takes no part between dollar signs for a formula."""
+    return text.replace(r"\$", "$").replace("$", r"\$")
+
+
 def headline(figure, results: Results, finding: str, detail: str = "") -> None:
     """Title: what the figure shows, computed from the data. Below: how it was drawn and of what models."""
     inches = figure.get_size_inches()[0]
-    figure.suptitle(textwrap.fill(finding, int(inches * 12)), x=0.01, ha="left", weight="bold")
+    figure.suptitle(textwrap.fill(plain(finding), int(inches * 12)), x=0.01, ha="left", weight="bold")
     demo = DEMO if results.experiment.data.source == "demo" else ""
     said = "; ".join(part for part in (detail, demo) if part)
-    figure.supxlabel(textwrap.fill(said, int(inches * 16)), x=0.01, ha="left", fontsize=7.5, color="#555555")
+    figure.supxlabel(textwrap.fill(plain(said), int(inches * 15)), x=0.01, ha="left", fontsize=8, color="#555555")
 
 
 def named(results: Results, row: Row) -> str:
@@ -71,7 +76,7 @@ def nothing(plt, text: str):
     """A figure that says why there is none."""
     figure, axis = plt.subplots(figsize=(WIDE, 1.2))
     axis.axis("off")
-    axis.text(0, 0.5, "\n".join(textwrap.wrap(text, 95)), va="center")
+    axis.text(0, 0.5, "\n".join(textwrap.wrap(plain(text), 95)), va="center")
     figure.suptitle("Not drawn", x=0.01, ha="left")
     return figure
 
@@ -130,7 +135,7 @@ def save(figure, folder: Path, name: str) -> None:
 
     Equal figures make equal bytes: no date, fixed ids, fonts as outlines.
     """
-    title = " ".join(figure.get_suptitle().split())
+    title = " ".join(figure.get_suptitle().replace(r"\$", "$").split())
     figure.savefig(folder / f"{name}.svg", metadata={"Title": title, "Date": None, "Creator": None})
     figure.savefig(folder / f"{name}.png", dpi=DPI, metadata={"Title": title, "Software": None})
 

@@ -3,14 +3,15 @@
 import pandas as pd
 
 from grace.errors import GraceError
-from grace.report.figures.style import COLOURS, LINES, WIDE, headline, named, nothing
+from grace.report.figures.style import COLOURS, LINES, WIDE, headline, named, nothing, plain
 from grace.report.paper import GRACE, row_role
 from grace.results.read import BASELINE, TEACHER, Results
 
 CURVES = {
-    "loss": "objective",
+    "loss": "objective, of its own start",
     "ce": "cross-entropy (nats)",
-    "kd": "distillation loss",
+    "plain": "KL to the teacher (nats)",
+    "gated": "gated decoupled KD (nats)",
     "cka": "CKA to the teacher",
     "beta": "beta: weight of distillation",
 }
@@ -30,6 +31,10 @@ def training_curves(results: Results) -> dict[str, pd.DataFrame]:
             continue
         if "gdkd" in log and "kd" not in log:
             log = log.assign(kd=log["gdkd"])
+        if "kd" in log:  # a panel of its own per objective: their units differ
+            log = log.assign(**{results.experiment.recipes[row.recipe].kd: log["kd"]})
+        if len(log):  # recipes sum different terms
+            log = log.assign(loss=log["loss"] / log["loss"].head(max(len(log) // 20, 1)).mean())
         curves[named(results, row)] = log.assign(cka=1 - log["rcka"]) if "rcka" in log else log
     return curves
 
@@ -49,7 +54,7 @@ def training(results: Results, plt):
             smooth = kept[key].ewm(span=max(len(kept) // 12, 3)).mean()
             colour, line = COLOURS[place % len(COLOURS)], LINES[place % len(LINES)]
             axis.plot(kept["step"], kept[key], color=colour, lw=0.6, alpha=0.18)
-            axis.plot(kept["step"], smooth, color=colour, ls=line, lw=1.3, label=name)
+            axis.plot(kept["step"], smooth, color=colour, ls=line, lw=1.3, label=plain(name))
         axis.set_title(CURVES[key])
         axis.set_xlabel("optimiser step")
     for axis in axes.flat[len(shown) :]:

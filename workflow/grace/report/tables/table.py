@@ -96,27 +96,37 @@ def aligned(table: Table) -> list[list[Texts]]:
 
 def markdown(table: Table) -> str:
     """GitHub's Markdown, title and footnotes included."""
-    header = [*table.heads, *table.columns, "Run"]
+    header = [*map(_md, [*table.heads, *table.columns]), "Run"]
     lines = [f"# {table.title}", ""]
     if table.lines:
         lines += [_md_line(header), _md_line(["---"] * len(table.heads) + ["---:"] * len(table.columns) + ["---"])]
     group = ""
     for line in table.lines:
         if line.group and line.group != group:
-            lines.append(_md_line([f"*{line.group}*"] + [""] * (len(header) - 1)))
+            lines.append(_md_line([f"*{_md(line.group)}*"] + [""] * (len(header) - 1)))
         group = line.group
-        lines.append(_md_line([*line.heads, *map(_md_cell, line.cells), line.run]))
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(table.notes, 1))]
+        lines.append(_md_line([*map(_md, line.heads), *map(_md_cell, line.cells), _md(line.run)]))
+    lines += ["", *(f"{place}. {_md(note, _MARKUP)}" for place, note in enumerate(table.notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
 
 
+_MARKUP = {"<": "&lt;", "[": "\\[", "$": "\\$"}  # HTML, links and formulas: never meant in a name
+_SIGNS = _MARKUP | {sign: f"\\{sign}" for sign in "\\`*_|"}
+
+
+def _md(text: str, signs: dict[str, str] = _SIGNS) -> str:
+    """Text as Markdown shows it, whatever a label holds; in notes, backticks and stars are ours."""
+    return "".join(signs.get(character, character) for character in text)
+
+
 def _md_line(texts: list[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    return "| " + " | ".join(texts) + " |"
 
 
 def _md_cell(cell: Cell) -> str:
     text = cell_texts(cell)
-    shown = {"best": f"**{text.number}**", "second": f"<u>{text.number}</u>"}.get(cell.mark, text.number)
+    number_ = _md(text.number)
+    shown = {"best": f"**{number_}**", "second": f"<u>{number_}</u>"}.get(cell.mark, number_)
     error = f" ± {text.error}" if text.error else ""
     return f"{shown}{error}{text.star}" + (f"<br>paper {text.paper}" if text.paper else "")
 
@@ -156,6 +166,8 @@ _LATEX = {
     "_": r"\_",
     "#": r"\#",
     "$": r"\$",
+    "[": "{[}",  # at the start of a row a bare one would be an argument of the one before
+    "*": "{*}",
     "±": r"$\pm$",
     "−": "$-$",
     "–": "--",
