@@ -56,8 +56,8 @@ class Source(Section):
     format: Literal["auto", "llava", "sharegpt4v", "openai", "cauldron"] = Field(
         "auto", description="how a record holds its conversation; auto: seen from its keys"
     )
-    weight: PositiveFloat = Field(
-        1.0, description="how often each conversation stands in the mix: 2 twice, 0.5 a drawn half"
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="how often each conversation stands in the mix: 2 twice, 0.5 a drawn half"
     )
     limit: PositiveInt | None = Field(None, description="take only the first so many records")
     links_into: list[str] = Field(
@@ -82,6 +82,12 @@ class FilesData(Section):
     benchmarks: str | None = Field(
         None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "FilesData":
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}; change either")
+        return self
 
 
 class Architecture(Section):
