@@ -55,9 +55,10 @@ def write_conversations(path: Path, number: int, images: int) -> None:
         file.write("]")
 
 
-def run_prepare(folder: Path, workers: int) -> tuple[float, dict[str, float]]:
+def run_prepare(folder: Path, workers: int, weight: float = 1.0) -> tuple[float, dict[str, float]]:
     """Seconds, and the largest resident sets in MiB."""
-    data = {"source": "files", "sources": [{"path": str(folder / "c.json"), "images": str(folder / "images")}]}
+    source = {"path": str(folder / "c.json"), "images": str(folder / "images"), "weight": weight}
+    data = {"source": "files", "sources": [source]}
     (folder / "run.json").write_text(json.dumps({"data": data, "benchmarks": []}))
     main = "from grace.cli import main; main()"
     command = [sys.executable, "-c", main, "prepare", "--run", folder / "run.json", "--out", folder / "data"]
@@ -85,7 +86,7 @@ def read_and_decode(paths: list[Path]) -> None:
         decode(path.read_bytes())
 
 
-def measure_memory(sizes: list[int], workers: int) -> None:
+def measure_memory(sizes: list[int], workers: int, weight: float) -> None:
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -93,9 +94,9 @@ def measure_memory(sizes: list[int], workers: int) -> None:
             write_conversations(folder / "c.json", size, 100)
             build_processor().save_pretrained(folder / "processor")
             megabytes = (folder / "c.json").stat().st_size / 2**20
-            seconds, peaks = run_prepare(folder, workers)
+            seconds, peaks = run_prepare(folder, workers, weight)
             print(
-                f"{size:,} conversations ({megabytes:,.0f} MiB of JSON), {workers} workers: {seconds:.0f} s, "
+                f"{size:,} conversations ({megabytes:,.0f} MiB of JSON), weight {weight:g}, {workers} workers: {seconds:.0f} s, "
                 f"{size / seconds:,.0f} a second; peak {peaks['main']:.0f} MiB main, {peaks['worker']:.0f} MiB worker",
                 flush=True,
             )
@@ -129,11 +130,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory", "rate"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[5000, 50000])
+    parser.add_argument("--weight", type=float, default=1.0, help="of the source in the mix")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.what == "memory":
-        measure_memory(arguments.sizes, arguments.workers)
+        measure_memory(arguments.sizes, arguments.workers, arguments.weight)
     else:
         measure_rate(arguments.images, arguments.workers)
 
