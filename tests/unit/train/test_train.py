@@ -155,6 +155,18 @@ def test_micro_batches_do_not_change_the_run(home, tmp_path, name):
                 assert a[part] == pytest.approx(b[part], rel=2e-3), part
 
 
+@pytest.mark.parametrize("name", ["bf16", "grace"])
+def test_packed_rows_do_not_change_the_run(home, tmp_path, name):
+    """One row a step, and several: conversations laid end to end see each other no more than padded ones do."""
+    padded = log(tmp_path, student(home, tmp_path, "padded", **RECIPES[name]).name)
+    for tokens in (4096, 100):
+        packed = student(home, tmp_path, f"p{tokens}", **RECIPES[name], optimisation=optimisation(pass_tokens=tokens))
+        for a, b in zip(padded, log(tmp_path, packed.name), strict=True):
+            for part in ("loss", "ce", "kd", "rcka", "grad_norm"):
+                if part in a:
+                    assert a[part] == pytest.approx(b[part], rel=2e-3), part
+
+
 def weights(folder):
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "quantization.safetensors")}
 

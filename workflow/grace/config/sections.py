@@ -125,6 +125,16 @@ class Optimisation(Section):
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a loss that is NaN or infinite: stop with the records named, or skip the step and count"
     )
+    pass_tokens: PositiveInt | None = Field(
+        default=None,
+        description="tokens of one forward pass of conversations laid end to end, by layers that are compiled on a GPU; "
+        "null: micro_batch conversations, padded",
+    )
+    kept_activations: Fraction = Field(
+        default=0.0,
+        description="with pass_tokens on a GPU: share of a layer's activations that the backward pass finds, and does "
+        "not compute again",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     caption_steps: int = Field(
         0, ge=0, description="first steps, on captions alone (models made from scratch learn to see from them)"

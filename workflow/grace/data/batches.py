@@ -8,6 +8,7 @@ from PIL.Image import Image
 
 from grace.data.conversations import Message
 from grace.data.examples import IGNORED, Example, Tokeniser
+from grace.data.packing import PackedRow
 
 LENGTH_WINDOW = 16  # optimiser steps whose conversations are sorted by length together
 
@@ -24,6 +25,7 @@ class Batch:
             text alone. `models.forward_inputs` turns it into what the forward takes.
         keys: the teacher records, in order.
         ids: the conversations, in order.
+        packed: the same tokens laid end to end, where the forward pass takes them so.
     """
 
     input_ids: torch.Tensor
@@ -32,12 +34,19 @@ class Batch:
     pixels: dict[str, torch.Tensor]
     keys: list[str]
     ids: list[str]
+    packed: PackedRow | None = None
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
         tokens = (tensor.pin_memory() for tensor in (self.input_ids, self.attention_mask, self.labels))
         pixels = {name: value.pin_memory() for name, value in self.pixels.items()}
-        return Batch(*tokens, pixels, self.keys, self.ids)
+        return Batch(*tokens, pixels, self.keys, self.ids, self.packed and self.packed.pin_memory())
+
+    def place(self, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the forward pass puts these rows and columns of `input_ids`."""
+        if self.packed is None:
+            return rows, columns
+        return torch.zeros_like(rows), self.packed.starts[rows] + columns
 
     def supervised(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows and columns [tokens] of the positions that predict a label, and these labels [tokens]."""

@@ -59,19 +59,27 @@ def vision_tower(model: nn.Module) -> nn.Module | None:
 
 
 def forward_inputs(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: dict[str, torch.Tensor]
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    pixels: dict[str, torch.Tensor],
+    packed: Any | None = None,
 ) -> dict[str, Any]:
     """What the forward takes of a batch, on the model's device and images in its dtype.
 
     Args:
         input_ids, attention_mask: int64 [batch, tokens].
         pixels: what the image processor gives for the batch's images, in order; empty where it has none.
+        packed: a `PackedRow` of the batch, for a model that `use_packed_attention` has prepared.
     """
     parameter = next(model.parameters())
 
     def here(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None, non_blocking=True)
 
-    ids = here(input_ids)
+    ids = here(input_ids if packed is None else packed.input_ids)
     images = family_of(model).image_inputs(model, ids, {name: here(value) for name, value in pixels.items()})
-    return {"input_ids": ids, "attention_mask": here(attention_mask), **images}
+    if packed is None:
+        return {"input_ids": ids, "attention_mask": here(attention_mask), **images}
+    sequences = {"packed_offsets": here(packed.offsets), "packed_longest": packed.longest}
+    return {"input_ids": ids, "position_ids": here(packed.position_ids), **sequences, **images}

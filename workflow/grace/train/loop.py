@@ -18,6 +18,7 @@ from grace.config.code import code_files
 from grace.config.objectives import training_modules
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
+from grace.data.packing import fill_rows
 from grace.distill import InformationBottleneckController
 from grace.distributed import World, shard
 from grace.errors import GraceError
@@ -31,6 +32,7 @@ from grace.train.checkpoint import load_checkpoint, save_checkpoint
 from grace.train.meter import Meter
 from grace.train.objective import Objective
 from grace.train.optimizer import MasterAdamW
+from grace.train.packed import packed_row, prepare_packed
 
 MICRO_BATCHES_AHEAD = 2  # prepared while the present one is computed
 SKIPPED_IN_A_ROW = 20  # steps that may be skipped one after the other: a run of which nothing is finite has diverged
@@ -82,14 +84,18 @@ class Trainer:
                 f"caption_steps is {run.optimisation.caption_steps} and the data has no captions; set it to 0"
             )
         freeze_vision(model)
-        if run.optimisation.gradient_checkpointing:
+        self.packed = run.optimisation.pass_tokens is not None
+        # of one forward pass: tokens where it is packed, else conversations; fewer once the GPU's memory was too small
+        self.part = run.optimisation.pass_tokens or run.optimisation.micro_batch
+        if self.packed:
+            prepare_packed(model, run.optimisation.kept_activations, world.device)
+        elif run.optimisation.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         matrices = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim > 1)
         self.meter = Meter(matrices, world.device, world.size)
         shard(model, world)
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
         self.objective = Objective(model, run, cache, vocabulary(processor))
-        self.micro_batch = run.optimisation.micro_batch  # conversations; smaller once the GPU's memory was too small
         self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
         method = run.method
         self.controller = InformationBottleneckController(
@@ -109,7 +115,7 @@ class Trainer:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.controller.load_state_dict(state["controller"])
-            self.skipped, self.micro_batch = state["skipped"], state["micro_batch"]
+            self.skipped, self.part = state["skipped"], state["part"]
         self.model.train()
         kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
         with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
@@ -141,8 +147,12 @@ class Trainer:
 
     def _cuts(self, chosen: list[Example]) -> Iterator[MicroBatch]:
         """This process's micro-batches of a step."""
-        size, world = self.micro_batch, self.world
-        cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+        size, world = self.part, self.world
+        if self.packed:
+            rows = fill_rows([len(example.input_ids) for example in chosen], size)
+            cuts = [[chosen[index] for index in row] for row in rows]
+        else:
+            cuts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
         for first in range(0, len(cuts), world.size):
             # FSDP's collectives need every process in every round: one without a micro-batch left repeats the first.
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
@@ -156,6 +166,8 @@ class Trainer:
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
         batch = collate(micro.examples, self.processor)
+        if self.packed:
+            batch.packed = packed_row(self.model, batch, self.part)
         cache = self.objective.cache
         targets = cache.batch(batch.keys) if cache is not None and self.objective.distils else None
         if self.world.device.type == "cuda":
@@ -212,16 +224,17 @@ class Trainer:
 
     def _halve(self, step: int, short: str) -> None:
         """Cut batches smaller from now on; the step's sums, and with them its result, do not depend on the cuts."""
-        if self.micro_batch == 1 or self.world.size > 1:  # the others wait in a collective that this one left
+        key, least = ("pass_tokens", 256) if self.packed else ("micro_batch", 1)
+        if self.part <= least or self.world.size > 1:  # the others wait in a collective that this one left
+            save = "kept_activations" if self.packed else "micro_batch, set gradient_checkpointing"
             raise GraceError(
-                f"step {step + 1}: out of memory with micro_batch {self.micro_batch} ({short}); lower micro_batch, set "
-                "gradient_checkpointing, or use a larger GPU"
+                f"step {step + 1}: out of memory with {key} {self.part} ({short}); lower {save}, or use a larger GPU"
             )
         self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
-        self.micro_batch //= 2
+        self.part //= 2
         print(
-            f"step {step + 1}: out of memory; going on with micro_batch {self.micro_batch}, which changes no result",
+            f"step {step + 1}: out of memory; going on with {key} {self.part}, which changes no result",
             file=sys.stderr,
             flush=True,
         )
@@ -246,6 +259,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
             "skipped": self.skipped,
-            "micro_batch": self.micro_batch,
+            "part": self.part,
         }
         save_checkpoint(self.checkpoints, self.identity, step, state, self.log, self.world)

@@ -91,8 +91,9 @@ class Objective:
         def here(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
 
-        rows, columns, labels = map(here, batch.supervised())
-        inputs = forward_inputs(self.model, batch.input_ids, batch.attention_mask, batch.pixels)
+        rows, columns, labels = batch.supervised()
+        rows, columns, labels = (*map(here, batch.place(rows, columns)), here(labels))
+        inputs = forward_inputs(self.model, batch.input_ids, batch.attention_mask, batch.pixels, batch.packed)
         decoder = cast(nn.Module, self.model.model)  # without the head
         outputs = decoder(**inputs, use_cache=False, output_hidden_states=run.rcka)
         target = target.to(device) if target is not None else None
@@ -104,7 +105,8 @@ class Objective:
             parts["kd"] = losses["kd_sum"] * (share / totals.gates)
         if run.rcka:
             at, place, sizes = batch.visual(self.image_token)  # asked of the host's copy: the device is not waited for
-            tokens = outputs.hidden_states[-2][here(at), here(place)].split(sizes)  # per image [n, d]
+            at, place = map(here, batch.place(at, place))
+            tokens = outputs.hidden_states[-2][at, place].split(sizes)  # per image [n, d]
             rcka = skipped = loss.detach().new_zeros(())  # a micro-batch of text alone has no image to align
             if sizes:
                 assert target is not None

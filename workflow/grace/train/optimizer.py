@@ -1,12 +1,13 @@
 """AdamW on fp32 masters, with quantisation once per optimiser step.
 
 The model holds what its ordinary layers multiply with: weights on bf16's grid, dequantised where the recipe
-quantises. The optimiser holds the fp32 masters and the scales' theta. After the micro-batches of a step have
-accumulated the gradient of the dequantised weights, the LSQ rule is applied to it once; the rule is linear in that
+quantises. The optimiser holds the fp32 masters and the scales' theta. Each micro-batch's gradient of the dequantised weights
+is added to an fp32 sum as soon as it is made; once a step the LSQ rule is applied to the sum. The rule is linear in that
 gradient, so this equals quantising in every micro-batch at a fraction of the cost.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ class MasterAdamW:
         self.group_size = quantization.group_size
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: local(p).detach().float().clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._accumulate, self.masters[name]))
         self.step_sizes: dict[str, LearnedStepSize] = {}
         if bits is not None:
             for name in decoder_linears(model):
@@ -70,6 +73,13 @@ class MasterAdamW:
             else:
                 held.copy_(master if held.dtype == torch.bfloat16 else master.to(torch.bfloat16))
 
+    @staticmethod
+    def _accumulate(master: torch.Tensor, parameter: nn.Parameter) -> None:
+        """Add a micro-batch's gradient, in whatever dtype, to the master's in fp32; autograd keeps nothing."""
+        gradient = local(parameter.grad)
+        master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
     def learning_rate(self, step: int) -> float:
         """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine to zero."""
         warmup = max(1, round(self.optimisation.warmup * self.optimisation.steps))
@@ -79,20 +89,19 @@ class MasterAdamW:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def _take_gradients(self) -> torch.Tensor:
-        """Move the model's gradients to masters and thetas; return their global norm."""
+        """Make the summed gradients those of masters and thetas; return their global norm."""
         whole, parts = [], []  # gradients that every process has in full, and those of which each has its rows
         for name, parameter in self.parameters.items():
             master, size = self.masters[name], self.step_sizes.get(name)
             sharded = isinstance(parameter, DTensor)
-            gradient = torch.zeros_like(master) if parameter.grad is None else local(parameter.grad)
-            parameter.grad = None
+            gradient = torch.zeros_like(master) if master.grad is None else master.grad
             mine = parts if sharded else whole
             if size is not None:
                 gradient, size.theta.grad = lsq_gradients(
                     master, size.theta, gradient, size.bits, self.group_size, overwrite=True
                 )
                 mine.append(size.theta.grad)
-            master.grad = gradient.float()
+            master.grad = gradient
             if self.world.size > 1 and not sharded:
                 dist.all_reduce(master.grad)
             mine.append(master.grad)
@@ -121,8 +130,8 @@ class MasterAdamW:
 
     def drop_gradients(self) -> None:
         """Forget what the micro-batches have accumulated."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.masters[name].grad = None
 
     def quantised(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Codes (int8) and scales (bf16) of every quantised linear, by module name, as they ship."""

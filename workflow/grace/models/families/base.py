@@ -70,6 +70,12 @@ class Family:
         """
         return dict(pixels)
 
+    def positions(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Where each token of a right-padded batch stands: int64 [batch, tokens], or [axes, batch, tokens]."""
+        return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
     def vision_tower(self, model: Any) -> Any | None:
         """The tower, where its output depends on the image alone and may be kept; else None."""
         return None

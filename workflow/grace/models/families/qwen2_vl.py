@@ -75,6 +75,16 @@ class Qwen(Family):
     def token_types(self, input_ids: torch.Tensor, image: int) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (input_ids == image).int()}
 
+    def positions(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        plain = super().positions(model, input_ids, attention_mask, pixels)
+        if "image_grid_thw" not in pixels:
+            return plain.expand(3, *plain.shape)
+        types = self.token_types(input_ids, model.config.image_token_id)
+        places = {"image_grid_thw": pixels["image_grid_thw"], "attention_mask": attention_mask}
+        return model.model.get_rope_index(input_ids, **types, **places)[0]
+
     def image_inputs(self, model: Any, input_ids: torch.Tensor, pixels: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {**pixels, **self.token_types(input_ids, model.config.image_token_id)} if pixels else {}
 
