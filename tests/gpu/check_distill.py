@@ -21,7 +21,6 @@ from grace.distill import (
     relational_cka,
     relational_cka_sum,
 )
-from grace.kernels import fake_quant
 from grace.kernels.gated_dkd import loss_rows_, scale_
 from grace.quant import LearnedStepSize, lsq_gradients
 
@@ -235,7 +234,6 @@ def check_fake_quantisation() -> None:
         report(
             f"fake quantisation, {bits} bits, group {group}",
             codes=float((learned.codes(weight) != codes.flatten(1).to(torch.int8)).sum()),
-            kernel_codes=float((fake_quant.quantize_codes(weight, scales, bits) != codes.flatten(1)).sum()),
             value=float((learned.fake_quantize(weight) != value).sum()),
             mask=float((got != grouped.where(inside, 0.0).flatten(1)).sum()), in_place=float((again != got).sum()),
             theta=float(((theta - want_theta).abs() / (1e-5 * size + 1e-30)).max()),

@@ -27,7 +27,6 @@ from grace.demo.processor import build_processor
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, whole_folder, write_json, write_manifest
 from grace.models import load_model, load_processor
-from grace.teacher.audit import audit, model_student
 from grace.teacher.commands import finish, info, verify, write
 from grace.teacher.forward import check_examples, plan
 from grace.teacher.identity import expected
@@ -163,7 +162,7 @@ def test_one_image_has_one_gram_matrix(home, examples):
 
 @pytest.mark.parametrize(("format", "tolerance"), [("hidden", 0.02), ("hidden-int8", 0.05), ("sampled", 0.1)])
 def test_the_loss_from_every_format_is_the_teacher_s(home, examples, seen, format, tolerance):
-    from grace.teacher.sampled import sampled_dkd
+    from grace.teacher.sampled import sampled_terms
 
     cache = TeacherCache.open(home / format, expected(home / "data", 2.0, home / "teacher"))
     keys = [example.key for example in examples]
@@ -173,7 +172,8 @@ def test_the_loss_from_every_format_is_the_teacher_s(home, examples, seen, forma
     gates = gates_of(teacher)
     exact = (gates * dkd(student, teacher, labels)).sum() / gates.sum()
     if format == "sampled":
-        per_token = sampled_dkd(student, targets.sampled, labels)
+        tckd, nckd = sampled_terms(student, targets.sampled, labels, 2.0)
+        per_token = 4 * (tckd + 4 * nckd)
     else:
         per_token = dkd(student, targets.hidden.double() @ cache.head.double().T, labels)
     loss = (targets.gates * per_token).sum() / cache.gate_sum(keys)
@@ -192,10 +192,6 @@ def test_the_audit_reports_each_format_s_error(home, examples):
         assert found["relational_cka"]["images"] == 3 and abs(found["relational_cka"]["error"]) < 1e-2
     assert errors["hidden"][0] < 0.01 and errors["hidden-int8"][0] < 0.1 and errors["sampled"][0] < 0.1
     assert errors["hidden"][1] < errors["hidden-int8"][1]  # int8's floor shows where student and teacher are close
-    model, processor = load_model(home / "student", torch.float32), load_processor(home / "data/processor")
-    cache = TeacherCache.open(home / "sampled")
-    (own,) = audit(cache, {"student": model_student(model, processor, examples)})["gated_dkd"].values()
-    assert own["loss"] > 0 and abs(own["relative_error"]) < 0.2
 
 
 def test_the_audit_of_a_bf16_teacher_finds_nothing_lost_in_hidden(home, tmp_path):
@@ -214,17 +210,6 @@ def test_audited_records_are_few_but_never_none():
     assert audited_records([], 0.1) == set()
     shuffled = keys[::-1]
     assert {shuffled[i] for i in audited_records(shuffled, 0.1)} == {keys[i] for i in audited_records(keys, 0.1)}
-
-
-def test_prefetching_gives_the_same_batches_and_the_same_errors(home, examples):
-    cache = TeacherCache.open(home / "hidden")
-    keys = [[example.key] for example in examples]
-    for found, key in zip(cache.prefetch(keys), keys, strict=True):
-        assert found.keys == key and torch.equal(found.hidden, cache.batch(key).hidden)
-    several = cache.prefetch([keys[0], ["0" * 64], keys[1]])
-    next(several)
-    with pytest.raises(GraceError, match="no record of the conversation with key 000000000000"):
-        next(several)
 
 
 def test_a_record_that_is_not_there_is_said_so_before_training(home):

@@ -44,12 +44,11 @@ def _load_groups(weights, scales, groups, GROUP: tl.constexpr, GROUPS: tl.conste
 @triton.jit
 def _quantize(
     weights, scales, out, groups, qn, qp,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     ratio, scale, _, offsets, mask = _load_groups(weights, scales, groups, GROUP, GROUPS, WIDTH)
     code = _round_half_even(tl.minimum(tl.maximum(ratio, qn), qp))
-    value = code if CODES else code * scale
-    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offsets, (code * scale).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -80,17 +79,6 @@ def _layout(weight: Tensor, scales: Tensor) -> tuple[int, dict[str, int]]:
     return scales.numel(), {"GROUP": group, "GROUPS": max(1, _TILE // width), "WIDTH": width}
 
 
-def _quantize_into(weight: Tensor, scales: Tensor, bits: int, out: Tensor, codes: bool) -> Tensor:
-    groups, tile = _layout(weight, scales)
-    if not out.is_contiguous() or out.shape != weight.shape:
-        raise ValueError(f"the output must be contiguous and {list(weight.shape)}, not {list(out.shape)}")
-    limit = float(2 ** (bits - 1))
-    _quantize[(triton.cdiv(groups, tile["GROUPS"]),)](
-        weight, scales, out, groups, -limit, limit - 1, CODES=codes, **tile
-    )
-    return out
-
-
 def fake_quantize(weight: Tensor, scales: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Weights as the packed model will hold them: code x step, rounded to the steps' dtype.
 
@@ -100,14 +88,14 @@ def fake_quantize(weight: Tensor, scales: Tensor, bits: int, out: Tensor | None 
         bits: 2, 3, 4 or 8
         out: [out, in], written in place of a new tensor of the steps' dtype
     """
-    return _quantize_into(
-        weight, scales, bits, torch.empty_like(weight, dtype=scales.dtype) if out is None else out, False
-    )
-
-
-def quantize_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Signed codes, int8 [out, in] in [-2^(bits-1), 2^(bits-1) - 1]; arguments as `fake_quantize`."""
-    return _quantize_into(weight, scales, bits, torch.empty_like(weight, dtype=torch.int8), True)
+    if out is None:
+        out = torch.empty_like(weight, dtype=scales.dtype)
+    groups, tile = _layout(weight, scales)
+    if not out.is_contiguous() or out.shape != weight.shape:
+        raise ValueError(f"the output must be contiguous and {list(weight.shape)}, not {list(out.shape)}")
+    limit = float(2 ** (bits - 1))
+    _quantize[(triton.cdiv(groups, tile["GROUPS"]),)](weight, scales, out, groups, -limit, limit - 1, **tile)
+    return out
 
 
 def lsq_gradient_(

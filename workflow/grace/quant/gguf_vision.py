@@ -16,8 +16,8 @@ from gguf.constants import MODEL_ARCH
 
 from grace.errors import GraceError
 from grace.files import read_json
+from grace.models.families import family_of_folder
 from grace.progress import progress
-from grace.quant.names import published
 from grace.quant.packed import OUTSIDE, PackedModel
 
 _ACTIVATIONS = {
@@ -139,6 +139,7 @@ def _tensors(model: PackedModel, vision: dict, blocks: int) -> Iterator[tuple[st
     """(name in the file, tensor), one by one."""
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     split = model.config["model_type"] in ("qwen2_vl", "qwen2_5_vl")
+    published = family_of_folder(model.folder).published
     for key in model.kept:
         plain = published(key).removeprefix("model.")
         if not plain.startswith(OUTSIDE) or plain.startswith(_LEFT_OUT):

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from grace.data import Example
 from grace.distill import gated_dkd_terms, relational_cka_from_gram
 from grace.quant.grid import dequantize, largest_scales, quantize
 from grace.teacher.reader import CachedTargets, TeacherCache, load_audit
@@ -59,21 +57,6 @@ def rounded_head(head: torch.Tensor, bits: int) -> Student:
     scales = largest_scales(head, bits, head.shape[1], "teacher head")
     weight = dequantize(quantize(head, scales, bits), scales).float()
     return lambda record: record.states @ weight.T
-
-
-def model_student(model: nn.Module, processor, examples: Sequence[Example]) -> Student:
-    """A student model; `examples` are the training conversations, or those of the audited records."""
-    from grace.models import head_weight, vocabulary
-    from grace.teacher.forward import see
-
-    by_key = {example.key: example for example in examples}
-
-    @torch.inference_mode()
-    def logits(record: Audited) -> torch.Tensor:
-        ((_, seen),) = see(model, processor, [by_key[record.key]])
-        return (seen.states @ head_weight(model, vocabulary(processor)).T).float().cpu()
-
-    return logits
 
 
 def audit(

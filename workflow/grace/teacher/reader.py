@@ -5,7 +5,7 @@ its checksum when its first record is read, once per process: no number from a d
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.teacher.formats import decode_int8
 from grace.teacher.identity import differences
-from grace.teacher.prefetch import ahead
 from grace.teacher.sampled import SampledRecord
 from grace.teacher.shard import REBUILD, Shard, damage
 
@@ -165,10 +164,6 @@ class TeacherCache:
             sampled,
             [matrix for shard, record in places for matrix in shard.grams(record)],
         )
-
-    def prefetch(self, batches: Iterable[Sequence[str]], depth: int = 2) -> Iterator[CachedTargets]:
-        """Yield `batch(keys)` for every element of `batches`, read up to `depth` ahead in a background thread."""
-        return ahead(self.batch, batches, depth)
 
     def gate_sum(self, keys: Sequence[str]) -> float:
         """Sum of the gates of all supervised tokens of `keys`: what gated DKD is divided by."""

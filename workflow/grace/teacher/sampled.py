@@ -201,19 +201,6 @@ def sampled_terms(
     return tckd, nckd
 
 
-def sampled_dkd(
-    student_logits: torch.Tensor,
-    record: SampledRecord,
-    labels: torch.Tensor,
-    temperature: float = 2.0,
-    alpha: float = 1.0,
-    beta_dkd: float = 4.0,
-) -> torch.Tensor:
-    """`T² (alpha TCKD + beta_dkd NCKD)` of every token [tokens] against a record; see `sampled_terms`."""
-    tckd, nckd = sampled_terms(student_logits, record, labels, temperature)
-    return temperature**2 * (alpha * tckd + beta_dkd * nckd)
-
-
 def distillation_loss_from_record(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
