@@ -73,6 +73,7 @@ else:
         input:
             run="results/{experiment}/config/data.json",
             student=plan.baseline,
+            teacher=plan.fetched_teacher,
             sources=plan.data_files(),
             code=plan.code("grace.data.prepare"),
         output:
@@ -91,9 +92,10 @@ else:
             out=subpath(output[0], parent=True),
             processor=subpath(input.student, parent=True),
             parts="results/{experiment}/.checkpoints/prepare",
+            teacher=plan.teacher_flag,
             benchmarks=plan.benchmarks_flag,
         message:
             "read the conversations, images and benchmarks"
         shell:
-            "grace prepare --run {input.run:q} --processor {params.processor:q} {params.benchmarks}"
+            "grace prepare --run {input.run:q} --processor {params.processor:q} {params.teacher} {params.benchmarks}"
             " --parts {params.parts:q} --workers {threads} --out {params.out:q} > {log:q} 2>&1"

@@ -71,6 +71,9 @@ def prepare(
     processor: Annotated[
         Path | None, typer.Option(help="model folder whose processor to use (data of your own)")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="model folder of the teacher, to compare with the student (data of your own)")
+    ] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="folder of benchmark files (data of your own)")] = None,
     parts: Annotated[
         Path | None, typer.Option(help="folder for finished parts, from which a killed run goes on (data of your own)")
@@ -89,11 +92,17 @@ def prepare(
             prepare_demo(parameters.data, parameters.benchmarks, out)
     else:
         from grace.data.prepare import prepare_files
+        from grace.models.pair import check_family, check_pair
 
         if processor is None:
             raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")
         parts = parts or out.with_name(f".{out.name}-parts")
         with _job(parts, out, files=(run, processor / MANIFEST), module="grace.data.prepare"):
+            if parameters.family:
+                for folder in filter(None, (processor, teacher)):
+                    check_family(folder, parameters.family)
+            if teacher is not None:
+                check_pair(teacher, processor)
             prepare_files(parameters.data, processor, benchmarks, out, parts, workers)
 
 

@@ -73,7 +73,9 @@ class Plan:
         if job == "experiment":
             return _json(e, exclude={"resources"})
         if job == "data":
-            return _json(DataRun(data=e.data, benchmarks=list(DEMO_BENCHMARKS) if e.data.source == "demo" else []))
+            if e.data.source == "demo":
+                return _json(DataRun(data=e.data, benchmarks=list(DEMO_BENCHMARKS)), exclude={"family"})
+            return _json(DataRun(data=e.data, benchmarks=[], family=e.family))
         if job == "teacher":
             return _json(teacher_run(e))
         if job == "cache":
@@ -156,6 +158,16 @@ class Plan:
     def baseline(self) -> str:
         """The bf16 model that speed is compared with."""
         return self._shipped("baseline", "bf16", self.experiment.baseline_seeds[0])
+
+    @property
+    def fetched_teacher(self) -> list[str]:
+        """The teacher that is fetched, with which `prepare` compares the student; none where it is trained on the data."""
+        return [f"{self.folder}/teacher/model/manifest.json"] if self.experiment.teacher.pretrained else []
+
+    @property
+    def teacher_flag(self) -> str:
+        """Where the fetched teacher lies."""
+        return f"--teacher {shlex.quote(f'{self.folder}/teacher/model')}" if self.experiment.teacher.pretrained else ""
 
     @property
     def asking(self) -> list[Asking]:

@@ -28,6 +28,7 @@ class DataRun(Section):
 
     data: DemoData | FilesData
     benchmarks: list[str]
+    family: str | None = Field(None, description="of the models that data of your own is read for")
 
 
 class TrainRun(Section):

@@ -30,11 +30,14 @@ from grace.config.sections import (
     Section,
     Seed,
 )  # fmt: skip
+from grace.models.families import FAMILIES
 
 __all__ = [
     "Architecture", "Bench", "Cache", "DemoData", "Evaluation", "Experiment", "FilesData", "Method", "Model",
     "Optimisation", "Quantization", "Recipe", "Resources", "Runs", "Section",
 ]  # fmt: skip
+
+FamilyName = Literal[*FAMILIES]  # pyright: ignore[reportInvalidTypeForm]
 
 
 class Recipe(Section):
@@ -94,7 +97,7 @@ class Experiment(Section):
     """One experiment, from images to tables."""
 
     experiment: Name = Field(description="name of the experiment and of its folder under results/")
-    family: Literal["llava", "qwen2_vl", "qwen3_vl"] = Field("llava", description="model family of teacher and student")
+    family: FamilyName = Field("llava", description="model family of teacher and student")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",

@@ -17,6 +17,7 @@ from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
 from grace.files import read_json
 from grace.models import head_weight, image_token_id, load_model, load_processor, output_head, vocabulary
+from grace.models.pair import check_family
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
 from grace.teacher.forward import Seen, check_examples, check_sight, see, supervised_tokens
@@ -51,6 +52,7 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
         print(f"{out / shard_name(number, shards)}.safetensors: already whole", file=sys.stderr)
     if not missing:
         return
+    check_family(teacher, parameters.family)
     processor = load_processor(data / "processor")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(teacher, getattr(torch, parameters.compute_dtype), device)

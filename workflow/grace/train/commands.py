@@ -11,6 +11,7 @@ from grace.distributed import World, join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
+from grace.models.pair import check_family
 from grace.quant import save_quantization
 from grace.teacher.forward import check_examples, check_sight
 from grace.teacher.identity import expected
@@ -25,6 +26,7 @@ def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, wor
         model = build_llava(run.architecture, processor, data / "vision_tower", run.seed).to(dtype)
     else:
         assert init is not None  # `train` asks for it
+        check_family(init, run.family)
         model: Any = load_model(init, dtype=dtype)
         if run.outliers:
             from grace.quant import add_outliers

@@ -1,0 +1,70 @@
+"""A teacher and a student that cannot be distilled are told apart before anything is computed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from chat_models import FAMILIES
+
+from grace.errors import GraceError
+from grace.files import read_json
+from grace.models.pair import check_family, check_pair
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    model, processor = FAMILIES["qwen2_vl"]()
+    model.save_pretrained(home / "student")
+    processor.save_pretrained(home / "student")
+    model.resize_token_embeddings(576)  # as the larger models pad their heads further
+    model.save_pretrained(home / "teacher")
+    processor.save_pretrained(home / "teacher")
+    return home
+
+
+def test_heads_may_be_padded_differently(home):
+    check_pair(home / "teacher", home / "student")
+    sizes = [read_json(home / name / "config.json")["text_config"]["vocab_size"] for name in ("teacher", "student")]
+    assert sizes == [576, 512]
+
+
+def test_another_token_behind_an_id_is_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/tokenizer.json"
+    about = json.loads(file.read_text())
+    vocabulary = about["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    file.write_text(json.dumps(about))
+    with pytest.raises(
+        GraceError, match=r"2 token ids differ \(id \d+ is .* and .*\); distil between models of one tokenizer"
+    ):
+        check_pair(tmp_path / "teacher", home / "student")
+
+
+def test_another_geometry_is_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "teacher")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        file = tmp_path / "teacher" / name
+        if file.is_file():
+            file.write_text(file.read_text().replace('"patch_size": 14', '"patch_size": 16'))
+    with pytest.raises(GraceError, match=r"differ in patch_size \(16 and 14\)"):
+        check_pair(tmp_path / "teacher", home / "student")
+
+
+def test_a_head_without_a_row_for_each_token_is_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/config.json"
+    about = read_json(file)
+    about["text_config"]["vocab_size"] = 300
+    file.write_text(json.dumps(about))
+    with pytest.raises(GraceError, match=r"its head has 300 rows and the tokenizer \d+ tokens"):
+        check_pair(tmp_path / "teacher", home / "student")
+
+
+def test_the_configuration_names_the_family_that_is_there(home):
+    check_family(home / "student", "qwen2_vl")
+    with pytest.raises(GraceError, match=r"config\.json says qwen2_vl and the configuration family: llava"):
+        check_family(home / "student", "llava")
