@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grace.benchmarks.metrics import METRICS
-from grace.benchmarks.question_points import COGNITION, points
+from grace.benchmarks.metrics import COGNITION, METRICS
+from grace.benchmarks.question_points import points
 from grace.results.statistics import Scores, compare, estimate
 
 

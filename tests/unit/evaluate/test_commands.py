@@ -83,7 +83,7 @@ def _watch(monkeypatch, seen) -> None:
     @contextmanager
     def watched(*arguments):
         with real(*arguments) as (runner, predict):
-            yield runner, lambda entry, path: (seen(entry.name), predict(entry, path))[1]
+            yield runner, lambda entry, path, spec: (seen(entry.name), predict(entry, path, spec))[1]
 
     monkeypatch.setattr(commands, "_asking", watched)
 
@@ -200,7 +200,7 @@ def test_a_model_that_answers_nothing_is_an_error_however_often_it_is_asked(fold
 def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):
     with pytest.raises(GraceError, match="`color` is not in the registry"):
         run(folder, "color")
-    with pytest.raises(GraceError, match="lm-eval has no task for `vqav2`; use lmms-eval"):
+    with pytest.raises(GraceError, match="lm-eval has no task for `vqav2`; use grace or lmms-eval"):
         run(folder, "vqav2")
     with pytest.raises(GraceError, match="vlmeval_checkout: is not set"):
         run(folder, harness="vlmeval")

@@ -14,7 +14,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
-from grace.benchmarks.extraction import EXTRACTIONS, normalise
+from grace.benchmarks.extraction import extract, normalise
 from grace.benchmarks.registry import benchmark
 from grace.evaluate.harness_lm_eval import FILTERS, RunnerLM, predict, task_yaml
 from grace.evaluate.runner import Runner
@@ -35,7 +35,7 @@ def questions(tmp_path_factory) -> pd.DataFrame:
 
 
 def test_rows_are_whole_ordered_and_scored_by_lm_eval(lm, questions):
-    found = predict(lm, benchmark("colour"), questions)
+    found = predict(lm, benchmark("colour"), questions, 3)
     assert list(found.columns) == SCHEMA.names
     assert found["sample_id"].tolist() == questions["id"].tolist()
     assert found["target"].tolist() == questions["answer"].tolist()
@@ -43,7 +43,7 @@ def test_rows_are_whole_ordered_and_scored_by_lm_eval(lm, questions):
     assert found["score"].tolist() == [float(r) for r in right]
     assert (found["logprob"] <= 0).all() and (found["entropy"] >= 0).all()
     assert found["prompt_hash"].nunique() == questions["question"].nunique()
-    alone = predict(lm, benchmark("colour"), questions.iloc[7:8].reset_index(drop=True))
+    alone = predict(lm, benchmark("colour"), questions.iloc[7:8].reset_index(drop=True), 3)
     assert alone["prediction"].tolist() == found["prediction"].tolist()[7:8]
 
 
@@ -60,7 +60,7 @@ def test_filters_are_the_extractions(name, words):
     ensemble = build_filter_ensemble(name, steps)
     instance = type("Instance", (), {"resps": [text], "doc": {}, "filtered_resps": {}})()
     ensemble.apply([instance])
-    assert normalise(instance.filtered_resps[name]) == normalise(EXTRACTIONS[name](text))
+    assert normalise(instance.filtered_resps[name]) == normalise(extract(name, text))
 
 
 def test_language_tasks_run_through_the_same_model(lm, tmp_path):
@@ -141,7 +141,7 @@ def test_the_command_line_of_lm_eval_gives_the_same_answers_for_a_packed_model(t
     ours = RunnerLM(
         Runner(load_model(tmp_path / "model"), load_processor(tmp_path / "model"), batch=8, max_new_tokens=3)
     )
-    found = predict(ours, benchmark("colour"), questions)
+    found = predict(ours, benchmark("colour"), questions, 3)
     assert [sample["resps"][0][0].strip() for sample in theirs] == found["prediction"].tolist()
     assert [float(sample["exact_match"]) for sample in theirs] == found["score"].tolist()
     assert [sample["prompt_hash"] for sample in theirs] == found["prompt_hash"].tolist()

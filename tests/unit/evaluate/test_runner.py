@@ -14,7 +14,7 @@ def questions(runner: Runner, count: int) -> list[Question]:
     made = []
     for row in rows(count):
         said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-        made.append(Question(row["id"], runner.render(said), row["image"]["bytes"]))
+        made.append(Question(row["id"], runner.render(said), (row["image"]["bytes"],)))
     return made
 
 
@@ -28,7 +28,7 @@ def test_answers_are_those_of_generate_alone(runner):
     found = runner.answer(asked)
     for question, answer in zip(asked, found, strict=True):
         inputs = runner.processor(
-            images=EncodedImage.from_bytes(question.id, question.image).open(),
+            images=EncodedImage.from_bytes(question.id, *question.images).open(),
             text=question.prompt,
             return_tensors="pt",
             add_special_tokens=False,
@@ -80,9 +80,9 @@ def test_text_likelihood_is_that_of_the_full_forward(runner):
 
 def test_what_is_wrong_is_named(runner):
     with pytest.raises(GraceError, match=r"image of row-1: cannot be read"):
-        runner.answer([Question("row-1", "<bos> <image> <q> what <a>", b"not an image")])
+        runner.answer([Question("row-1", "<bos> <image> <q> what <a>", (b"not an image",))])
     with pytest.raises(GraceError, match=r"row-2: its prompt has 0 places"):
-        runner.answer([Question("row-2", "<bos> <q> what <a>", make_image(1))])
+        runner.answer([Question("row-2", "<bos> <q> what <a>", (make_image(1),))])
     nameless = processor()
     nameless.chat_template = None
     with pytest.raises(GraceError, match="no chat template"):
@@ -114,10 +114,11 @@ def test_qwen_answers_through_transformers_as_one_question_alone(version):
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = 3, 0
     runner = Runner(made, QwenProcessor(words), batch=3, max_new_tokens=4)
     asked = [
-        Question(f"row-{i}", f"<bos> <image> <q> {'what is the blue ' * (i + 1)} <a>", make_image(i)) for i in range(5)
+        Question(f"row-{i}", f"<bos> <image> <q> {'what is the blue ' * (i + 1)} <a>", (make_image(i),))
+        for i in range(5)
     ]
     for question, answer in zip(asked, runner.answer(asked), strict=True):
-        images = [EncodedImage.from_bytes(question.id, question.image).open()]
+        images = [EncodedImage.from_bytes(question.id, *question.images).open()]
         inputs = runner.processor([question.prompt], images, return_tensors="pt", add_special_tokens=False)
         out = made.generate(
             **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True

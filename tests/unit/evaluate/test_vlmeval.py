@@ -9,11 +9,13 @@ import json
 import ssl
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from evaluate_models import make_image, rows, write_benchmark, write_model
 
+from grace.benchmarks.protocols import PROTOCOLS, spec
 from grace.errors import GraceError
 from grace.evaluate.commands import evaluate
 from grace.results.predictions import read_rows
@@ -56,7 +58,7 @@ class ImageYORNDataset(ImageBaseDataset):
     def evaluate(self, path, model, nproc):
         assert model == "exact_matching"
         data = load(path)
-        words = data["prediction"].astype(str).str.lower().map(lambda text: "Yes" if "yes" in text else "No")
+        words = data["prediction"].fillna("").astype(str).str.lower().map(lambda text: "Yes" if "yes" in text else READING)
         dump(data.assign(extracted=words, score=words == data["answer"]), get_intermediate_file_path(path, "_auxmatch"))
 SUPPORTED_DATASETS = ["POPE"]
 def build_dataset(name): return ImageYORNDataset(name)
@@ -92,11 +94,12 @@ def folder(tmp_path, monkeypatch):
     for name, text in FILES.items():
         path = tmp_path / "checkout/vlmeval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("PINNED", pinned))
+        path.write_text(text.replace("PINNED", pinned).replace("READING", "'Unknown'"))
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
         subprocess.run(["git", "-C", tmp_path / "checkout", *command], check=True)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(PROTOCOLS["vlmevalkit"], "pope", replace(spec("vlmevalkit", "pope"), size=6))
     for name in ("LMUData", "PRED_FORMAT"):
         monkeypatch.setenv(name, "")
     yield tmp_path
@@ -120,11 +123,19 @@ def test_the_demo_is_answered_as_under_lm_eval_and_certificates_stay_checked(fol
     assert ssl._create_default_https_context is before
     assert len(manifest["harness"]["version"]) == 40
     run(folder, "lm-eval", "colour")
-    same = ["sample_id", "image_id", "group", "prediction", "extracted", "target", "score", "prompt_hash"]
+    same = ["sample_id", "image_id", "group", "prediction", "extracted", "target", "score"]
     one, other = (read_rows(folder / harness / "colour.parquet") for harness in ("vlmeval", "lm-eval"))
     assert one[same].equals(other[same])
     pope = read_rows(folder / "vlmeval/pope.parquet")
-    assert pope["score"].mean() == 0.5 and pope["image_id"].nunique() == 3 and (pope["group"] == "random").all()
+    assert pope["image_id"].nunique() == 3 and (pope["group"] == "random").all()
+    assert (pope["score"] == (pope["extracted"] == pope["target"])).all()
+
+
+def test_a_score_that_is_not_vlmevalkits_is_an_error(folder):
+    path = folder / "checkout/vlmeval/dataset/__init__.py"
+    path.write_text(path.read_text().replace("'Unknown'", "'No'"))
+    with pytest.raises(GraceError, match=r"row 1: VLMEvalKit scores '.*' 1, the protocol here 0; report it"):
+        run(folder, "vlmeval", "pope")
 
 
 def test_another_copy_of_a_data_set_is_refused(folder):

@@ -3,7 +3,7 @@
 A row is one question with its `score` in 0..1. The first number of every metric is the mean score, which standard
 errors and paired tests are about; the others are what the benchmark's paper reports beside or instead of it.
 
-Sources: VQA accuracy, Antol et al. 2015; POPE, Li et al. 2023; MME, Fu et al. 2023; circular evaluation, MMBench, Liu
+Sources: POPE, Li et al. 2023; MME, Fu et al. 2023; circular evaluation, MMBench, Liu
 et al. 2023; HallusionBench, Guan et al. 2024. Where the harnesses differ from the papers it is said at the function.
 """
 
@@ -12,15 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import pandas as pd
-
-
-def vqa_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Mean over the annotators of min(1, agreements among the other annotators / 3).
-
-    Both sides must be normalised alike. With ten annotators, three agreements with the answer give 0.9, four give 1.
-    """
-    agreements = sum(other == answer for other in answers)
-    return sum(min(1.0, (agreements - (own == answer)) / 3) for own in answers) / len(answers)
 
 
 def all_right(scores: Iterable[float], groups: Iterable[Hashable]) -> float:
@@ -51,57 +42,110 @@ def accuracy(rows: pd.DataFrame) -> dict[str, float]:
     return {"accuracy": float(rows["score"].mean())}
 
 
-def pope(rows: pd.DataFrame) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 of "yes", and the share of answers that say yes.
+COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
+"""MME's sub-tasks that are not perception."""
 
-    An answer that is neither counts as not yes, as in VLMEvalKit; lmms-eval leaves such answers out of the recall, and
-    its `yes_ratio` counts the targets instead of the answers.
+
+def in_perception(rows: pd.DataFrame) -> pd.Series:
+    """MME's rows that its printed score is over: all but cognition; all where there is nothing else."""
+    perception = ~rows["group"].isin(COGNITION)
+    return perception if perception.any() else ~perception
+
+
+def circular_questions(rows: pd.DataFrame) -> pd.Series:
+    """The question that each row of MMBench is one order of: the others add a multiple of 1,000,000 to its id."""
+    return rows["sample_id"].astype(int) % 1_000_000
+
+
+def hallusion_groups(rows: pd.DataFrame) -> pd.DataFrame:
+    """HallusionBench's `set`, `figure` and `question` of each row, named within its sub-category.
+
+    `sample_id` ends in `_{set}_{figure}_{question}`; `group` is the sub-category.
     """
+    ends = rows["sample_id"].str.rsplit("_", n=3)
+    sets = rows["group"].astype(str) + "/" + ends.str[-3]
+    return pd.DataFrame({"set": sets, "figure": sets + "/f" + ends.str[-2], "question": sets + "/q" + ends.str[-1]})
+
+
+def _yes(rows: pd.DataFrame) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the answer yes; 0 where one is not defined."""
     said, true = rows["extracted"] == "yes", rows["target"].str.lower() == "yes"
     hits = float((said & true).sum())
-    precision = hits / max(float(said.sum()), 1.0)
-    recall = hits / max(float(true.sum()), 1.0)
+    precision, recall = hits / max(float(said.sum()), 1.0), hits / max(float(true.sum()), 1.0)
+    return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def pope(rows: pd.DataFrame) -> dict[str, float]:
+    """Accuracy, and precision, recall and F1 of "yes", the mean F1 of the polls, and the share of answers that say yes.
+
+    An answer that is neither counts as not yes, as in VLMEvalKit. LLaVA-1.5's paper prints the mean F1 of the polls.
+    """
+    precision, recall, f1 = _yes(rows)
+    polls = [_yes(part)[2] for _, part in rows.groupby("group", sort=True)] if "group" in rows else []
     return {
         **accuracy(rows),
         "precision": precision,
         "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
-        "yes_ratio": float(said.mean()),
+        "f1": f1,
+        "f1_of_polls": sum(polls) / len(polls) if polls else f1,
+        "yes_ratio": float((rows["extracted"] == "yes").mean()),
     }
 
 
-def mme(rows: pd.DataFrame) -> dict[str, float]:
-    """Accuracy, and MME's score: the sum over sub-tasks of 100 (accuracy + share of images with every answer right).
+def pope_lmms(rows: pd.DataFrame) -> dict[str, float]:
+    """The same as lmms-eval counts it: its recall leaves out answers that are neither, its yes_ratio counts targets."""
+    precision, recall, f1 = _yes(rows)
+    read = rows[rows["extracted"].isin(["yes", "no"])]
+    recall = _yes(read)[1] if len(read) else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    ratio = float((rows["target"].str.lower() == "yes").mean())
+    return {**accuracy(rows), "precision": precision, "recall": recall, "f1": f1, "yes_ratio": ratio}
 
-    MME asks two questions of each image, one whose answer is yes and one whose answer is no.
+
+def mme(rows: pd.DataFrame) -> dict[str, float]:
+    """Accuracy, and MME's score over perception: per sub-task 100 (accuracy + share of images with every answer right).
+
+    MME asks two questions of each image, one whose answer is yes and one whose answer is no. `cognition` is the same
+    over the other four sub-tasks, where they were asked beside.
     """
-    total = 0.0
-    for _, part in rows.groupby("group", sort=True):
-        total += 100 * (float(part["score"].mean()) + all_right(part["score"], part["image_id"]))
-    return {**accuracy(rows), "score": total}
+
+    def total(part: pd.DataFrame) -> float:
+        tasks = [task for _, task in part.groupby("group", sort=True)]
+        return sum(100 * (float(task["score"].mean()) + all_right(task["score"], task["image_id"])) for task in tasks)
+
+    printed = in_perception(rows)
+    also = {} if printed.all() else {"cognition": total(rows[~printed])}
+    return {**accuracy(rows), "score": total(rows[printed]), **also}
 
 
 def circular(rows: pd.DataFrame) -> dict[str, float]:
-    """Accuracy, and MMBench's circular accuracy: a question counts when it is right under every order of its options.
-
-    A question's other orders carry its number plus a multiple of 1,000,000 as `sample_id`.
-    """
-    return {**accuracy(rows), "circular": all_right(rows["score"], rows["sample_id"].astype(int) % 1_000_000)}
+    """Accuracy, and MMBench's circular accuracy: a question counts when it is right under every order of its options."""
+    return {**accuracy(rows), "circular": all_right(rows["score"], circular_questions(rows))}
 
 
 def hallusion(rows: pd.DataFrame) -> dict[str, float]:
     """Accuracy over questions, and the share of figures and of question pairs that are wholly right.
 
-    `sample_id` ends in `_{set}_{figure}_{question}`, as in VLMEvalKit's file; `group` is the sub-category.
+    A row without an image belongs to no figure (its `image_id` is empty); question pairs span both kinds.
     """
-    ends = rows["sample_id"].str.rsplit("_", n=3)
-    figures = [(group, end[-3], end[-2]) for group, end in zip(rows["group"], ends, strict=True)]
-    questions = [(group, end[-3], end[-1]) for group, end in zip(rows["group"], ends, strict=True)]
+    groups, shown = hallusion_groups(rows), rows["image_id"] != ""
     return {
         **accuracy(rows),
-        "figure": all_right(rows["score"], figures),
-        "question_pair": all_right(rows["score"], questions),
+        "figure": all_right(rows["score"][shown], groups["figure"][shown]) if shown.any() else math.nan,
+        "question_pair": all_right(rows["score"], groups["question"]),
     }
+
+
+def mean_of_groups(rows: pd.DataFrame) -> dict[str, float]:
+    """Accuracy, and the plain mean of the groups' accuracies, which lmms-eval prints for MMStar."""
+    return {**accuracy(rows), "mean_of_groups": float(rows.groupby("group")["score"].mean().mean())}
+
+
+def by_modality(rows: pd.DataFrame) -> dict[str, float]:
+    """Accuracy, and that of the questions with an image and without one, where there are both."""
+    shown = rows["image_id"] != ""
+    parts = {"with_image": rows[shown], "without_image": rows[~shown]}
+    return {**accuracy(rows), **{name: float(part["score"].mean()) for name, part in parts.items() if len(part)}}
 
 
 METRICS: dict[str, Callable[[pd.DataFrame], dict[str, float]]] = {
@@ -109,8 +153,11 @@ METRICS: dict[str, Callable[[pd.DataFrame], dict[str, float]]] = {
     "vqa_accuracy": accuracy,
     "contains": accuracy,
     "pope": pope,
+    "pope_lmms": pope_lmms,
     "mme": mme,
     "circular": circular,
     "hallusion": hallusion,
+    "mean_of_groups": mean_of_groups,
+    "by_modality": by_modality,
 }
-"""By the registry's `metric`; rows have the columns of a predictions file."""
+"""By the protocol's `metric`; rows have the columns of a predictions file."""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from grace.benchmarks.metrics import circular_questions, hallusion_groups, in_perception
+
 COLUMNS = ("sample_id", "image_id", "group", "score")  # what the forms below read of a predictions file
-COGNITION = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 SAID = {
     "mme": "its score over perception: per sub-task 100 (share right + share of images with both answers right), "
     "summed, up to 2,000; left out of the average, as in the paper",
@@ -30,8 +31,7 @@ def _all_right(score: pd.Series, groups: pd.Series) -> np.ndarray:
 
 
 def _mme(rows: pd.DataFrame) -> pd.DataFrame:
-    rows = rows[~rows["group"].isin(COGNITION)] if (~rows["group"].isin(COGNITION)).any() else rows
-    rows = rows.reset_index(drop=True)
+    rows = rows[in_perception(rows)].reset_index(drop=True)
     total, influence = 0.0, np.zeros(len(rows))
     for places in rows.groupby("group", sort=True).indices.values():
         part = rows.iloc[places]
@@ -42,16 +42,19 @@ def _mme(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _circular(rows: pd.DataFrame) -> pd.DataFrame:
-    # the other orders of a question add a multiple of 1,000,000 to its id
-    return rows.assign(points=100 * _all_right(rows["score"], rows["sample_id"].astype(int) % 1_000_000))
+    return rows.assign(points=100 * _all_right(rows["score"], circular_questions(rows)))
 
 
 def _hallusion(rows: pd.DataFrame) -> pd.DataFrame:
-    ends = rows["sample_id"].str.rsplit("_", n=3)  # ..._{set}_{figure}_{question}
-    sets = rows["group"].astype(str) + "/" + ends.str[-3]
-    whole = [_all_right(rows["score"], sets + "/" + kind + ends.str[place]) for kind, place in (("f", -2), ("q", -1))]
+    groups, shown = hallusion_groups(rows), (rows["image_id"] != "").to_numpy()
+    total = rows["score"].to_numpy(dtype=float) + _all_right(rows["score"], groups["question"])
+    if shown.any():
+        figures = _all_right(rows["score"][shown], groups["figure"][shown])
+        share = figures.mean()
+        total += share
+        total[shown] += (figures - share) * len(rows) / shown.sum()  # influence on a mean over the rows with an image
     # a question pair spans the figures of its set, so the set is what is sampled
-    return rows.assign(points=100 * (rows["score"].to_numpy(dtype=float) + sum(whole)) / 3, image_id=sets)
+    return rows.assign(points=100 * total / 3, image_id=groups["set"])
 
 
 _FORMS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from grace.benchmarks.registry import task_id
 from grace.config.objectives import SAMPLED, objective_constants, objective_names
 from grace.config.sections import (
     DEMO_BENCHMARKS,
@@ -30,6 +31,7 @@ from grace.config.sections import (
     Section,
     Seed,
 )  # fmt: skip
+from grace.errors import GraceError
 from grace.models.families import FAMILIES
 
 __all__ = [
@@ -126,6 +128,7 @@ class Experiment(Section):
     def _consistent(self) -> "Experiment":
         self._check_recipes()
         self._check_runs()
+        self._check_benchmarks()
         shape = self.student.architecture
         group = self.quantization.group_size
         for key in ("hidden_size", "intermediate_size"):
@@ -147,6 +150,15 @@ class Experiment(Section):
         if isinstance(self.data, FilesData) and self.student.pretrained is None:
             raise ValueError("data.source `files` needs student.pretrained: its processor reads the images")
         return self
+
+    def _check_benchmarks(self) -> None:
+        """Every benchmark is known, to the harness too, and asked under a protocol that has it."""
+        for name in self.evaluation.benchmarks if self.data.source != "demo" else ():
+            try:
+                task_id(name, self.evaluation.harness)
+                self.evaluation.protocols(name)
+            except GraceError as error:
+                raise ValueError(str(error)) from error
 
     def _check_recipes(self) -> None:
         if "baseline" in self.recipes:

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from grace.benchmarks.protocols import PROTOCOLS, chosen, unknown
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$")]
 PrecisionName = Annotated[str, Field(pattern=r"^(bf16|int[2348])(-outliers)?$")]
 DEMO_BENCHMARKS = (
@@ -218,10 +220,18 @@ class Evaluation(Section):
 
     benchmarks: list[Name] = Field(min_length=1, description="names in the benchmark registry")
     batch: PositiveInt = Field(128, description="questions per forward pass")
-    max_new_tokens: PositiveInt = Field(8, description="longest answer in tokens")
+    max_new_tokens: PositiveInt | dict[Name, PositiveInt] | None = Field(
+        None, description="longest answer in tokens, for all benchmarks or by name; null: the protocol's"
+    )
     limit: PositiveInt | None = Field(None, description="only the first so many questions of each benchmark")
-    harness: Literal["lm-eval", "lmms-eval", "vlmeval"] = Field(
-        "lm-eval", description="who asks the questions and scores the answers"
+    protocol: str | list[str] | dict[Name, str | list[str]] | None = Field(
+        None,
+        description="how the paper's benchmarks are asked and scored [lmms-eval | vlmevalkit | llava-1.5 | grace-release], "
+        "for all or by name; of several the first is in the tables; null: the registry's choice",
+    )
+    harness: Literal["grace", "lm-eval", "lmms-eval", "vlmeval"] = Field(
+        "lm-eval",
+        description="whose code asks and scores: grace (any protocol), or a harness's own (its own protocol)",
     )
     language: list[str] = Field(
         [], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
@@ -235,7 +245,18 @@ class Evaluation(Section):
         stems = [task.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml") for task in self.language]
         if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
             raise ValueError(f"language names `{repeated[0]}` twice, and their scores share a file; rename one")
+        if nowhere := unknown(self.protocol):
+            raise ValueError(f"protocol: there is no `{nowhere[0]}`; protocols are {', '.join(PROTOCOLS)}")
         return self
+
+    def longest(self, benchmark: str) -> int | None:
+        """`max_new_tokens` of one benchmark; None: its protocol's."""
+        asked = self.max_new_tokens
+        return asked.get(benchmark) if isinstance(asked, dict) else asked
+
+    def protocols(self, benchmark: str) -> list[str]:
+        """The protocols that a benchmark is asked under, the one of the tables first."""
+        return chosen(self.protocol, self.harness, benchmark)
 
 
 class Bench(Section):

@@ -1,29 +1,39 @@
 """`grace evaluate`: every benchmark of a run for one model, in one process."""
 
+import hashlib
 import importlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from grace.benchmarks.registry import ADAPTERS, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.benchmarks.protocols import Spec, spec
+from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
 from grace.config.runs import EvaluateRun
+from grace.config.sections import Evaluation
 from grace.environment import environment
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.distribute import Share
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
+from grace.evaluate.rows import read_items
+from grace.evaluate.submissions import SUBMISSIONS, write_submission
 from grace.files import MANIFEST, read_json, sha256, write_json
 from grace.progress import progress
 from grace.results.predictions import (
+    RowsFailed,
+    answers_key,
     finished,
+    known_answers,
     model_hash,
     prediction_key,
     read_rows,
@@ -34,6 +44,7 @@ from grace.results.predictions import (
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
+PROTOCOL_CODE = "1"  # changes when this package asks equal questions otherwise
 _PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
 _INSTALL = {
     LM_EVAL: "pip install 'lm-eval>=0.4.13'",
@@ -42,8 +53,35 @@ _INSTALL = {
 }
 
 PARTS = ".parts"  # answers of a benchmark that is being asked
+PROTOCOLS = "protocols"  # predictions under protocols other than the first of a benchmark
 FEATURES = "features.safetensors"  # what the frozen tower makes of the benchmarks' images, where it was kept
-Predict = Callable[[Benchmark, Path], pd.DataFrame]
+Predict = Callable[[Benchmark, Path, Spec], pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark under one protocol, and the file that its predictions go to."""
+
+    entry: Benchmark
+    protocol: str
+    spec: Spec
+    file: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.entry.name} ({self.protocol})"
+
+
+def tasks_of(settings: Evaluation) -> list[Task]:
+    """What an experiment asks; under the first protocol of a benchmark its predictions are `{benchmark}.parquet`."""
+    tasks = []
+    for name in settings.benchmarks:
+        entry = benchmark(name)
+        task_id(name, settings.harness)
+        for place, protocol in enumerate(settings.protocols(name)):
+            file = f"{PROTOCOLS}/{protocol}/{name}.parquet" if place else f"{name}.parquet"
+            tasks.append(Task(entry, protocol, spec(protocol, name), file))
+    return tasks
 
 
 def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
@@ -51,75 +89,108 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
 
     A benchmark whose predictions are there and were made by the same model, questions, settings and harness is not
     asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark are kept as they
-    come, so that a killed job goes on in the middle of one. A benchmark that fails does not stop the others: their
-    predictions are kept, and a `GraceError` at the end names what failed.
+    come, so that a killed job goes on in the middle of one. A benchmark that fails, by whatever exception, does not stop
+    the others: their predictions are kept, and a `GraceError` at the end names what failed.
 
     Started by torchrun, all processes call it: they share the questions, and the first one writes.
 
     Args:
         run: frozen parameters (`EvaluateRun`).
         model: model folder, plain or packed, with its processor.
-        data: data folder with `benchmarks/{name}.parquet` (or `.tsv` in VLMEvalKit's format).
+        data: data folder with `benchmarks/{name}.parquet` (a file, or a folder of shards) or `.tsv` in VLMEvalKit's
+            format; `benchmarks/{protocol}/{name}...` where a protocol asks another split.
         out: predictions folder.
     """
     parameters = EvaluateRun.model_validate(read_json(run))
     settings = parameters.evaluation
-    entries = [benchmark(name) for name in settings.benchmarks]
-    for entry in entries:
-        task_id(entry.name, settings.harness)
+    tasks = tasks_of(settings)
     harness = _harness(settings)
     made_by, share = model_hash(model), Share()
-    asked = settings.model_dump(exclude={"benchmarks", "language", "vlmeval_checkout"})
+    how = settings.model_dump(include={"batch", "harness"})
+    answers = answers_key(made_by, how, harness)
     out.mkdir(parents=True, exist_ok=True)
     failed, keys, files = [], {}, {}
-    for entry in entries:
+
+    @contextmanager
+    def kept_apart(title: str) -> Iterator[None]:
+        """Whatever is raised about one benchmark is noted, and stops no other."""
         try:
-            files[entry.name] = _questions_file(data, entry.name)
-            keys[entry.name] = prediction_key(made_by, sha256(files[entry.name]), asked, harness, entry)
+            yield
         except GraceError as error:
             failed.append(str(error))
+        except Exception as error:
+            traceback.print_exc()
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            failed.append(f"{title}: {type(error).__name__}: {reason}; the log has the traceback, please report it")
+
+    for task in tasks:
+        with kept_apart(task.title):
+            files[task.title] = _questions_file(data, task)
+            longest = settings.longest(task.entry.name)
+            asked = replace(task.spec, new_tokens=longest, new_tokens_open=None) if longest else task.spec
+            keys[task.title] = prediction_key(answers, _hash(files[task.title]), settings.limit, task.protocol, asked)
     texts = {}
     for task in settings.language:
-        try:
+        with kept_apart(task):
             texts[task] = text_key(made_by, task, settings.limit)
-        except GraceError as error:
-            failed.append(str(error))
-    pending = [e for e in entries if e.name in keys and not finished(out / f"{e.name}.parquet", keys[e.name])]
+    pending = [task for task in tasks if task.title in keys and not finished(_predictions(out, task), keys[task.title])]
     untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
     pending, untold = share.agreed((pending, untold))
     if share.first and (pending or untold or failed):
         (out / MANIFEST).unlink(missing_ok=True)
     if pending or untold:
         with _asking(parameters, model, data, pending) as (runner, predict):
-            for entry in pending:
-                runner.parts = Parts(out / PARTS / keys[entry.name], share.rank)
-                try:
+            for task in pending:
+                with kept_apart(task.title):
                     start = time.monotonic()
-                    rows = predict(entry, files[entry.name])
+                    runner.parts = Parts(out / PARTS / keys[task.title], share.rank)
+                    runner.known = share.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
+                    try:
+                        rows = predict(task.entry, files[task.title], task.spec)
+                    except RowsFailed as error:  # the others' answers serve once these rows are mended
+                        if share.first and len(error.rows):
+                            kept = out / PARTS / keys[task.title] / f"{task.entry.name}.parquet"
+                            write_predictions(kept, error.rows, "", task.protocol, answers)
+                        raise
                     if share.first:
-                        path = out / f"{entry.name}.parquet"
-                        write_predictions(path, rows, keys[entry.name])
-                        print(f"{entry.name}: {len(rows)} questions in {time.monotonic() - start:.1f} s", flush=True)
+                        write_predictions(_predictions(out, task), rows, keys[task.title], task.protocol, answers)
+                        if task.spec.hidden:
+                            items = (
+                                item
+                                for _, item in read_items(files[task.title], task.entry, task.spec, settings.limit)
+                                if not isinstance(item, str)
+                            )
+                            write_submission(out, task.entry.name, task.protocol, rows, items)
+                        print(f"{task.title}: {len(rows)} questions in {time.monotonic() - start:.1f} s", flush=True)
                         runner.parts.drop()
-                except GraceError as error:
-                    failed.append(str(error))
             for task in untold:
-                try:
+                with kept_apart(task):
                     found = score_text(runner, task, settings.limit)
                     if share.first:
                         write_text_scores(text_file(out, task), found, texts[task])
-                except GraceError as error:
-                    failed.append(str(error))
     if failed:
-        every = len(entries) + len(settings.language)
+        every = len(tasks) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
     if share.first:
-        _write_manifest(model, out, entries, settings.language, {"model": made_by, "harness": harness})
+        about = {"model": made_by, "harness": harness}
+        _write_manifest(model, out, tasks, settings, about)
+
+
+def _predictions(out: Path, task: Task) -> Path:
+    """Where a task's predictions go; those without scores stand with the submissions, where no table looks."""
+    return out / SUBMISSIONS / task.protocol / f"{task.entry.name}.parquet" if task.spec.hidden else out / task.file
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 (hex) of a benchmark's file, or over those of its shards."""
+    if path.is_file():
+        return sha256(path)
+    return hashlib.sha256("".join(sha256(shard) for shard in sorted(path.glob("*.parquet"))).encode()).hexdigest()
 
 
 @contextmanager
 def _asking(
-    parameters: EvaluateRun, model: Path, data: Path, pending: list[Benchmark]
+    parameters: EvaluateRun, model: Path, data: Path, pending: list[Task]
 ) -> Iterator[tuple["Runner", Predict]]:
     """The model, loaded, and the harness around it, with a bar that counts the questions of `pending`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harnesses' own bars
@@ -131,17 +202,20 @@ def _asking(
     from grace.models import load_model, load_processor, vision_tower
 
     settings, share = parameters.evaluation, Share()
-    total = sum(entry.size if settings.limit is None else min(entry.size, settings.limit) for entry in pending)
+    sizes = [task.spec.size for task in pending]
+    total = sum(size if settings.limit is None else min(size, settings.limit) for size in sizes)
     with progress(f"evaluating {model}", total) if share.first else nullcontext(lambda steps: None) as advance:
         loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
-        runner = Runner(loaded, load_processor(model), settings.batch, settings.max_new_tokens, kept)
+        runner = Runner(loaded, load_processor(model), settings.batch, kept=kept)
         yield runner, importlib.import_module(ADAPTERS[settings.harness]).predictor(runner, settings, advance)
 
 
 def _harness(settings) -> dict[str, str]:
     """Name and version of the harness; a `GraceError` says how to install a missing one."""
     name = settings.harness
+    if name == GRACE:
+        return {"name": name, "version": PROTOCOL_CODE}
     if name == VLMEVAL:
         if settings.vlmeval_checkout is None:
             raise GraceError("evaluation.vlmeval_checkout: is not set; give the folder of a VLMEvalKit checkout")
@@ -158,37 +232,55 @@ def _harness(settings) -> dict[str, str]:
         raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {_INSTALL[name]}") from None
 
 
-def _questions_file(data: Path, name: str) -> Path:
-    for suffix in (".parquet", ".tsv"):
-        if (path := data / "benchmarks" / f"{name}{suffix}").is_file():
-            return path
+def _questions_file(data: Path, task: Task) -> Path:
+    """The benchmark's file: where the protocol has one of its own, that; else the one for all."""
+    folder, name = data / "benchmarks", task.entry.name
+    for place in (folder / task.protocol, folder):
+        for path in (place / f"{name}.parquet", place / f"{name}.tsv", place / name):
+            if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
+                return path
     raise GraceError(
-        f"{data / 'benchmarks' / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
+        f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
     )
 
 
-def _write_manifest(model: Path, out: Path, entries: list[Benchmark], texts: list[str], about: dict) -> None:
+def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluation, about: dict) -> None:
     """Sum up the predictions; files of benchmarks that are no longer asked for go."""
-    benchmarks, language, answered = {}, {}, False
-    for entry in entries:
-        path = out / f"{entry.name}.parquet"
+    benchmarks: dict[str, dict] = {}
+    others: dict[str, dict[str, dict]] = {}
+    submissions: dict[str, dict[str, dict]] = {}
+    language, answered = {}, False
+    wanted = set()
+    for task in tasks:
+        path = _predictions(out, task)
         rows = read_rows(path)
         answered |= bool(rows["prediction"].str.strip().ne("").any())
-        benchmarks[entry.name] = {"file": path.name, "sha256": sha256(path), **summary(entry, rows)}
+        entry = {"file": path.relative_to(out).as_posix(), "sha256": sha256(path)}
+        wanted.add(path)
+        if task.spec.hidden:
+            entry |= {"protocol": task.protocol, "questions": len(rows), "of": task.spec.size}
+            submissions.setdefault(task.protocol, {})[task.entry.name] = entry
+        elif task.file.startswith(PROTOCOLS):
+            others.setdefault(task.protocol, {})[task.entry.name] = {
+                **entry, **summary(task.protocol, task.spec, rows, settings.limit)
+            }  # fmt: skip
+        else:
+            benchmarks[task.entry.name] = {**entry, **summary(task.protocol, task.spec, rows, settings.limit)}
     if not answered:
         raise GraceError(
             f"{model}: answered nothing to any question of any benchmark; check its training log, and that "
             "its chat template is the one it was trained with"
         )
-    for task in texts:
+    for task in settings.language:
         path = text_file(out, task)
+        wanted.add(path)
         language[task] = {"file": path.relative_to(out).as_posix(), "sha256": sha256(path), **text_summary(path)}
-    wanted = {out / entry["file"] for entry in (*benchmarks.values(), *language.values())}
     for path in out.rglob("*.parquet"):
         if path not in wanted:
             path.unlink()
     shutil.rmtree(out / PARTS, ignore_errors=True)
-    manifest = {**about, "benchmarks": benchmarks} | ({"language": language} if language else {})
+    parts = {"protocols": others, "submissions": submissions, "language": language}
+    manifest = {**about, "benchmarks": benchmarks, **{name: part for name, part in parts.items() if part}}
     kept = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
     if kept != {**manifest, "environment": kept.get("environment")}:
         write_json(out / MANIFEST, {**manifest, "environment": environment()})

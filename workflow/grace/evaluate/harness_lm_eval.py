@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from grace.benchmarks.extraction import Answer, normalise
+from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import LM_EVAL, Benchmark
 from grace.errors import GraceError
 from grace.evaluate.runner import Question, Runner
@@ -162,7 +163,7 @@ class RunnerLM(TemplateLM):
                     f"lm-eval task {request.task_name}: has no images; this model generates about images only"
                 )
             name = request.args[2]["visual"][0]
-            questions.append(Question(name, request.args[0], self.images[name]))
+            questions.append(Question(name, request.args[0], (self.images[name],), request.args[1].get("max_gen_toks")))
         found = self.runner.answer(questions, self.advance)
         self.answers = {request.doc_id: answer for request, answer in zip(requests, found, strict=True)}
         texts = []
@@ -206,23 +207,25 @@ class RunnerLM(TemplateLM):
         return totals
 
 
-def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Callable[[Benchmark, Path], pd.DataFrame]:
+def predictor(
+    runner: Runner, settings, advance: Callable[[int], None]
+) -> Callable[[Benchmark, Path, Spec], pd.DataFrame]:
     """What `grace evaluate` calls for each benchmark file."""
     lm = RunnerLM(runner, advance)
 
-    def of_file(benchmark: Benchmark, path: Path) -> pd.DataFrame:
+    def of_file(benchmark: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
         rows = read_questions(path, settings.limit)
         try:
-            return predict(lm, benchmark, rows)
+            return predict(lm, benchmark, rows, settings.longest(benchmark.name) or spec.new_tokens)
         except GraceError as error:
             raise GraceError(f"{path}: {error}") from error
 
     return of_file
 
 
-def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame) -> pd.DataFrame:
+def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) -> pd.DataFrame:
     """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`."""
-    task = build_task(benchmark, rows, lm.runner.max_new_tokens)
+    task = build_task(benchmark, rows, max_new_tokens)
     lm.images = dict(zip(rows["id"], rows["image"], strict=True))
     results = evaluate(
         lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0

@@ -1,20 +1,21 @@
 """lmms-eval asks and scores: its official tasks on local copies of their data, around our batched runner.
 
-A task of the paper is lmms-eval's own YAML (prompt, image, scoring, aggregation) with its data set replaced by
-`benchmarks/{name}.parquet`, a local copy in that data set's columns. The demo's tasks are written here in the same
-terms. Installed without its dependencies (`envs/lmms-eval.txt`), lmms-eval runs in the environment of the rest.
+A task of the paper is lmms-eval's own YAML (prompt, image, scoring) with its data set replaced by `benchmarks/{name}.parquet`,
+a local copy in that data set's columns, of which only the rows at hand are in memory. The demo's tasks are written here in
+the same terms. Rows are kept as the protocol `lmms-eval` of this package reads and scores them, and every score is held
+against lmms-eval's own. Installed without its dependencies (`envs/lmms-eval.txt`), lmms-eval runs in the environment of
+the rest.
 """
 
-import hashlib
 import io
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask
@@ -23,54 +24,69 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from PIL import Image, ImageFile
 
-from grace.benchmarks.extraction import EXTRACTIONS, Answer, normalise
+from grace.benchmarks.extraction import Answer, extract, normalise
+from grace.benchmarks.items import Item
+from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import LMMS_EVAL, Benchmark
 from grace.errors import GraceError
+from grace.evaluate.ask import demo_items, judged
+from grace.evaluate.parquet_rows import ParquetRows
+from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner
-from grace.results.predictions import SCHEMA, read_questions
+from grace.results.predictions import SCHEMA, RowsFailed
 
 # importing lmms-eval lets the whole process read images that are cut short as if they were whole
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+CHUNK = 512  # documents whose images are held at a time
+_NOT_HERE = (
+    "submission",
+    "seed_all",
+    "seed_video",
+    "mmmu_acc_pass_at_k",
+)  # metrics that need a server, a video or a file
 
 
 class RunnerLMM(lmms):
-    """Our runner as a model of lmms-eval, for tasks that show one image.
+    """Our runner as a model of lmms-eval.
 
     Attributes:
-        answers: the last task's answers by document, and the prompt and image of each as SHA-256.
+        longest: longest answer; None: the task's own.
+        answers: the last task's answers by document, each with the key of what was asked.
     """
 
     def __init__(self, runner: Runner, advance: Callable[[int], None] = lambda steps: None) -> None:
         super().__init__()
         self.runner, self.advance = runner, advance
-        self.answers: dict[int, tuple[Answer, str, str]] = {}
+        self.longest: int | None = None
+        self.answers: dict[int, tuple[Answer, str]] = {}
 
     def generate_until(self, requests) -> list[str]:
         """Answers in the order of `requests`."""
-        questions, owners = [], []
-        for request in requests:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            try:
-                images = doc_to_visual(self.task_dict[task][split][doc_id])
-            except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no image, or one that is none
-                raise GraceError(
-                    f"lmms-eval task {task}: document {doc_id} has no readable image ({error}); mend that row"
-                ) from error
-            if len(images) != 1:
-                raise GraceError(
-                    f"lmms-eval task {task}: document {doc_id} has {len(images)} images; this model takes one"
-                )
-            said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": context}]}]
-            questions.append(Question(f"{task}/{doc_id}", self.runner.render(said), _encoded(images[0])))
-            owners.append(doc_id)
-        found = self.runner.answer(questions, self.advance)
-        self.answers = {
-            doc_id: (answer, _hash(question.prompt.encode()), _hash(question.image))
-            for doc_id, answer, question in zip(owners, found, questions, strict=True)
-        }
-        return [answer.text for answer in found]
+        self.answers, texts = {}, []
+        for start in range(0, len(requests), CHUNK):
+            part = requests[start : start + CHUNK]
+            questions = [self._question(request) for request in part]
+            for request, question, answer in zip(
+                part, questions, self.runner.answer(questions, self.advance), strict=True
+            ):
+                self.answers[request.args[3]] = (answer, question.key)
+                texts.append(answer.text)
+        return texts
+
+    def _question(self, request: Any) -> Question:
+        context, settings, doc_to_visual, doc_id, task, split = request.args
+        try:
+            images = tuple(_encoded(image) for image in doc_to_visual(self.task_dict[task][split][doc_id]))
+        except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no image, or one that is none
+            raise GraceError(
+                f"lmms-eval task {task}: document {doc_id} has no readable image ({error}); mend that row"
+            ) from error
+        parts = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
+        prompt = self.runner.render([{"role": "user", "content": parts}])
+        longest = self.longest or settings.get("max_new_tokens")
+        return Question(f"{task}/{doc_id}", prompt, images, longest)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
         raise GraceError("lmms-eval tasks that rank options by likelihood are not run here; use the generating task")
@@ -79,28 +95,53 @@ class RunnerLMM(lmms):
         raise GraceError("lmms-eval tasks of several rounds are not run here")
 
 
-def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Callable[[Benchmark, Path], pd.DataFrame]:
+def predictor(
+    runner: Runner, settings, advance: Callable[[int], None]
+) -> Callable[[Benchmark, Path, Spec], pd.DataFrame]:
     """What `grace evaluate` calls for each benchmark file."""
     model = RunnerLMM(runner, advance)
     manager = TaskManager(verbosity="ERROR")
-    return lambda benchmark, path: predict(model, manager, benchmark, path, settings.limit)
+
+    def of_file(benchmark: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
+        model.longest = settings.longest(benchmark.name) or spec.new_tokens
+        return predict(model, manager, benchmark, path, spec, settings.limit)
+
+    return of_file
+
+
+class LocalTask(ConfigurableTask):
+    """A task over rows of a local file instead of a data set that is fetched, copied and kept whole."""
+
+    rows: ParquetRows  # set on a subclass, because the constructor asks for the data
+
+    def download(self, dataset_kwargs=None) -> None:
+        split = self.config.test_split
+        self.dataset = {split: self.rows}
+        self.dataset_no_image = {split: self.rows.without_images()}
 
 
 def predict(
-    model: RunnerLMM, manager: TaskManager, benchmark: Benchmark, path: Path, limit: int | None
+    model: RunnerLMM, manager: TaskManager, benchmark: Benchmark, path: Path, spec: Spec, limit: int | None
 ) -> pd.DataFrame:
-    """Run one benchmark through lmms-eval; rows of a predictions file in the file's order."""
+    """Run one benchmark through lmms-eval; rows of a predictions file in the file's order.
+
+    Raises:
+        GraceError: a row cannot be asked, the file lacks a column, or lmms-eval scores an answer otherwise than we do.
+    """
     name = benchmark.tasks[LMMS_EVAL]
-    _check(path)
+    items = list(_items(path, benchmark, spec, limit))
+    if path.suffix == ".tsv":
+        raise GraceError(f"{path}: lmms-eval reads Parquet; copy its data set, or use harness `grace`")
+    rows = ParquetRows(path, only=("data_type", "image") if spec.rows == "image" else None)
     with tempfile.TemporaryDirectory() as scratch:
-        config = _demo_task(benchmark, path) if benchmark.mirrors else _official_task(manager, name)
-        config |= {
-            "dataset_path": "parquet", "dataset_name": None,
-            "dataset_kwargs": {"data_files": {config["test_split"]: str(path)}, "cache_dir": scratch},
-        }  # fmt: skip
+        config = _demo_task(benchmark) if benchmark.mirrors else _official_task(manager, name)
+        config["dataset_kwargs"] = {}
         about = Namespace(output_path=scratch, process_with_media=True)
+        aggregations = {metric["metric"]: metric["aggregation"] for metric in config["metric_list"]}
+        if limit is not None:  # some aggregations take nothing but whole benchmarks
+            config["metric_list"] = [{**metric, "aggregation": len} for metric in config["metric_list"]]
         try:
-            task = ConfigurableTask(config=config, model_name="grace")
+            task = type("Task", (LocalTask,), {"rows": rows})(config=config, model_name="grace")
             model.task_dict = {name: task.dataset}
             results = evaluate(
                 model, {name: task}, limit=limit, bootstrap_iters=0, cli_args=about, process_docs_parallel=1
@@ -112,39 +153,52 @@ def predict(
         except GraceError as error:
             raise GraceError(f"{path}: {error}") from error
         samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-        metrics = [metric["metric"] for metric in config["metric_list"]]
-        rows = [_row(sample, metrics, task, benchmark, model) for sample in samples]
-    return pd.DataFrame(rows, columns=SCHEMA.names)
+        made = []
+        for item, sample in zip(items, samples, strict=True):
+            answer, asked = model.answers[sample["doc_id"]]
+            extracted, score = judged(spec, item, answer.text)
+            metric = next(metric for metric in aggregations if metric in sample)
+            theirs = _score(sample[metric], aggregations[metric])
+            if abs(theirs - score) > 1e-9 and extracted:  # where nothing can be read, lmms-eval may guess
+                raise GraceError(
+                    f"{path}: row {item.id}: lmms-eval scores {answer.text!r} {theirs:g}, the protocol here {score:g}; "
+                    "report it, with the version of lmms-eval"
+                )
+            made.append(
+                [item.id, item.image_id, item.group, asked, answer.text, extracted, item.target, score, answer.logprob,
+                 answer.entropy]
+            )  # fmt: skip
+    return pd.DataFrame(made, columns=SCHEMA.names)
 
 
-def _check(path: Path) -> None:
-    try:
-        empty = pq.read_metadata(path).num_rows == 0
-    except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: not a readable Parquet file ({error}); copy the data set again") from error
-    if empty:
-        raise GraceError(f"{path}: has no rows; copy the data set again")
+def _items(path: Path, benchmark: Benchmark, spec: Spec, limit: int | None) -> Iterator[Item]:
+    """What is asked, without the images; a row that can't be asked ends it, because lmms-eval runs all or none."""
+    found = demo_items(path, limit) if benchmark.mirrors else read_items(path, benchmark, spec, limit)
+    for name, item in found:
+        if isinstance(item, str):
+            raise RowsFailed(path, [(name, item)], pd.DataFrame(columns=SCHEMA.names))
+        yield replace(item, images={})
 
 
 def _official_task(manager: TaskManager, name: str) -> dict[str, Any]:
     """lmms-eval's own task without what needs a network, a judge or a submission server."""
     config = load_yaml_config(manager._task_index[name]["yaml_path"], mode="full")
-    config["metric_list"] = [metric for metric in config["metric_list"] if metric["metric"] != "submission"]
+    config["metric_list"] = [metric for metric in config["metric_list"] if metric["metric"] not in _NOT_HERE]
     config.pop("tag", None)
     config.pop("process_docs", None)  # GQA's fetches the images; a local copy has them beside the questions
     return config
 
 
-def _demo_task(benchmark: Benchmark, path: Path) -> dict[str, Any]:
+def _demo_task(benchmark: Benchmark) -> dict[str, Any]:
     """A demo benchmark in lmms-eval's terms."""
-    read_questions(path)
-    prompt, extract = (
-        _TEMPLATES.from_string(benchmark.prompt.removeprefix("<image>")),
-        EXTRACTIONS[benchmark.extraction],
-    )
+    prompt = _TEMPLATES.from_string(benchmark.prompt.removeprefix("<image>"))
 
     def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-        return {"exact_match": float(normalise(extract(results[0])) == normalise(doc["answer"]))}
+        return {
+            "exact_match": float(
+                normalise(extract(benchmark.extraction, results[0].split("\n")[0])) == normalise(doc["answer"])
+            )
+        }
 
     return {
         "task": benchmark.tasks[LMMS_EVAL],
@@ -159,30 +213,6 @@ def _demo_task(benchmark: Benchmark, path: Path) -> dict[str, Any]:
     }
 
 
-def _row(sample: dict, metrics: list[str], task, benchmark: Benchmark, model: RunnerLMM) -> dict[str, Any]:
-    """One row from what lmms-eval logs of a document; the first metric that it reports scores the row."""
-    doc, number = sample["doc"], sample["doc_id"]
-    metric = next(name for name in metrics if name in sample)
-    value = sample[metric]
-    answer, prompt_hash, image_hash = model.answers[number]
-    extracted = value.get("parsed_pred", value.get("pred")) if isinstance(value, dict) else None
-    if not isinstance(extracted, str):
-        extracted = normalise(EXTRACTIONS[benchmark.extraction](sample["filtered_resps"][0]))
-    index = doc.get("id") if benchmark.mirrors else doc.get("index") if benchmark.metric == "circular" else number
-    return {
-        "sample_id": str(index),
-        "image_id": doc.get("image_id") if benchmark.mirrors else image_hash,
-        "group": str(doc.get("category") or doc.get("group") or doc.get("question_type") or ""),
-        "prompt_hash": prompt_hash,
-        "prediction": answer.text,
-        "extracted": extracted,
-        "target": str(sample["target"]),
-        "score": _score(value, task.aggregation()[metric]),
-        "logprob": answer.logprob,
-        "entropy": answer.entropy,
-    }
-
-
 def _score(value: Any, aggregate: Callable) -> float:
     """A document's own score: the number the task gives it, or its aggregation over this document alone.
 
@@ -190,6 +220,8 @@ def _score(value: Any, aggregate: Callable) -> float:
     """
     if not isinstance(value, dict):
         return float(value)
+    if isinstance(value.get("pred"), str):
+        return float(value["pred"].lower().strip() == value["answer"].lower().strip())
     if "score" in value:
         return float(value["score"])
     if "index" in value:
@@ -209,7 +241,3 @@ def _encoded(image: Image.Image) -> bytes:
     kept = io.BytesIO()
     image.convert("RGB").save(kept, "PPM")
     return kept.getvalue()
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -5,31 +5,39 @@ the registry names), in an environment of its own (`envs/vlmeval.txt`), from whi
 benchmark of the paper is VLMEvalKit's own TSV as `benchmarks/{name}.tsv`; the demo's are written in that form here.
 
 Its loop asks one question at a time, so our model answers a data set as a batch first and the loop looks answers up.
-No LLM judges: `exact_matching`, with which an answer that cannot be read is wrong.
+No LLM judges: `exact_matching`, with which an answer that cannot be read is wrong. Rows are kept as the protocol
+`vlmevalkit` of this package reads and scores them, and every score is held against VLMEvalKit's own.
 """
 
 import base64
-import hashlib
 import os
 import ssl
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from grace.benchmarks.extraction import EXTRACTIONS, Answer, normalise
+from grace.benchmarks.extraction import Answer, extract, normalise
+from grace.benchmarks.items import Item
+from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import VLMEVAL, Benchmark
 from grace.errors import GraceError
+from grace.evaluate.ask import demo_items, judged
+from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner
-from grace.results.predictions import SCHEMA, read_questions
+from grace.results.predictions import SCHEMA, RowsFailed, read_questions
 
+CHUNK = 512  # questions whose images are held at a time
 MODEL = "grace"  # VLMEvalKit reuses predictions by model name, so every benchmark works in a new folder
 
 
-def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Callable[[Benchmark, Path], pd.DataFrame]:
+def predictor(
+    runner: Runner, settings, advance: Callable[[int], None]
+) -> Callable[[Benchmark, Path, Spec], pd.DataFrame]:
     """What `grace evaluate` calls for each benchmark file."""
     sys.path.insert(0, str(Path(settings.vlmeval_checkout).resolve()))
     verified = ssl._create_default_https_context
@@ -43,46 +51,67 @@ def predictor(runner: Runner, settings, advance: Callable[[int], None]) -> Calla
     finally:
         ssl._create_default_https_context = verified  # importing VLMEvalKit turns the check of certificates off
     model = _model_class(BaseModel)(runner, advance)
-    return lambda benchmark, path: predict(model, benchmark, path, settings.limit)
+
+    def of_file(benchmark: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
+        model.longest = settings.longest(benchmark.name) or spec.new_tokens
+        return predict(model, benchmark, path, spec, settings.limit)
+
+    return of_file
 
 
 def _model_class(base: type) -> type:
     """Our runner as a model of VLMEvalKit."""
 
     class RunnerVLM(base):
-        INTERLEAVE = False  # one image; VLMEvalKit's own rule picks the first where there are more
+        INTERLEAVE = True  # images in their places, several where there are several
 
         def __init__(self, runner: Runner, advance: Callable[[int], None]) -> None:
             super().__init__()
             self.runner, self.advance = runner, advance
-            self.answers: dict[
-                tuple[str, str], tuple[Answer, str]
-            ] = {}  # (text, image's path) -> answer, prompt's hash
+            self.longest: int | None = None
+            self.answers: dict[tuple, str] = {}  # message -> answer
 
-        def answer_all(self, messages: list[list[dict]], dataset: str) -> list[tuple[Answer, str]]:
-            """Answer all messages as a batch and remember them; also the SHA-256 of each rendered prompt."""
-            keys = [self.message_to_promptimg(message, dataset=dataset) for message in messages]
-            questions = []
-            for text, image in keys:
-                said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-                questions.append(Question(image, self.runner.render(said), Path(image).read_bytes()))
-            hashes = [hashlib.sha256(question.prompt.encode()).hexdigest() for question in questions]
-            found = list(zip(self.runner.answer(questions, self.advance), hashes, strict=True))
-            self.answers = dict(zip(keys, found, strict=True))
+        def answer_all(self, messages: list[list[dict]]) -> list[tuple[Answer, str]]:
+            """Answer all messages and remember them; also the key of what each asked. Images are held a chunk at a time."""
+            found = []
+            for start in range(0, len(messages), CHUNK):
+                questions = [self._question(message) for message in messages[start : start + CHUNK]]
+                answers = self.runner.answer(questions, self.advance)
+                found += [(answer, question.key) for answer, question in zip(answers, questions, strict=True)]
+            said = (answer.text for answer, _ in found)
+            self.answers = dict(zip(map(_key, messages), said, strict=True))
             return found
 
+        def _question(self, message: list[dict]) -> Question:
+            parts = [
+                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["value"]}
+                for part in message
+            ]
+            paths = [part["value"] for part in message if part["type"] == "image"]
+            prompt = self.runner.render([{"role": "user", "content": parts}])
+            return Question(str(paths[:1]), prompt, tuple(Path(path).read_bytes() for path in paths), self.longest)
+
         def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:
-            return self.answers[self.message_to_promptimg(message, dataset=dataset)][0].text
+            return self.answers[_key(message)]
 
     return RunnerVLM
 
 
-def predict(model: Any, benchmark: Benchmark, path: Path, limit: int | None) -> pd.DataFrame:
-    """Run one benchmark through VLMEvalKit; rows of a predictions file in the data set's order."""
+def _key(message: list[dict]) -> tuple:
+    return tuple((part["type"], part["value"]) for part in message)
+
+
+def predict(model: Any, benchmark: Benchmark, path: Path, spec: Spec, limit: int | None) -> pd.DataFrame:
+    """Run one benchmark through VLMEvalKit; rows of a predictions file in the data set's order.
+
+    Raises:
+        GraceError: a row cannot be asked, VLMEvalKit drops or adds rows, or it scores an answer otherwise than we do.
+    """
     from vlmeval.inference import infer_data_job
     from vlmeval.smp import load
 
     name = benchmark.tasks[VLMEVAL]
+    items = _items(path, benchmark, spec, limit)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"LMUData": scratch, "PRED_FORMAT": "tsv"}  # its default, XLSX, refuses control characters
         dataset = (
@@ -90,34 +119,47 @@ def predict(model: Any, benchmark: Benchmark, path: Path, limit: int | None) -> 
             if benchmark.mirrors
             else _official_dataset(path, name, Path(scratch))
         )
+        if spec.rows == "validation":  # its copy holds the development rows, too
+            dataset.data = dataset.data[dataset.data["split"] == "validation"].reset_index(drop=True)
         if limit is not None:
             dataset.data = dataset.data.iloc[:limit]
         asked = dataset.data.copy()
-        found = model.answer_all([dataset.build_prompt(row) for _, row in asked.iterrows()], name)
+        if len(asked) != len(items):
+            raise GraceError(
+                f"{path}: VLMEvalKit asks {len(asked)} rows, the protocol here {len(items)}; copy the TSV again"
+            )
+        found = model.answer_all([dataset.build_prompt(row) for _, row in asked.iterrows()])
         infer_data_job(model, scratch, MODEL, dataset)
         (file,) = Path(scratch).glob(f"{MODEL}_{name}.*")
         said = load(str(file))
         if [str(index) for index in said["index"]] != [str(index) for index in asked["index"]]:
             raise GraceError(f"{path}: VLMEvalKit returned other rows than it was asked; give every row its own index")
-        scored = _scored(dataset, benchmark, str(file), asked, [answer.text for answer, _ in found])
-        images = [hashlib.sha256(str(image).encode()).hexdigest() for image in asked["image"]]
-    columns = asked.get("image_id", pd.Series(images, index=asked.index))
-    groups = asked.get("category", asked.get("l2-category", pd.Series("", index=asked.index))).astype(object)
-    return pd.DataFrame(
-        {
-            "sample_id": asked.get("id", asked["index"]).astype(str).tolist(),
-            "image_id": columns.tolist(),
-            "group": ["" if pd.isna(group) else str(group) for group in groups],
-            "prompt_hash": [prompt for _, prompt in found],
-            "prediction": [answer.text for answer, _ in found],
-            "extracted": [extracted for extracted, _ in scored],
-            "target": asked["answer"].astype(str).tolist(),
-            "score": [float(score) for _, score in scored],
-            "logprob": [answer.logprob for answer, _ in found],
-            "entropy": [answer.entropy for answer, _ in found],
-        },
-        columns=SCHEMA.names,
-    )
+        texts = [answer.text for answer, _ in found]
+        theirs = _scored(dataset, benchmark, spec, str(file), asked, texts) if limit is None else [None] * len(texts)
+    rows = []
+    for item, (answer, key), score_there in zip(items, found, theirs, strict=True):
+        extracted, score = judged(spec, item, answer.text)
+        if score_there is not None and abs(score_there - score) > 1e-9:
+            raise GraceError(
+                f"{path}: row {item.id}: VLMEvalKit scores {answer.text!r} {score_there:g}, the protocol here {score:g}; "
+                "report it, with the commit of the checkout"
+            )
+        rows.append(
+            [item.id, item.image_id, item.group, key, answer.text, extracted, item.target, score, answer.logprob,
+             answer.entropy]
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=SCHEMA.names)
+
+
+def _items(path: Path, benchmark: Benchmark, spec: Spec, limit: int | None) -> list[Item]:
+    """What is asked, without the images; a row that can't be asked ends it, because VLMEvalKit runs all or none."""
+    if path.suffix != ".tsv" and not benchmark.mirrors:
+        raise GraceError(f"{path}: VLMEvalKit reads TSV; copy its file, or use harness `grace`")
+    found = list(demo_items(path, limit) if benchmark.mirrors else read_items(path, benchmark, spec, limit))
+    failed = [(name, item) for name, item in found if isinstance(item, str)]
+    if failed:
+        raise RowsFailed(path, failed, pd.DataFrame(columns=SCHEMA.names))
+    return [replace(item, images={}) for _, item in found if not isinstance(item, str)]
 
 
 def _official_dataset(path: Path, name: str, root: Path) -> Any:
@@ -169,45 +211,42 @@ def _demo_dataset(benchmark: Benchmark, path: Path, name: str, root: Path) -> An
     return GraceDataset(name)
 
 
-def _exactly(benchmark: Benchmark, said, targets) -> list[tuple[str, float]]:
-    extract = EXTRACTIONS[benchmark.extraction]
-    pairs = [(normalise(extract(text)), normalise(target)) for text, target in zip(said, targets, strict=True)]
-    return [(one, float(one == other)) for one, other in pairs]
+def _exactly(benchmark: Benchmark, said, targets) -> list[float]:
+    pairs = [(extract(benchmark.extraction, text), target) for text, target in zip(said, targets, strict=True)]
+    return [float(normalise(one) == normalise(other)) for one, other in pairs]
 
 
 def _scored(
-    dataset: Any, benchmark: Benchmark, file: str, asked: pd.DataFrame, said: list[str]
-) -> list[tuple[str, float]]:
-    """(extracted, score) of every row, as VLMEvalKit's own evaluation of the predictions in `file` judges it."""
+    dataset: Any, benchmark: Benchmark, spec: Spec, file: str, asked: pd.DataFrame, said: list[str]
+) -> list[float]:
+    """Score of every row as VLMEvalKit's own evaluation of the predictions in `file` judges it."""
     from vlmeval.smp import get_intermediate_file_path, load
 
     if benchmark.mirrors:
-        return _exactly(benchmark, said, asked["answer"].astype(str))
-    dataset.evaluate(file, model="exact_matching", nproc=1)
-    if benchmark.metric == "circular":
+        return _exactly(benchmark, (text.split("\n")[0] for text in said), asked["answer"].astype(str))
+    if spec.metric == "circular":
         from vlmeval.utils import can_infer
 
-        letters = [can_infer(text, _options(row)) or "" for text, (_, row) in zip(said, asked.iterrows(), strict=True)]
-        return [(letter, float(letter == answer)) for letter, answer in zip(letters, asked["answer"], strict=True)]
+        pairs = zip(said, asked.iterrows(), strict=True)
+        return [float(can_infer(text, _options(row)) == row["answer"]) for text, (_, row) in pairs]
+    dataset.evaluate(file, model="exact_matching", nproc=1)
     if dataset.TYPE == "MCQ":
         kept = load(get_intermediate_file_path(file, "_exact_matching_result"))
         hits = dict(zip(kept["index"].astype(str), kept["hit"], strict=True))
-        return [
-            (EXTRACTIONS["letter"](text), hits[str(index)]) for text, index in zip(said, asked["index"], strict=True)
-        ]
+        return [float(hits[str(index)]) for index in asked["index"]]
     if dataset.TYPE == "Y/N":
         kept = load(get_intermediate_file_path(file, "_auxmatch"))
-        return [(str(word).lower(), score) for word, score in zip(kept["extracted"], kept["score"], strict=True)]
-    if benchmark.metric == "contains":
-        return [(text, _contains(text, row)) for text, (_, row) in zip(said, asked.iterrows(), strict=True)]
+        return [float(score) for score in kept["score"]]
+    if spec.metric == "contains":
+        return [_contains(text, row) for text, (_, row) in zip(said, asked.iterrows(), strict=True)]
     from vlmeval.dataset.utils.vqa_eval import process_line
 
-    method = "accuracy" if benchmark.metric == "exact_match" else "vqa_score"
+    method = "accuracy" if spec.metric == "exact_match" else "vqa_score"
     judged = []
     for text, (_, row) in zip(said, asked.iterrows(), strict=True):
         answers = str(row["answers"] if "answers" in row else row["answer"])
         line = process_line({"answer": answers, "prediction": text}, method=method)
-        judged.append((line["pred"], sum(line["match"]) / len(line["match"])))
+        judged.append(sum(line["match"]) / len(line["match"]))
     return judged
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing of same-sized images by look-up, where the processor treats every pixel alone.
+"""Padding; and preprocessing of same-sized images by look-up, where the processor treats every pixel alone.
 
 A processor that neither resizes nor crops images of a size, as the demo's does with its own, maps each channel's 256
 values to 256 numbers. These are read off the processor itself, and the shortcut is taken only after it has reproduced
@@ -53,3 +53,19 @@ class Pixels:
         table = made.reshape(3, -1)[:, :256].copy()
         same = np.array_equal(self._look_up(table, [image]), self._slowly([image]).numpy())
         return table if same else None
+
+
+def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """The image in the middle of a square of the processor's mean colour, as LLaVA-1.5 was trained and evaluated.
+
+    Args:
+        image: RGB.
+        mean: `image_mean`, 0..1 by channel.
+    """
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    padded = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    padded.paste(image, ((side - width) // 2, (side - height) // 2))
+    return padded

@@ -2,17 +2,19 @@
 
 A question costs one row of a batched prefill and one row of a few decoding steps. What would cost more is done once:
 an image is decoded, preprocessed and sent through the vision tower once however many questions it serves, and
-questions of equal length share a batch, so that little padding is computed. The image's features take the place of
-the `<image>` token exactly as in the model's own forward.
+questions of equal length share a batch, so that little padding is computed. A question has one image, several or none;
+an image's features take the place of its `<image>` token exactly as in the model's own forward.
 """
 
 import hashlib
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import DynamicCache
 
 from grace.benchmarks.extraction import Answer
@@ -20,7 +22,7 @@ from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.distribute import Share
-from grace.evaluate.preprocess import Pixels
+from grace.evaluate.preprocess import Pixels, pad_to_square
 from grace.models import decoder, image_token_id, output_head
 
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
@@ -32,13 +34,41 @@ class Question:
 
     Attributes:
         id: names the row in messages.
-        prompt: text rendered by the chat template, up to where the answer begins, with one image placeholder.
-        image: the encoded image (JPEG or PNG).
+        prompt: text rendered by the chat template, up to where the answer begins, with a placeholder for each image.
+        images: the encoded images (JPEG or PNG) in the order of their placeholders; none for a question about text.
+        new_tokens: longest answer; None: the runner's own.
+        pad: whether images are first padded to squares of the processor's mean colour.
     """
 
     id: str
     prompt: str
-    image: bytes
+    images: tuple[bytes, ...] = ()
+    new_tokens: int | None = None
+    pad: bool = False
+
+    @property
+    def digests(self) -> list[bytes]:
+        """What names each image as the model is shown it."""
+        return [hashlib.sha256(image + b"padded" * self.pad).digest() for image in self.images]
+
+    @property
+    def key(self) -> str:
+        """A hash of all that is asked: prompt, images, longest answer."""
+        digest = hashlib.sha256(f"{self.new_tokens}\0{self.prompt}".encode())
+        for image in self.digests:
+            digest.update(image)
+        return digest.hexdigest()
+
+
+class UnreadableImage(GraceError):
+    """An image of the question `question` cannot be decoded."""
+
+    def __init__(self, message: str, question: str) -> None:
+        super().__init__(message)
+        self.question = question
+
+    def __reduce__(self) -> tuple:
+        return UnreadableImage, (str(self), self.question)  # it travels between processes
 
 
 class Runner:
@@ -56,6 +86,7 @@ class Runner:
 
     Attributes:
         parts: where answers are kept as they come, if anywhere; set before each benchmark.
+        known: answers that earlier runs kept, by `Question.key`.
         share: the processes that ask together.
     """
 
@@ -79,6 +110,7 @@ class Runner:
         self.decoded_here = model.config.model_type == "llava"
         self.kept = kept or {}
         self.parts: Parts | None = None
+        self.known: dict[str, Answer] = {}
         self.share = Share()
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._held = 0
@@ -100,39 +132,58 @@ class Runner:
         """Answer every question, in order; `advance(n)` is called whenever n more are done."""
         prompts = self.encode([question.prompt for question in questions])
         for question, ids in zip(questions, prompts, strict=True):
-            if ids.count(self.image_id) != 1:
+            if ids.count(self.image_id) != len(question.images):
                 raise GraceError(
-                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for the image, not one; "
-                    "check the chat template"
+                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for "
+                    f"{len(question.images)} images; check the chat template, and that its text names no image token"
                 )
-        images = [hashlib.sha256(question.image).digest() for question in questions]
-        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), images[i], i))
-        name = self._name(questions, images) if self.parts else ""
-        answers = self.share.agreed(self.parts.read(name) if self.parts else {})
+        images = [question.digests for question in questions]
+        alike = [(self._longest(question), bool(question.images)) for question in questions]  # may share a batch
+        order = sorted(range(len(questions)), key=lambda i: (alike[i], len(prompts[i]), images[i], i))
+        name = self._name(questions) if self.parts else ""
+        kept = self.parts.read(name) if self.parts else {}
+        kept |= {i: self.known[q.key] for i, q in enumerate(questions) if q.key in self.known} if self.known else {}
+        answers = self.share.agreed(kept)
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
+            asked = [questions[i] for i in rows]
             if self.decoded_here:
-                looked = self._look([(images[i], questions[i]) for i in rows])
-                found = self._generate([prompts[i] for i in rows], looked)
+                found = self._generate([prompts[i] for i in rows], self._look(asked), alike[rows[0]][0])
             else:
-                found = self._by_transformers([questions[i] for i in rows])
+                found = self._by_transformers(asked, alike[rows[0]][0])
             if self.parts:
                 self.parts.add(name, rows, found)
             advance(len(rows) * self.share.size)
             return found
 
-        answers |= self._together(order, ask, answers)
+        answers |= self._together(self._batches(order, alike), ask, answers)
         return [answers[i] for i in range(len(questions))]
 
-    def _together(self, order: list[int], work: Callable[[list[int]], list], done: Mapping[int, Any]) -> dict[int, Any]:
-        """What `work` makes of batches of `order`, by number; batches that are done are left out, others shared."""
-        batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
+    def _longest(self, question: Question) -> int:
+        return question.new_tokens or self.max_new_tokens
+
+    def _batches(self, order: list[int], alike: Sequence[Any]) -> list[list[int]]:
+        """`order` cut into batches of numbers that are alike."""
+        batches: list[list[int]] = []
+        for i in order:
+            if not batches or len(batches[-1]) == self.batch or alike[batches[-1][0]] != alike[i]:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
+
+    def _together(
+        self, batches: list[list[int]], work: Callable[[list[int]], list], done: Mapping[int, Any]
+    ) -> dict[int, Any]:
+        """What `work` makes of each batch, by number; batches that are done are left out, others shared."""
         mine, failed = {}, None
         try:
             for rows in self.share.dealt([rows for rows in batches if any(i not in done for i in rows)]):
                 mine |= dict(zip(rows, work(rows), strict=True))
-        except GraceError as error:  # raised in every process, or the others would wait for this one
+        except Exception as error:  # raised in every process, or the others would wait for this one
+            if self.share.size > 1 and not isinstance(error, GraceError):  # others' kinds may not travel
+                traceback.print_exc()
+                error = RuntimeError(f"{type(error).__name__}: {error}")
             failed = error
         found = {}
         for theirs, error in self.share.gathered((mine, failed)):
@@ -141,53 +192,62 @@ class Runner:
             found |= theirs
         return found
 
-    def _name(self, questions: Sequence[Question], images: Sequence[bytes]) -> str:
+    def _name(self, questions: Sequence[Question]) -> str:
         """A hash of all that is asked, and of how it is cut into batches."""
         digest = hashlib.sha256(f"{self.batch} {self.max_new_tokens}".encode())
-        for question, image in zip(questions, images, strict=True):
-            digest.update(question.prompt.encode() + b"\0" + image)
+        for question in questions:
+            digest.update(question.key.encode())
         return digest.hexdigest()[:16]
 
-    def _look(self, wanted: list[tuple[bytes, Question]]) -> torch.Tensor:
-        """Visual features [rows, visual tokens, d], each image computed once while it is remembered."""
-        new = {digest: question for digest, question in wanted if digest not in self._features}
-        here = {digest: self._features[digest] for digest, _ in wanted if digest in self._features}
+    def _look(self, questions: list[Question]) -> list[list[torch.Tensor]]:
+        """Visual features [visual tokens, d] of each question's images, each image computed once while remembered."""
+        wanted = {d: (q, image) for q in questions for d, image in zip(q.digests, q.images, strict=True)}
+        new = {digest: shown for digest, shown in wanted.items() if digest not in self._features}
+        here = {digest: self._features[digest] for digest in wanted if digest in self._features}
         if new:
             for digest, row in zip(new, self._project(new), strict=True):
                 here[digest] = self._features[digest] = row
                 self._held += row.nbytes
             while self._held > FEATURE_BYTES:
                 self._held -= self._features.popitem(last=False)[1].nbytes
-        return torch.stack([here[digest] for digest, _ in wanted])
+        return [[here[digest] for digest in question.digests] for question in questions]
 
-    def _project(self, new: Mapping[bytes, Question]) -> Iterable[torch.Tensor]:
+    def _project(self, new: Mapping[bytes, tuple[Question, bytes]]) -> Iterable[torch.Tensor]:
         """The visual features of images not seen yet, each [visual tokens, d]."""
         if all(digest in self.kept for digest in new):
             features = torch.stack([self.kept[digest] for digest in new])
             return self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
-        images = [EncodedImage.from_bytes(question.id, question.image).open() for question in new.values()]
+        images = [self._open(question, image) for question, image in new.values()]
         pixels = self.pixels(images).to(self.model.device, self.model.dtype)
         return self.model.get_image_features(pixels).pooler_output
 
-    def _generate(self, prompts: list[list[int]], features: torch.Tensor) -> list[Answer]:
+    def _open(self, question: Question, image: bytes) -> Image.Image:
+        """The decoded image, RGB, padded where that is asked."""
+        try:
+            opened = EncodedImage.from_bytes(question.id, image).open()
+        except GraceError as error:
+            raise UnreadableImage(str(error), question.id) from error
+        return pad_to_square(opened, self.processor.image_processor.image_mean) if question.pad else opened
+
+    def _generate(self, prompts: list[list[int]], features: list[list[torch.Tensor]], new_tokens: int) -> list[Answer]:
         """Greedy decoding of one batch: left-padded, so that every row's next token is in the last column."""
-        visual = features.shape[1]
-        width = max(map(len, prompts)) + visual - 1
+        whole = [self._spread(prompt, shown) for prompt, shown in zip(prompts, features, strict=True)]
+        width = max(map(len, whole))
         ids = torch.full((len(prompts), width), self.pad)
         mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            at = prompt.index(self.image_id)
-            whole = prompt[:at] + [self.image_id] * visual + prompt[at + 1 :]
-            ids[row, width - len(whole) :] = torch.tensor(whole)
-            mask[row, width - len(whole) :] = 1
+        for row, sequence in enumerate(whole):
+            ids[row, width - len(sequence) :] = torch.tensor(sequence)
+            mask[row, width - len(sequence) :] = 1
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         embedded = self.decoder.get_input_embeddings()(ids)  # [rows, width, d]
-        embedded[(ids == self.image_id) & (mask == 1)] = features.flatten(0, 1).to(embedded.dtype)
+        seen = [each for shown in features for each in shown]  # in the order of their places, row by row
+        if seen:
+            embedded[(ids == self.image_id) & (mask == 1)] = torch.cat(seen).to(embedded.dtype)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.decoder.config)
         tokens, logprob, alive, entropy = [], torch.zeros(len(prompts), device=ids.device), None, None
         padded = bool((mask == 0).any())
-        for step in range(self.max_new_tokens):
+        for step in range(new_tokens):
             hidden = self.decoder(
                 inputs_embeds=embedded,
                 attention_mask=mask if padded else None,
@@ -210,21 +270,30 @@ class Runner:
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         return self._answers(torch.stack(tokens, 1), logprob, entropy)
 
-    def _by_transformers(self, questions: list[Question]) -> list[Answer]:
+    def _spread(self, prompt: list[int], shown: list[torch.Tensor]) -> list[int]:
+        """Token ids with each image's place repeated for every visual token."""
+        left, spread = iter(shown), []
+        for token in prompt:
+            spread += [token] * len(next(left)) if token == self.image_id else [token]
+        return spread
+
+    def _by_transformers(self, questions: list[Question], new_tokens: int) -> list[Answer]:
         """One batch through the processor and `generate`, left-padded."""
         self.tokenizer.padding_side = "left"
         bos = self.tokenizer.bos_token
+        images = [self._open(question, image) for question in questions for image in question.images]
         inputs = self.processor(
             text=[question.prompt for question in questions],
-            images=[EncodedImage.from_bytes(question.id, question.image).open() for question in questions],
+            images=images or None,
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (bos and questions[0].prompt.startswith(bos)),
         ).to(self.model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        if images:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         made = self.model.generate(
             **inputs,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=self.pad,
             output_logits=True,
@@ -251,7 +320,8 @@ class Runner:
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """For (context, continuation) token ids: log-probability (nats) of the continuation, and whether it is greedy."""
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
-        scores = self._together(order, lambda rows: self._score([pairs[i] for i in rows]), {})
+        batches = self._batches(order, [None] * len(pairs))
+        scores = self._together(batches, lambda rows: self._score([pairs[i] for i in rows]), {})
         return [scores[i] for i in range(len(pairs))]
 
     def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from grace.benchmarks.registry import BENCHMARKS
 from grace.config.schema import Experiment, Recipe
 from grace.results.read import BASELINE, TEACHER, Row
 
@@ -114,12 +115,31 @@ def paper_family(experiment: Experiment) -> str | None:
 def paper_beside(experiment: Experiment, table: str, role: str, precision: str, benchmark: str) -> float | None:
     """The paper's number for one cell where it is about this experiment's own family, else None.
 
-    The teacher and the baseline of Table 2 are those of Table 1.
+    The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number is known and not ours, it
+    is left out.
     """
+    if (made_with(experiment, benchmark) or (None, ""))[0] is False:
+        return None
     tables = ("1", "2") if table in ("1", "2") and role in ("teacher", "baseline") else (table,)
     family = paper_family(experiment)
     numbers = (_values().get((family, each, role, precision, benchmark)) for each in tables if family and role)
     return next((number for number in numbers if number is not None), None)
+
+
+def made_with(experiment: Experiment, benchmark: str) -> tuple[bool | None, str] | None:
+    """Whether the paper's number on a benchmark (its title) was made with our protocol, and which ours is.
+
+    The first is None where the paper's protocol is not known; the whole is None for anything else than a benchmark of
+    the paper that this experiment asks (an imitation, an average, a speed).
+    """
+    printed = "release" if experiment.family == "qwen3_vl" else "paper"
+    for name in experiment.evaluation.benchmarks:
+        entry = BENCHMARKS.get(name)
+        if entry is not None and not entry.mirrors and canonical(entry.title) == benchmark:
+            ours = experiment.evaluation.protocols(name)[0]
+            known = entry.paper.get(printed)
+            return (None if known is None else known == ours), ours
+    return None
 
 
 def paper_average(experiment: Experiment, table: str) -> list[str]:

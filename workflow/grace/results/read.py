@@ -15,6 +15,7 @@ from grace.benchmarks.question_points import COLUMNS, SAID, UNLIKE_PERCENT, poin
 from grace.config.schema import Experiment
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
+from grace.results.predictions import about
 from grace.results.statistics import Estimate, Scores, estimate
 
 PREDICTION_COLUMNS = ("sample_id", "image_id", "score")
@@ -51,7 +52,7 @@ class Results:
         seeds: every row with the seeds whose predictions exist, teacher and baseline first, in the config's order.
         benchmarks: names, in the config's order.
         mirrors: the paper's benchmark that each of them stands for.
-        metrics: the registry's metric of each.
+        metrics: the metric of each under its protocol.
         missing: models of the experiment, or benchmarks of a model, that have no predictions (yet).
     """
 
@@ -110,7 +111,9 @@ class Results:
 
     def _read_scores(self, row: Row, benchmark: str) -> Scores:
         values, images = [], None
+        protocol = self.experiment.evaluation.protocols(benchmark)[0]
         for seed in self.seeds[row]:
+            self._check_protocol(row, seed, benchmark, protocol)
             frame = points(self.predictions(row, seed, benchmark, list(COLUMNS)), self.form(benchmark))
             samples = frame["sample_id"].to_numpy()
             expected = self._samples.setdefault(benchmark, samples)
@@ -124,6 +127,15 @@ class Results:
             images = pd.util.hash_array(frame["image_id"].astype(str).to_numpy(dtype=object))
         seeds = ("teacher",) if row == TEACHER else self.seeds[row]  # its seed is nobody else's
         return Scores(np.stack(values), images, seeds)
+
+    def _check_protocol(self, row: Row, seed: int, benchmark: str, protocol: str) -> None:
+        """A `GraceError` where a predictions file was made under another protocol than its column."""
+        path = self.folder / row.folder(seed) / "predictions" / f"{benchmark}.parquet"
+        made = about(path).get("protocol") or protocol
+        if made != protocol:
+            raise GraceError(
+                f"{path}: was made under the protocol {made}, but this experiment's is {protocol}; evaluate this model again"
+            )
 
     def all_scores(self, row: Row) -> list[Scores]:
         """One `Scores` per benchmark of the average."""
@@ -202,7 +214,7 @@ def read_results(folder: str | Path, partial: bool = False) -> Results:
         others = f" (and {len(missing) - 1} more models lack predictions)" if len(missing) > 1 else ""
         raise GraceError(f"{missing[0]}: no such file{others}; evaluate the models first, or pull them with `dvc pull`")
     benchmarks = list(experiment.evaluation.benchmarks)
-    results = Results(folder, experiment, seeds, benchmarks, *_registered(benchmarks), absent)
+    results = Results(folder, experiment, seeds, benchmarks, *_registered(experiment), absent)
     for row in seeds:
         lacking = [name for name in benchmarks if not results.has(row, name)]
         if lacking and not partial:
@@ -214,12 +226,14 @@ def read_results(folder: str | Path, partial: bool = False) -> Results:
     return results
 
 
-def _registered(benchmarks: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The paper's benchmark that each stands for, and its metric."""
+def _registered(experiment: Experiment) -> tuple[dict[str, str], dict[str, str]]:
+    """The paper's benchmark that each stands for, and its metric under the protocol that tables show."""
+    from grace.benchmarks.protocols import spec
     from grace.benchmarks.registry import benchmark
 
-    mirrors = {name: benchmark(benchmark(name).mirrors or name).title for name in benchmarks}
-    return mirrors, {name: benchmark(name).metric for name in benchmarks}
+    asked = experiment.evaluation
+    mirrors = {name: benchmark(benchmark(name).mirrors or name).title for name in asked.benchmarks}
+    return mirrors, {name: spec(asked.protocols(name)[0], name).metric for name in asked.benchmarks}
 
 
 def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from grace.benchmarks.question_points import SAID
 from grace.report.numbers import number
-from grace.report.paper import ARXIV, AVERAGE, canonical, label, paper_average, paper_family, paper_numbers
+from grace.report.paper import ARXIV, AVERAGE, canonical, label, made_with, paper_average, paper_family, paper_numbers
 from grace.results.read import TEACHER, Results, Row
 from grace.results.statistics import ALPHA, POWER
 
@@ -13,7 +13,13 @@ def notes(results: Results, number_: str, groups: list, tests) -> list[str]:
     """Footnotes of one table; `groups` and `tests` are its rows and its family of tests."""
     if not groups:
         return [f"The experiment `{results.experiment.experiment}` ran nothing that belongs here."]
-    found = [_numbers(results), *_seeds(results, groups), *_paper(results, number_), *_averages(results, number_)]
+    found = [
+        _numbers(results),
+        *_seeds(results, groups),
+        *_paper(results, number_),
+        *protocols(results),
+        *_averages(results, number_),
+    ]
     found += [*_forms(results), *_tests(tests), *_differences(results, groups)]
     if any(TEACHER in group.rows for group in groups):
         found.append("The teacher is not ranked.")
@@ -65,6 +71,30 @@ def _paper(results: Results, number_: str) -> list[str]:
         ]
     source = "the authors' released run" if family == "Qwen3-VL" else ARXIV
     return [f"“paper” is the number of {source} for {family}."]
+
+
+def protocols(results: Results) -> list[str]:
+    """What each column was asked under, and which of the paper's numbers were made so."""
+    asked: dict[str, list[str]] = {}
+    unknown, other = [], []
+    for name in results.benchmarks:
+        title = results.mirrors[name]
+        found = None if name in results.imitations else made_with(results.experiment, canonical(title))
+        if found is None:
+            continue
+        asked.setdefault(found[1], []).append(title)
+        if found[0] is None:
+            unknown.append(title)
+        elif not found[0]:
+            other.append(title)
+    if not asked:
+        return []
+    said = ["Protocols: " + "; ".join(f"{protocol} for {', '.join(names)}" for protocol, names in asked.items()) + "."]
+    if unknown:
+        said.append(f"Which protocol the paper's numbers on {', '.join(unknown)} were made with is not known.")
+    if other:
+        said.append(f"The paper's numbers on {', '.join(other)} were made under another protocol and are left out.")
+    return said
 
 
 def _averages(results: Results, number_: str) -> list[str]:
