@@ -105,6 +105,8 @@ def test_what_has_no_provenance_is_a_sentence(built: Tree, tmp_path: Path) -> No
         provenance(tmp_path)
     with pytest.raises(GraceError, match=r"no such file or folder; build it, or `dvc pull` it"):
         provenance(built.folder / "results/demo/tables")
+    with pytest.raises(GraceError, match=r"typo: no such file or folder"):
+        provenance(built.folder / SEED / "model/typo")
     with pytest.raises(GraceError, match=r"no rule made it; give one of .*seed0/model"):
         provenance(built.folder / SEED)
 
