@@ -21,7 +21,9 @@ from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from grace.errors import GraceError
+from grace.limits import within
 
+SECONDS = 10.0  # for one form of conversation; a template of transformers takes milliseconds
 _ANCHOR = "\U000f6772\U000f6163"  # private characters: stands before a run that does not open the sequence
 _SLOT = re.compile("\U000f0000(\\d+)\U000f0001")
 
@@ -233,13 +235,18 @@ def _rendered(tokenizer: Any, template: str, shape: Shape, prompt: bool) -> tupl
         messages.append({"role": role, "content": content})
     names = {name: getattr(tokenizer, name) or "" for name in ("bos_token", "eos_token", "pad_token")}
     try:
-        texts, spans = render_jinja_template(
-            [messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=prompt,
-            **names,
-        )
+        with within(
+            SECONDS, f"the chat template takes more than {SECONDS:.0f} s; use the template of the model's family"
+        ):
+            texts, spans = render_jinja_template(
+                [messages],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
+                **names,
+            )
+    except GraceError:
+        raise
     except Exception as error:  # jinja's own, and whatever a template raises
         raise GraceError(
             f"the chat template cannot be rendered ({error}); use the template of the model's family"
