@@ -2,8 +2,12 @@
 
 import json
 import os
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from own_data import dialogue, image_bytes, llava, prepare, report, rows, write_source
@@ -84,6 +88,27 @@ def test_workers_kills_and_mount_points_leave_the_bytes(tmp_path, processor, sma
     assert load_prepared(out)[0].images[0].open().size == (40, 30)
     with pytest.raises(GraceError, match="cannot be read"):
         [image.open() for example in load_prepared(tmp_path / "data") for image in example.images]
+
+
+def test_a_killed_run_leaves_no_worker_and_is_gone_on_with(tmp_path, processor):
+    write_source(tmp_path, records(600))
+    code = (
+        "from pathlib import Path; from own_data import prepare; import sys;"
+        "prepare(Path(sys.argv[1]), Path(sys.argv[2]), workers=2, name='killed')"
+    )
+    paths = os.pathsep.join(map(str, [Path(__file__).parents[2] / "helpers", *sys.path]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    running = psutil.Popen([sys.executable, "-c", code, tmp_path, processor], env=environment)
+    parts = tmp_path / "killed-parts"
+    while not list(parts.glob("0*.json")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    children = running.children(recursive=True)
+    running.kill()
+    running.wait()
+    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=60)[1]
+    out = prepare(tmp_path, processor, name="killed")
+    assert contents_hash(out / "manifest.json") == contents_hash(prepare(tmp_path, processor) / "manifest.json")
 
 
 def test_a_part_is_made_again_where_an_image_or_a_setting_changed(tmp_path, processor, small_parts, monkeypatch):

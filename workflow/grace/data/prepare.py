@@ -20,7 +20,7 @@ from typing import Any
 from grace.config.sections import FilesData
 from grace.data.images import FOLDERS
 from grace.data.mix import plan_order, read_ids, write_mix
-from grace.data.parts import BYTES, ROWS, Task, make_part, read_part
+from grace.data.parts import BYTES, ROWS, Task, end_with_parent, make_part, read_part
 from grace.data.report import summarise, too_many, write_report
 from grace.data.sources import Files, open_source
 from grace.errors import GraceError
@@ -209,7 +209,7 @@ def _submitting(workers: int) -> Iterator[Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["grace.data.parts", "grace.data.examples", "grace.models"])
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         yield pool.submit
     finally:
