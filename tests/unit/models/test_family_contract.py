@@ -1,21 +1,19 @@
 """What every family promises, held against tiny random models of transformers' own classes."""
 
-import io
 import json
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_models import FAMILIES
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from some_conversations import conversations, picture
 
-from grace.data import Conversation, EncodedImage, collate, load_examples
+from grace.data import collate, load_examples
 from grace.data.batches import collate_prompts, image_runs
-from grace.data.conversations import IMAGE, SCHEMA, Message, Part, as_row, asked_and_answered
+from grace.data.conversations import IMAGE, SCHEMA, Message, Part, as_row
 from grace.data.examples import IGNORED, Tokeniser
 from grace.errors import GraceError
 from grace.files import whole_folder
@@ -33,24 +31,6 @@ from grace.models import (
 )
 from grace.models.families import family_of, family_of_folder
 from grace.teacher.forward import check_examples, check_sight, see
-
-
-def picture(name, seed, height=64, width=64):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return EncodedImage.from_bytes(name, buffer.getvalue())
-
-
-def conversations():
-    user = Message("user", (Part("text", "how many"), IMAGE, IMAGE))
-    answer = Message("assistant", (Part("text", "two boots"),))
-    wide = picture("two", 3, 60, 150)
-    return [
-        Conversation("one", (picture("one", 1),), asked_and_answered([("what is this", "a shirt"), ("and", "no")])),
-        Conversation("two", (picture("two", 2), wide), (user, answer)),
-        Conversation("none", (), asked_and_answered([("are there boots", "yes")], images=0)),
-    ]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
