@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_models import FAMILIES, llava_batch, tiny
+from safetensors.torch import save_file
 
 from grace.errors import GraceError
 from grace.quant import add_outliers, awq, dequantize, gptq, quantize
@@ -12,6 +13,8 @@ from grace.quant.calibration import INPUTS, Moments, layers_with_moments, round_
 from grace.quant.grid import best_scales, largest_scales
 from grace.quant.names import decoder_part, quantised_module
 from grace.quant.outliers import outlier_channels
+from grace.quant.rtn import SCALES, round_checkpoint
+from grace.quant.student import read_quantization
 
 
 def logits(model, seed=5):
@@ -46,6 +49,31 @@ def test_rtn_clips_nothing():
     assert torch.equal(scales, expected)
     error = (dequantize(quantize(weight, scales, 4), scales).float() - weight).view(8, 2, 32).abs()
     assert (error <= 0.56 * scales.float()[..., None]).all()  # half a step, and bf16's own rounding
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_convention_of_rtns_scale(tmp_path, bits):
+    """As a packed folder has it: over Qp, over half the code range as compressed-tensors computes it, best of 20."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils.helpers import calculate_qparams
+
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    name = "model.layers.0.mlp.down_proj.weight"
+    (tmp_path / "init").mkdir()
+    save_file({name: weight}, tmp_path / "init" / "model.safetensors")
+    (tmp_path / "init" / "config.json").write_text("{}")
+    grouped, error = weight.view(8, 2, 32), {}
+    for scale in SCALES:
+        folder = tmp_path / scale
+        folder.mkdir()
+        round_checkpoint(tmp_path / "init", folder, bits, 32, scale=scale)
+        codes, scales = read_quantization(folder)["model.language_model.layers.0.mlp.down_proj"]
+        error[scale] = float((dequantize(codes, scales).float() - weight).square().sum())
+        if scale == "format":
+            args = QuantizationArgs(num_bits=bits, symmetric=True)
+            theirs, _ = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+            assert torch.allclose(scales.float(), theirs.float(), rtol=2**-8)
+    assert error["best"] <= min(error.values()) and len(set(error.values())) == 3
 
 
 def brute_force_gptq(weight, second, bits, group_size):

@@ -56,6 +56,7 @@ class QuantizeRun(Section):
 
     family: str
     post_training: Literal["rtn", "awq", "gptq"]
+    scale: Literal["maxabs", "format", "best"] = "maxabs"
     bits: int
     quantization: Quantization
     outliers: bool = False
@@ -111,6 +112,7 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
         return QuantizeRun(
             family=config.family,
             post_training=chosen.post_training,
+            scale=chosen.scale,
             bits=bits,
             quantization=config.quantization,
             outliers=outliers,

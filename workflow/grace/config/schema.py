@@ -46,6 +46,10 @@ class Recipe(Section):
     """What a student is trained with, or how it is rounded without training."""
 
     post_training: Literal["rtn", "awq", "gptq"] | None = Field(None, description="round without training; null: train")
+    scale: Literal["maxabs", "format", "best"] = Field(
+        default="maxabs",
+        description="of `rtn`: max|w| / Qp, max|w| / half the code range (compressed-tensors' own), or the best of 20",
+    )
     kd: str = Field(
         default="none",
         description="distillation: none, plain (KL), gated (gated decoupled), or another file of grace/distill/objectives",
@@ -80,6 +84,8 @@ class Recipe(Section):
                 raise ValueError(f"`{name}` is no constant of `{self.kd}`'s own; {fix}")
         if self.post_training and (self.kd != "none" or self.rcka or self.controller or self.train or self.method):
             raise ValueError("a post-training recipe takes no training keys (kd, rcka, controller, method, train)")
+        if self.scale != "maxabs" and self.post_training != "rtn":
+            raise ValueError("`scale` is of `post_training: rtn` alone; the others take the best of 20")
         if self.controller and self.kd == "none":
             raise ValueError("`controller` sets the weight of a distillation loss: set `kd` too")
         return self

@@ -26,7 +26,7 @@ def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
         if parameters.post_training == "rtn":
             from grace.quant.rtn import round_checkpoint
 
-            round_checkpoint(init, folder, parameters.bits, settings.group_size, outliers)
+            round_checkpoint(init, folder, parameters.bits, settings.group_size, outliers, parameters.scale)
         else:
             _round_with_activations(parameters, init, data, folder, outliers)
 

@@ -91,6 +91,14 @@ def largest_scales(weight: torch.Tensor, bits: int, group_size: int, name: str =
     return on_bf16_grid(_largest(weight, group_size, name) / code_range(bits)[1])
 
 
+def format_scales(weight: torch.Tensor, bits: int, group_size: int, name: str = "weight") -> torch.Tensor:
+    """compressed-tensors' own symmetric scales, max|w| / ((2^bits - 1) / 2), bf16 [out, groups].
+
+    The largest weight lies half a step beyond the largest positive code, so that positive ones are clipped a little.
+    """
+    return on_bf16_grid(_largest(weight, group_size, name) / ((2**bits - 1) / 2))
+
+
 def best_scales(weight: torch.Tensor, bits: int, group_size: int, name: str = "weight") -> torch.Tensor:
     """Step sizes bf16 [out, groups] with the least squared error among 20 in [0.3, 1.2] x max|w| / Qp.
 

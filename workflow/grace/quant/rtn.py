@@ -1,8 +1,8 @@
 """Round-to-nearest: the baseline that looks at nothing but the weights.
 
-The scale of a group is max|w| / Qp, as the field's RTN has it, so nothing is clipped. (The best of 20 scales
-by squared error is where quantisation-aware training starts, and what AWQ and GPTQ round with.) Needs neither
-transformers nor data, and holds one tensor at a time.
+The scale of a group is a convention, one of `SCALES`: max|w| / Qp clips nothing; compressed-tensors, whose format ships,
+divides by half the code range; the best of 20 by squared error is where quantisation-aware training starts and what AWQ
+and GPTQ round with. Needs neither transformers nor data, and holds one tensor at a time.
 """
 
 from pathlib import Path
@@ -12,19 +12,27 @@ import torch
 from grace.errors import GraceError
 from grace.progress import progress
 from grace.quant.checkpoint import Checkpoint, TensorSpec, copy_companions, copy_config, write_checkpoint
-from grace.quant.grid import dequantize, largest_scales, quantize
+from grace.quant.grid import best_scales, dequantize, format_scales, largest_scales, quantize
 from grace.quant.names import quantised_module
 from grace.quant.outliers import with_outliers
 from grace.quant.student import read_quantization, write_quantization
 
+SCALES = {"maxabs": largest_scales, "format": format_scales, "best": best_scales}
+
 
 def round_checkpoint(
-    init: Path, folder: Path, bits: int, group_size: int, outliers: tuple[int, float] | None = None
+    init: Path,
+    folder: Path,
+    bits: int,
+    group_size: int,
+    outliers: tuple[int, float] | None = None,
+    scale: str = "maxabs",
 ) -> None:
     """Write the RTN student of checkpoint folder `init` into the existing `folder`.
 
     Args:
         outliers: (every, factor) of the outlier transform to apply first.
+        scale: a key of `SCALES`.
 
     Raises:
         GraceError: `init` is no checkpoint, or a group does not divide a linear's input.
@@ -43,7 +51,7 @@ def round_checkpoint(
     def rounded(module: str, kind: str) -> torch.Tensor:
         advance(note=module)
         original = weight(linears[module])
-        scales = largest_scales(original, bits, group_size, module)
+        scales = SCALES[scale](original, bits, group_size, module)
         return scales if kind == "scales" else quantize(original, scales, bits)
 
     def produce(key: str) -> torch.Tensor:

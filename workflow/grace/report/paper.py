@@ -49,7 +49,10 @@ def roles(experiment: Experiment) -> dict[str, str]:
     """Role of every recipe. Where two share one, it goes to the first that changes no constants, and the others are
     `variant`: the paper has one GRACE, not a sweep."""
     found: dict[str, str] = {}
-    for name, recipe in sorted(experiment.recipes.items(), key=lambda item: bool(item[1].method or item[1].train)):
+    for name, recipe in sorted(
+        experiment.recipes.items(),
+        key=lambda item: bool(item[1].method or item[1].train or item[1].constants or item[1].scale != "maxabs"),
+    ):
         meant = role(recipe)
         found[name] = "variant" if meant in found.values() else meant
     return found
