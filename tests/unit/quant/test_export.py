@@ -140,8 +140,8 @@ def test_gguf_is_read_back_by_the_gguf_package(talking, tmp_path):
             codes, scales = stored[f"model.language_model.layers.{layer}.{part}"]
             expected = codes.float() * scales.float().repeat_interleave(32, 1)
             if folder.parent.name.startswith("llava") and short in ("attn_q", "attn_k"):
-                # Llama's rotary pairs are neighbours in GGUF: rows 0, 8, 1, 9, ... of each head of 16
-                expected = expected.view(-1, 2, 8, 64).transpose(1, 2).reshape(expected.shape)
+                # Llama's rotary pairs are neighbours in GGUF: rows 0, 16, 1, 17, ... of each head of 32
+                expected = expected.view(-1, 2, 16, 64).transpose(1, 2).reshape(expected.shape)
             read = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
             assert torch.equal(read, expected)
     assert reader.get_field("general.architecture").contents() in ("llama", "qwen2vl", "qwen3vl")

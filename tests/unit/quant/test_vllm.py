@@ -12,10 +12,14 @@ import re
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from jinja2 import nodes
 from quant_models import make_student
 from safetensors.torch import load_file
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from grace.demo.processor import TEMPLATE
 from grace.files import read_json
+from grace.models.families import FAMILIES
 from grace.quant.pack import pack
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -98,3 +102,23 @@ def test_every_linear_is_read_as_it_was_written(family, bits, tmp_path):
     assert bool(towers) == (family == "llava") and all(".vision_model." in name for name in towers)
     assert config["dtype"] == "bfloat16"
     assert not [name for name in tensors if "_packed" in name or "_scale" in name or "_shape" in name]
+
+
+@pytest.mark.parametrize("template", [family.template for family in FAMILIES.values()] + [TEMPLATE])
+def test_templates_show_that_content_is_a_list(template):
+    """vLLM hands a template lists with images only where a loop goes over the content of a loop's message itself."""
+    tree = _compile_jinja_template(template).environment.parse(template)
+    loops = list(tree.find_all(nodes.For))
+    messages = {
+        loop.target.name for loop in loops if isinstance(loop.iter, nodes.Name) and loop.iter.name == "messages"
+    }
+    contents = [
+        loop for loop in loops
+        if isinstance(loop.iter, nodes.Getattr) and loop.iter.attr == "content" and loop.iter.node.name in messages
+    ]  # fmt: skip
+    assert contents and all(loop in contents or loop.target.name in messages for loop in loops)
+
+
+def test_every_family_begins_a_text_itself():
+    """Servers render a chat and add no token of their own: LLaVA's tokenizers want one."""
+    assert FAMILIES["llava"].template.startswith("{{ bos_token }}") and TEMPLATE.startswith("{{- bos_token -}}")

@@ -13,12 +13,14 @@ from grace.demo.vocabulary import SPECIAL, words
 TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
-{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
 {%- if message.role == 'assistant' -%}
-{% generation %}{% for part in parts %} {{ part.text | trim }}{% endfor %}{{ eos_token }}{% endgeneration %}
+{% generation %}{% if message.content is string %} {{ message.content | trim }}{% else %}
+{%- for part in message.content %} {{ part.text | trim }}{% endfor %}{% endif %}{{ eos_token }}{% endgeneration %}
+{%- elif message.content is string -%}
+<q> {{ message.content | replace('<image>', '') | trim }}
 {%- else -%}
-{%- for part in parts if part.type == 'image' -%}<image>{%- endfor -%}
-<q>{% for part in parts if part.type == 'text' %} {{ part.text | replace('<image>', '') | trim }}{% endfor %}
+{%- for part in message.content if part.type == 'image' -%}<image>{%- endfor -%}
+<q>{% for part in message.content if part.type == 'text' %} {{ part.text | replace('<image>', '') | trim }}{% endfor %}
 {%- endif -%}
 {%- endfor -%}
 """

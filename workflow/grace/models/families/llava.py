@@ -20,19 +20,25 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# An image stands on a line of its own.
+# An image stands on a line of its own. The token that begins a text is written here, because servers that render chats
+# add none; loops go over message.content itself, by which vLLM knows that content is a list.
 TEMPLATE = (
+    "{{ bos_token }}"
     "{% if messages[0].role != 'system' %}" + SYSTEM + " {% endif %}"
     "{% for message in messages %}"
-    "{% set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content %}"
     "{% if message.role == 'assistant' %}"
-    "ASSISTANT:{% generation %} {% for part in parts %}{{ part.text }}{% endfor %}{{ eos_token }}{% endgeneration %}"
+    "ASSISTANT:{% generation %} "
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}"
+    "{% endif %}{{ eos_token }}{% endgeneration %}"
     "{% else %}"
     "{% if message.role == 'user' %}USER: {% endif %}"
-    "{% for part in parts %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
     "{% if not loop.first and 'image' in (part.type, loop.previtem.type) %}{{ '\\n' }}{% endif %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %} "
+    "{% endfor %}"
+    "{% endif %} "
     "{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"

@@ -1,0 +1,54 @@
+"""`python tests/programs/make_models.py OUT`: tiny models of every family in every form, and what they should answer.
+
+OUT/FAMILY/ gets `student`, `packed`, `awq`, `gptq`, `gguf`, `image.png` and `expected.json`: the question, the first
+tokens of the student's greedy answer, and the log-probabilities [vocab] of the first one, for this image and another.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from chat_models import FAMILIES, SIDES, blocks, talking_student
+
+from grace.quant.export import export
+from grace.quant.pack import pack
+
+QUESTION = "what is in this image?"
+
+
+def answer(model, processor, image):
+    """Log-probabilities [vocab] of the first token, and eight tokens."""
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )  # fmt: skip
+    with torch.no_grad():
+        first = model(**inputs).logits[0, -1].log_softmax(-1)
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return first.tolist(), tokens.tolist(), inputs["input_ids"].shape[1]
+
+
+def main(out: Path) -> None:
+    for family, make in FAMILIES.items():
+        folder = out / family
+        talking_student(folder / "student", family)
+        pack(folder / "student", folder / "packed")
+        for format in ("awq", "gptq", "gguf"):
+            export(folder / "packed", format, folder / format)
+        image = blocks(SIDES[family])
+        image.save(folder / "image.png")
+        processor = make()[1]
+        model = AutoModelForImageTextToText.from_pretrained(folder / "student", dtype=torch.float32)
+        first, tokens, length = answer(model, processor, image)
+        other, _, _ = answer(model, processor, blocks(SIDES[family], 5))
+        about = {"question": QUESTION, "prompt_tokens": length, "tokens": tokens, "first": first, "other_image": other}
+        (folder / "expected.json").write_text(json.dumps(about))
+        print(f"{folder}: made")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
