@@ -1,16 +1,14 @@
-"""What GRACE costs over plain bf16 fine-tuning: whole optimiser steps of LLaVA-1.5-7B, side by side in one process.
+"""What a GRACE step costs over plain bf16 fine-tuning, with AdamW, side by side in one process.
 
-    python tests/gpu/bench_step.py --out bench_step.json          # one GPU with 80 GB
+    python tests/gpu/bench_step.py --out bench_step.json          # one GPU with 141 GB
+    python tests/gpu/bench_step.py --out qwen.json --shape qwen2vl-2b
     python tests/gpu/bench_step.py --out tiny.json --shape tiny   # two small layers, for a CPU
 
 The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `GRACE` (gated DKD, relational CKA, controller,
-INT4), `distilled bf16` (GRACE without quantisation) and `plain` again, whose two times show the spread. Weights, images and the
-teacher's states are random; the teacher's record is a real cache on the disk, read as in training. A step is 4
-micro-batches of 2 conversations of 1,024 tokens (576 of them visual, 440 supervised), with gradient checkpointing.
-The vision tower runs in every step.
-
-Masters, gradients and bf16 weights of 7B take 64 GiB; Adam's two states would be 50 GiB more, so plain gradient descent
-stands in for Adam, for every recipe alike: without Adam's traffic the ratio is the harder one.
+INT4) and `plain` again, whose two times show the spread; with --padded also `plain` as it is without `pass_tokens`. Weights,
+images and the teacher's states are random; the teacher's record is a real cache on the disk, read as in training.
+Conversations have the lengths of a shape's range, drawn evenly; half of their text is supervised; the tower runs in every step.
+MFU is 6 FLOPs per trained weight of a matrix and token over the bf16 GEMM rate measured in the same process.
 """
 
 import argparse
@@ -21,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -29,7 +28,15 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from grace.bench.machine import describe
 from grace.config.runs import TrainRun
@@ -57,46 +64,62 @@ class Shape:
     vocabulary: int
     vision: dict
     teacher_width: int
-    tokens: int
+    lengths: tuple[int, int]  # of conversations, visual tokens included
+    visual: int  # tokens of an image
     group: int
-
-    @property
-    def visual(self) -> int:
-        return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
+    batch: int
+    pass_tokens: int
+    key_value_heads: int | None = None  # of Qwen2-VL; None: LLaVA
 
 
 CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
               patch_size=14, projection_dim=768)  # fmt: skip
 CLIP_TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56,
                  patch_size=14, projection_dim=32)  # fmt: skip
+VIT_QWEN = dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4, patch_size=14)
+VIT_TINY = dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=14)
 SHAPES = {
-    "llava15-7b": Shape(4096, 11008, 32, 32, 32_064, CLIP_L, 5120, 1024, 128),
-    "tiny": Shape(64, 128, 2, 4, 512, CLIP_TINY, 96, 48, 32),
+    "llava15-7b": Shape(4096, 11008, 32, 32, 32_064, CLIP_L, 5120, (650, 2048), 576, 128, 32, 8192),
+    "qwen2vl-2b": Shape(1536, 8960, 28, 12, 151_936, VIT_QWEN, 3584, (330, 1730), 256, 128, 64, 16384, 2),
+    "tiny": Shape(64, 128, 2, 4, 512, CLIP_TINY, 96, (24, 48), 16, 32, 8, 96),
+    "tiny-qwen": Shape(64, 128, 2, 4, 512, VIT_TINY, 96, (24, 48), 16, 32, 8, 96, 2),
 }
-BATCH, MICRO_BATCH, PROMPT = 8, 2, 8
+START = 1  # tokens before an image
 RECIPES = {
     "plain": {},
-    "distilled bf16": dict(kd="gated", rcka=True, controller=True),
     "GRACE": dict(kd="gated", rcka=True, controller=True, bits=4),
 }
 
 
-def build_model(shape: Shape, device: torch.device) -> LlavaForConditionalGeneration:
+def build_model(shape: Shape, device: torch.device) -> PreTrainedModel:
     """The shape's model in bf16, with random weights."""
-    text = LlamaConfig(
+    image = shape.vocabulary - 1
+    common = dict(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, max_position_embeddings=4096,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape.vision), text_config=text, image_token_id=shape.vocabulary - 1,
-        image_seq_length=shape.visual, vision_feature_layer=-2, vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    if shape.key_value_heads:
+        half = shape.hidden // shape.heads // 2
+        sections = [half // 4, half * 3 // 8, half - half // 4 - half * 3 // 8]
+        rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+        text = common | dict(num_key_value_heads=shape.key_value_heads, rope_parameters=rope)
+        ids = dict(image_token_id=image, video_token_id=image - 1, vision_start_token_id=image - 2)
+        make = partial(
+            Qwen2VLForConditionalGeneration,
+            Qwen2VLConfig(text_config=text, vision_config=shape.vision, tie_word_embeddings=True, **ids),
+        )
+    else:
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**shape.vision), text_config=LlamaConfig(**common), image_token_id=image,
+            image_seq_length=shape.visual, vision_feature_layer=-2, vision_feature_select_strategy="default",
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        make = partial(LlavaForConditionalGeneration, config)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            return LlavaForConditionalGeneration(config)
+            return make()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -108,25 +131,49 @@ class RandomImage(EncodedImage):
         return self.name
 
 
+class Vocabulary:
+    """What is asked of a tokenizer here."""
+
+    pad_token_id, added_tokens_decoder = 0, {}
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
 def build_processor(shape: Shape) -> SimpleNamespace:
     """What `collate` asks of a processor, with random pixels kept ready."""
-    side = shape.vision["image_size"]
-    pixels = torch.randn(MICRO_BATCH, 3, side, side, generator=torch.Generator().manual_seed(1))
-    return SimpleNamespace(
-        tokenizer=SimpleNamespace(pad_token_id=0),
-        image_processor=lambda images, return_tensors: {"pixel_values": pixels[: len(images)]},
-    )
+    generator, most = torch.Generator().manual_seed(1), shape.batch
+    if shape.key_value_heads:
+        side = 2 * round(shape.visual**0.5)  # patches; four are merged into a token
+        pixels = torch.randn(most, side * side, 3 * 2 * 14 * 14, generator=generator)
+
+        def images(images, return_tensors):
+            grid = torch.tensor([[1, side, side]] * len(images))
+            return {"pixel_values": pixels[: len(images)].flatten(0, 1), "image_grid_thw": grid}
+    else:
+        size = shape.vision["image_size"]
+        pixels = torch.randn(most, 3, size, size, generator=generator)
+
+        def images(images, return_tensors):
+            return {"pixel_values": pixels[: len(images)]}
+
+    return SimpleNamespace(tokenizer=Vocabulary(shape.vocabulary), image_processor=images)
 
 
 def build_examples(shape: Shape, count: int) -> list[Example]:
-    """Conversations of `tokens` tokens: a start token, the image, a prompt, and an answer that is supervised."""
+    """Conversations: a start token, the image, and text of which the second half is supervised."""
     generator = torch.Generator().manual_seed(2)
     examples = []
     for number in range(count):
-        ids = torch.randint(1, shape.vocabulary - 1, (shape.tokens,), generator=generator)
-        ids[1 : 1 + shape.visual] = shape.vocabulary - 1
+        length = int(torch.randint(*shape.lengths, (1,), generator=generator))
+        ids = torch.randint(1, shape.vocabulary - 8, (length,), generator=generator)
+        ids[START : START + shape.visual] = shape.vocabulary - 1
         labels = ids.clone()
-        labels[: 1 + shape.visual + PROMPT] = -100
+        text = START + shape.visual
+        labels[: text + (length - text) // 2] = -100
         image = RandomImage(f"image {number}", b"", None, f"{number:064x}")
         examples.append(Example(f"{number}", f"{number:064x}", ids, labels, caption=False, images=(image,)))
     return examples
@@ -146,7 +193,7 @@ def build_cache(folder: Path, shape: Shape, examples: list[Example], device: tor
     for index, count in enumerate(counts):
         hidden = (2 * random(count, width)).bfloat16()
         builder.put(index, hidden=hidden.cpu(), gates=confidence_gate(hidden @ head.T).cpu())
-        builder.put_gram(index, str(index), gram(random(shape.visual, 64)))
+        builder.put_grams(index, [str(index)], [gram(random(shape.visual, 64))])
     name = shard_name(0, 1)
     write_shard(folder, name, builder.finished(), pins={})
     from safetensors.torch import save_file
@@ -184,14 +231,17 @@ class Stopwatch:
 
 
 def run_recipe(
-    name: str, model, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int, world: World, scratch: Path
+    name: str, model: PreTrainedModel, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int,
+    world: World, scratch: Path, **change: object,
 ) -> dict:  # fmt: skip
-    """`steps` timed optimiser steps after 2 of warm-up, then one taken apart."""
+    """`steps` timed optimiser steps after 2 of warm-up, then one taken apart.
+
+    `change` are other values of `optimisation`.
+    """
     warm, apart = 2, 1
-    optimisation = Optimisation(
-        steps=warm + steps + apart, batch=BATCH, micro_batch=MICRO_BATCH, learning_rate=1e-6,
-        gradient_checkpointing=True, checkpoint_every=10**6,
-    )  # fmt: skip
+    wanted: dict = dict(batch=shape.batch, micro_batch=2, learning_rate=1e-6, checkpoint_every=10**6,
+                        pass_tokens=shape.pass_tokens) | change  # fmt: skip
+    optimisation = Optimisation(steps=warm + steps + apart, **wanted)
     run = TrainRun(family="llava", compute_dtype="bfloat16", seed=0, optimisation=optimisation, method=Method(),
                    quantization=Quantization(group_size=shape.group), **RECIPES[name])  # fmt: skip
     cuda = world.device.type == "cuda"
@@ -202,66 +252,91 @@ def run_recipe(
     log = scratch / f"{name}.jsonl"
     arguments = (model, build_processor(shape), examples, run, cache if run.kd != "none" else None)
     trainer = Trainer(*arguments, log, scratch / "checkpoints", "bench", world)
-    groups = [{key: g[key] for key in ("params", "weight_decay", "peak")} for g in trainer.optimizer.adam.param_groups]
-    trainer.optimizer.adam = torch.optim.SGD(groups, lr=1e-6, fused=True)
-    found = {}
+    watches: list[Stopwatch] = []
+    peaks: list[float] = []
     plain_step = trainer._step
 
-    def step(number: int, *rest) -> dict:
+    def step(number: int, *rest) -> dict | None:
         if number == warm + steps:
-            found["peak_gib"] = trainer.meter.memory_gib()
-            found["watches"] = [Stopwatch(trainer.objective, "backward", world.device),
-                                Stopwatch(trainer.optimizer, "step", world.device)]  # fmt: skip
+            peaks.append(trainer.meter.memory_gib())
+            watches.extend([Stopwatch(trainer.objective, "backward", world.device),
+                            Stopwatch(trainer.optimizer, "step", world.device)])  # fmt: skip
         return plain_step(number, *rest)
 
     trainer._step = step
     trainer.train()
+    trainer.optimizer.let_go()
     if not world.first:
         return {}
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     log.unlink()
-    timed = [entry["seconds"] for entry in entries[warm : warm + steps]]
-    backward, optimise = found["watches"]
+    timed = entries[warm : warm + steps]
+    backward, optimise = watches
     last = {key: entries[-1][key] for key in ("loss", "ce", "kd", "rcka", "beta", "grad_norm") if key in entries[-1]}
+    per_token = [entry["seconds"] / entry["tokens"] for entry in timed]
     return {
-        "recipe": name, "step_ms": 1e3 * median(timed), "steps_ms": [1e3 * t for t in timed],
-        "forward_backward_ms": 1e3 * backward.seconds / apart, "optimiser_ms": 1e3 * optimise.seconds / apart,
-        "peak_gib": found["peak_gib"], "peak_forward_backward_gib": backward.peak, "peak_optimiser_gib": optimise.peak,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "mfu": entries[-1 - apart].get("mfu"), "losses": [entry["loss"] for entry in entries],
-        "last": last,
+        "recipe": name, "tokens_per_second": 1 / median(per_token),
+        "step_ms": 1e3 * median(entry["seconds"] for entry in timed), "steps_ms": [1e3 * e["seconds"] for e in timed],
+        "flops_per_token": trainer.meter.flops_per_token, "forward_backward_ms": 1e3 * backward.seconds / apart,
+        "optimiser_ms": 1e3 * optimise.seconds / apart, "peak_gib": peaks[0],
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
+        "losses": [entry["loss"] for entry in entries], "last": last,
     }  # fmt: skip
+
+
+def gemm_rate(device: torch.device) -> float:
+    """FLOP/s of a bf16 GEMM of 8192 x 8192 x 8192 on random data, the best of three medians; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * 8192**3 / (min(median(times[i : i + 10]) for i in (0, 10, 20)) / 1e3)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--shape", choices=SHAPES, default="llava15-7b")
-    parser.add_argument("--steps", type=int, default=6, help="timed optimiser steps of each recipe")
+    parser.add_argument("--steps", type=int, default=4, help="timed optimiser steps of each recipe")
+    parser.add_argument("--kept", type=float, default=0.0, help="kept_activations")
+    parser.add_argument("--padded", action="store_true", help="also plain steps without pass_tokens")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     world = join_world()
     device = world.device
+    rate = gemm_rate(device)
     model = build_model(shape, device)
-    examples = build_examples(shape, 2 * BATCH)
+    examples = build_examples(shape, 2 * shape.batch)
+    padded = {"pass_tokens": None, "gradient_checkpointing": True}
+    plan = [("plain", padded)] if arguments.padded else []
+    plan += [(name, {"kept_activations": arguments.kept}) for name in ("plain", "GRACE", "plain")]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         cache = build_cache(Path(scratch) / "cache", shape, examples, device)
-        for name in ("plain", "GRACE", "distilled bf16", "plain"):
-            rows.append(run_recipe(name, model, shape, examples, cache, arguments.steps, world, Path(scratch)))
+        for name, change in plan:
+            row = run_recipe(name, model, shape, examples, cache, arguments.steps, world, Path(scratch), **change)
+            row["mfu"] = row["tokens_per_second"] * row["flops_per_token"] / rate if rate else None
+            rows.append(row | {"change": change})
             print(json.dumps(rows[-1]), flush=True)
-    first, grace, distilled, again = rows
+    first, grace, again = rows[-3:]
     plain = (first["step_ms"] + again["step_ms"]) / 2
     summary = {
-        "plain_ms": plain, "plain_spread": abs(first["step_ms"] - again["step_ms"]) / plain,
-        "distilled_over_plain": distilled["step_ms"] / plain, "grace_over_plain": grace["step_ms"] / plain,
-        "grace_extra_gib": grace["peak_gib"] - first["peak_gib"],
-        "grace_extra_forward_backward_gib": grace["peak_forward_backward_gib"] - first["peak_forward_backward_gib"],
-        "distilled_extra_gib": distilled["peak_gib"] - first["peak_gib"],
-        "distilled_extra_forward_backward_gib":
-            distilled["peak_forward_backward_gib"] - first["peak_forward_backward_gib"],
+        "gemm_tflop_s": rate / 1e12, "plain_ms": plain, "plain_spread": abs(first["step_ms"] - again["step_ms"]) / plain,
+        "plain_mfu": first["mfu"], "grace_mfu": grace["mfu"], "grace_over_plain": grace["step_ms"] / plain,
+        "grace_extra_gib": grace["peak_gib"] - max(first["peak_gib"], again["peak_gib"]),
+        "peak_gib": grace["peak_gib"],
     }  # fmt: skip
+    if arguments.padded:
+        summary["padded_over_packed"] = rows[0]["step_ms"] / plain
     about = {
-        "shape": arguments.shape, "batch": BATCH, "micro_batch": MICRO_BATCH, "tokens": shape.tokens,
+        "shape": arguments.shape, "batch": shape.batch, "pass_tokens": shape.pass_tokens, "lengths": shape.lengths,
         "visual_tokens": shape.visual, "quantised_weights": sum(m.weight.numel() for m in decoder_linears(model).values()),
         **describe(device),
     }  # fmt: skip

@@ -41,8 +41,10 @@ class MasterAdamW:
         self.group_size = quantization.group_size
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: local(p).detach().float().clone() for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
+        self.hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._accumulate, self.masters[name]))
+            for name, parameter in self.parameters.items()
+        ]
         self.step_sizes: dict[str, LearnedStepSize] = {}
         if bits is not None:
             for name in decoder_linears(model):
@@ -72,6 +74,11 @@ class MasterAdamW:
                 size.write(master, held)
             else:
                 held.copy_(master if held.dtype == torch.bfloat16 else master.to(torch.bfloat16))
+
+    def let_go(self) -> None:
+        """Leave the model's gradients to another optimiser."""
+        for hook in self.hooks:
+            hook.remove()
 
     @staticmethod
     def _accumulate(master: torch.Tensor, parameter: nn.Parameter) -> None:
