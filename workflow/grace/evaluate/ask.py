@@ -17,7 +17,7 @@ from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import Benchmark
 from grace.benchmarks.scores import SCORES
 from grace.evaluate.rows import read_items
-from grace.evaluate.runner import Question, Runner, UnreadableImage
+from grace.evaluate.runner import Question, Runner, Unaskable
 from grace.results.predictions import SCHEMA, RowsFailed, read_questions
 
 CHUNK_ROWS, CHUNK_BYTES = 2048, 1 << 28  # asked together; more would only pad less
@@ -87,12 +87,12 @@ def _answered(
     failed: list[tuple[str, str]],
     advance: Callable[[int], None],
 ) -> list[list[Any]]:
-    """Rows of predictions; questions whose image cannot be decoded go to `failed`, and the others are asked."""
+    """Rows of predictions; questions that cannot be asked go to `failed`, and the others are asked."""
     while asked:
         try:
             answers = runner.answer([question for _, question in asked], advance)
-        except UnreadableImage as error:
-            failed.append((error.question, "has an image that cannot be decoded"))
+        except Unaskable as error:
+            failed.append((error.question, error.reason))
             asked = [(item, question) for item, question in asked if item.id != error.question]
             continue
         return [_row(spec, *each, answer) for each, answer in zip(asked, answers, strict=True)]

@@ -60,15 +60,15 @@ class Question:
         return digest.hexdigest()
 
 
-class UnreadableImage(GraceError):
-    """An image of the question `question` cannot be decoded."""
+class Unaskable(GraceError):
+    """One question cannot be asked: `question` is its id, `reason` says why as in "row 3 has ..."."""
 
-    def __init__(self, message: str, question: str) -> None:
+    def __init__(self, message: str, question: str, reason: str) -> None:
         super().__init__(message)
-        self.question = question
+        self.question, self.reason = question, reason
 
     def __reduce__(self) -> tuple:
-        return UnreadableImage, (str(self), self.question)  # it travels between processes
+        return Unaskable, (str(self), self.question, self.reason)  # it travels between processes
 
 
 class Runner:
@@ -133,9 +133,12 @@ class Runner:
         prompts = self.encode([question.prompt for question in questions])
         for question, ids in zip(questions, prompts, strict=True):
             if ids.count(self.image_id) != len(question.images):
-                raise GraceError(
-                    f"question {question.id}: its prompt has {ids.count(self.image_id)} places for "
-                    f"{len(question.images)} images; check the chat template, and that its text names no image token"
+                places = f"{ids.count(self.image_id)} places for {len(question.images)} images"
+                raise Unaskable(
+                    f"question {question.id}: its prompt has {places}; check the chat template, and that its text does not "
+                    "spell the model's image token",
+                    question.id,
+                    f"makes a prompt with {places}, because its text spells the model's image token or the chat template lacks it",
                 )
         images = [question.digests for question in questions]
         alike = [(self._longest(question), bool(question.images)) for question in questions]  # may share a batch
@@ -226,7 +229,7 @@ class Runner:
         try:
             opened = EncodedImage.from_bytes(question.id, image).open()
         except GraceError as error:
-            raise UnreadableImage(str(error), question.id) from error
+            raise Unaskable(str(error), question.id, "has an image that cannot be decoded") from error
         return pad_to_square(opened, self.processor.image_processor.image_mean) if question.pad else opened
 
     def _generate(self, prompts: list[list[int]], features: list[list[torch.Tensor]], new_tokens: int) -> list[Answer]:
