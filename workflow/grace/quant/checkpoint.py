@@ -138,12 +138,46 @@ def write_checkpoint(
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def copy_config(source: Path, target: Path, **changes: Any) -> None:
-    """Copy a model's config.json with some keys replaced, the dtype under its present name."""
-    config = read_json(source / "config.json")
-    dtype = config.pop("torch_dtype", None)
-    named = {"dtype": dtype} if dtype else {}
-    write_json(target / "config.json", {**named, **config, **changes})
+def rename_weights(folder: Path, renamed: Callable[[str], str]) -> None:
+    """Give the weights of a model folder other names, file by file; files whose names stay are not touched."""
+    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+    for path in sorted(folder.glob("*.safetensors")):
+        held = Checkpoint([path])
+        origin = {renamed(name): name for name in held}
+        if list(origin) != list(held):
+            specs = [held.spec(name)._replace(name=new) for new, name in origin.items()]
+            write_tensors(path, specs, lambda name, held=held, origin=origin: held[origin[name]])
+    if index is not None:
+        index["weight_map"] = {renamed(name): file for name, file in index["weight_map"].items()}
+        write_json(folder / INDEX, index)
+
+
+def plain_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config without the path that its model was read from; `dtype`, unless None, in its parts too."""
+    plain = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype", "dtype")}
+    for part in ("text_config", "vision_config"):
+        if isinstance(plain.get(part), dict):
+            plain[part] = plain_config(plain[part], dtype)
+    named = dtype or config.get("dtype") or config.get("torch_dtype")
+    return {"dtype": named, **plain} if named else plain
+
+
+def copy_config(source: Path, target: Path, dtype: str | None = None, **changes: Any) -> None:
+    """Copy a model's config.json with some keys replaced, the dtype under its present name and the same in all parts."""
+    config = plain_config(read_json(source / "config.json"), dtype)
+    write_json(target / "config.json", {**config, **changes})
+
+
+def name_as_published(folder: Path, renamed: Callable[[str], str], dtype: str = "bfloat16") -> None:
+    """Make what transformers saved a folder that every reader takes: published names, one dtype, no paths.
+
+    Args:
+        folder: of a model, just saved.
+        renamed: from transformers' names to those of published checkpoints (`Family.published`).
+        dtype: of its weights.
+    """
+    rename_weights(folder, renamed)
+    copy_config(folder, folder, dtype)
 
 
 def copy_companions(source: Path, target: Path) -> None:

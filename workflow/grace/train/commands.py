@@ -11,8 +11,10 @@ from grace.distributed import World, join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
+from grace.models.families import family_of
 from grace.models.pair import check_family
 from grace.quant import save_quantization
+from grace.quant.checkpoint import name_as_published
 from grace.teacher.forward import check_examples, check_sight
 from grace.teacher.identity import expected
 from grace.teacher.reader import TeacherCache
@@ -52,6 +54,7 @@ def _finish(model, processor, trainer: Trainer) -> None:
     def save(folder: Path) -> None:
         model.config.dtype = torch.bfloat16
         model.save_pretrained(folder, state_dict=weights)
+        name_as_published(folder, family_of(model).published)
         processor.save_pretrained(folder)
         if run.bits is not None:
             save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
