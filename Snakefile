@@ -8,8 +8,9 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from grace.cluster.start import drop_accepted, mend_records, take_over
-from grace.config.load import load_experiment, read_yaml
+from grace.config.load import load_experiment
 from grace.config.plan import Plan
+from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
 from grace.provenance.snakemake_records import restore
 
@@ -52,7 +53,7 @@ onstart:
 
         try:
             check_submission(
-                {job.rule.name for job in workflow.dag.needrun_jobs()},
+                {job.resources.get("kind") for job in workflow.dag.needrun_jobs()},
                 plan.experiment.resources,
                 workflow.executor_settings.status_command or "sacct",
             )
@@ -61,10 +62,11 @@ onstart:
 
 
 wildcard_constraints:
-    experiment=plan.experiment.experiment,
+    experiment=plan.where(True),
     precision=r"(bf16|int[2348])(-outliers)?",
     seed=r"\d+",
     shard=r"\d{5}",
+    subcommand=r"[a-z0-9+_-]+",
 
 
 include: "rules/data.smk"

@@ -7,7 +7,7 @@ rule bench_kernel:
     input:
         run="results/{experiment}/config/bench.json",
         model=plan.timed[0],
-        code=plan.code("grace.bench.commands"),
+        code=plan.code("bench-kernel"),
     output:
         table="results/{experiment}/bench/kernel.csv",
         machine="results/{experiment}/bench/kernel.json",
@@ -26,14 +26,18 @@ rule bench_kernel:
     message:
         "time the integer product against the dense one"
     shell:
-        "grace bench kernel --run {input.run:q} --model {params.model:q} --out {output.table:q} > {log:q} 2>&1"
+        "grace bench kernel"
+        " --run {input.run:q}"
+        " --model {params.model:q}"
+        " --out {output.table:q}"
+        " > {log:q} 2>&1"
 
 
 rule bench_decode:
     input:
         run="results/{experiment}/config/bench.json",
         models=[plan.baseline, *plan.timed],
-        code=plan.code("grace.bench.commands"),
+        code=plan.code("bench-decode"),
     output:
         table="results/{experiment}/bench/decode.csv",
         machine="results/{experiment}/bench/decode.json",
@@ -54,4 +58,8 @@ rule bench_decode:
     message:
         "time prefill and decoding"
     shell:
-        "grace bench decode --run {input.run:q} {params.models} --out {output.table:q} > {log:q} 2>&1"
+        "grace bench decode"
+        " --run {input.run:q}"
+        " {params.models}"
+        " --out {output.table:q}"
+        " > {log:q} 2>&1"

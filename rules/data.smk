@@ -40,62 +40,59 @@ rule freeze:
         "printf '%s\\n' {params.frozen:q} > {output:q} 2> {log:q}"
 
 
-if plan.experiment.data.source == "demo":
+# The code of one subcommand, by content: comments and docstrings re-run nothing. `grace accept` keeps it as it is.
+rule freeze_code:
+    output:
+        "results/{experiment}/config/code/{subcommand}.json",
+    log:
+        "results/{experiment}/logs/config/code/{subcommand}.log",
+    priority: 100
+    localrule: True
+    conda:
+        "../envs/grace.yaml"
+    params:
+        frozen=plan.frozen_code,
+    message:
+        "freeze the code of {wildcards.subcommand}"
+    shell:
+        "printf '%s\\n' {params.frozen:q} > {output:q} 2> {log:q}"
 
-    # The demo's images, composed from the sources that ship with the package.
-    rule prepare:
-        input:
-            run="results/{experiment}/config/data.json",
-            code=plan.code("grace.demo.prepare"),
-        output:
-            "results/{experiment}/data/manifest.json",
-        log:
-            "results/{experiment}/logs/prepare.log",
-        benchmark:
-            "results/{experiment}/logs/prepare.tsv"
-        priority: 100
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("prepare")
-        resources:
-            **plan.resources("prepare"),
-        params:
-            out=subpath(output[0], parent=True),
-        message:
-            "compose the images, conversations and benchmarks"
-        shell:
-            "grace prepare --run {input.run:q} --out {params.out:q} > {log:q} 2>&1"
 
-else:
-
-    # Conversations and images of the user's own, read by the student's processor.
-    rule prepare:
-        input:
-            run="results/{experiment}/config/data.json",
-            student=plan.baseline,
-            teacher=plan.fetched_teacher,
-            sources=plan.data_files(),
-            code=plan.code("grace.data.prepare"),
-        output:
-            "results/{experiment}/data/manifest.json",
-        log:
-            "results/{experiment}/logs/prepare.log",
-        benchmark:
-            "results/{experiment}/logs/prepare.tsv"
-        priority: 100
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("prepare")
-        resources:
-            **plan.resources("prepare"),
-        params:
-            out=subpath(output[0], parent=True),
-            processor=subpath(input.student, parent=True),
-            parts="results/{experiment}/.checkpoints/prepare",
-            teacher=plan.teacher_flag,
-            benchmarks=plan.benchmarks_flag,
-        message:
-            "read the conversations, images and benchmarks"
-        shell:
-            "grace prepare --run {input.run:q} --processor {params.processor:q} {params.teacher} {params.benchmarks}"
-            " --parts {params.parts:q} --workers {threads} --out {params.out:q} > {log:q} 2>&1"
+# The demo's images are composed here; conversations and images of the user's own are read by the student's processor.
+rule prepare:
+    input:
+        run="results/{experiment}/config/data.json",
+        student=plan.processor,
+        teacher=plan.fetched_teacher,
+        sources=plan.data_files(),
+        code=plan.code("prepare"),
+    output:
+        "results/{experiment}/data/manifest.json",
+    log:
+        "results/{experiment}/logs/prepare.log",
+    benchmark:
+        "results/{experiment}/logs/prepare.tsv"
+    priority: 100
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("prepare")
+    resources:
+        **plan.resources("prepare"),
+    params:
+        out=subpath(output[0], parent=True),
+        processor=plan.processor_flag,
+        teacher=plan.teacher_flag,
+        benchmarks=plan.benchmarks_flag,
+        parts="results/{experiment}/.checkpoints/prepare",
+    message:
+        "make the images, conversations and benchmarks"
+    shell:
+        "grace prepare"
+        " --run {input.run:q}"
+        " {params.processor}"
+        " {params.teacher}"
+        " {params.benchmarks}"
+        " --parts {params.parts:q}"
+        " --workers {threads}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"

@@ -6,7 +6,7 @@
 rule pack:
     input:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
-        code=plan.code("grace.quant.pack"),
+        code=plan.code("pack"),
     output:
         "results/{experiment}/students/{recipe}/{precision}/seed{seed}/packed/manifest.json",
     log:
@@ -27,4 +27,7 @@ rule pack:
     message:
         "pack {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace pack --model {params.model:q} --out {params.out:q} > {log:q} 2>&1"
+        "grace pack"
+        " --model {params.model:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"

@@ -12,7 +12,7 @@ rule tables:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.commands"),
+        code=plan.code("report-tables"),
     output:
         "results/{experiment}/tables/manifest.json",
     log:
@@ -30,7 +30,10 @@ rule tables:
     message:
         "write the tables"
     shell:
-        "grace report tables --results {params.results:q} --out {params.out:q} > {log:q} 2>&1"
+        "grace report tables"
+        " --results {params.results:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
 
 
 rule figures:
@@ -42,7 +45,7 @@ rule figures:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.commands"),
+        code=plan.code("report-figures"),
     output:
         "results/{experiment}/figures/manifest.json",
     log:
@@ -60,7 +63,10 @@ rule figures:
     message:
         "draw the figures"
     shell:
-        "grace report figures --results {params.results:q} --out {params.out:q} > {log:q} 2>&1"
+        "grace report figures"
+        " --results {params.results:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
 
 
 # The numbers that versions are compared by.
@@ -73,7 +79,7 @@ rule metrics:
             "results/{experiment}/bench/kernel.csv",
             "results/{experiment}/bench/decode.csv",
         ],
-        code=plan.code("grace.report.commands"),
+        code=plan.code("report-metrics"),
     output:
         "results/{experiment}/metrics.json",
     log:
@@ -90,7 +96,10 @@ rule metrics:
     message:
         "write the metrics"
     shell:
-        "grace report metrics --results {params.results:q} --out {output:q} > {log:q} 2>&1"
+        "grace report metrics"
+        " --results {params.results:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"
 
 
 rule page:
@@ -99,7 +108,7 @@ rule page:
         tables="results/{experiment}/tables/manifest.json",
         figures="results/{experiment}/figures/manifest.json",
         metrics="results/{experiment}/metrics.json",
-        code=plan.code("grace.report.commands"),
+        code=plan.code("report-page"),
     output:
         "results/{experiment}/report/index.html",
     log:
@@ -116,4 +125,7 @@ rule page:
     message:
         "build the page"
     shell:
-        "grace report page --results {params.results:q} --out {output:q} > {log:q} 2>&1"
+        "grace report page"
+        " --results {params.results:q}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"

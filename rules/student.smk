@@ -21,64 +21,75 @@ rule freeze_student:
         "printf '%s\\n' {params.frozen:q} > {output:q} 2> {log:q}"
 
 
-if plan.experiment.student.pretrained:
+# A pretrained student, from a folder or the hub.
+rule fetch_baseline:
+    input:
+        code=plan.code("fetch"),
+    output:
+        "results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
+    log:
+        "results/{experiment}/logs/students/baseline/bf16/seed{seed}/fetch.log",
+    benchmark:
+        "results/{experiment}/logs/students/baseline/bf16/seed{seed}/fetch.tsv"
+    wildcard_constraints:
+        experiment=plan.where(plan.experiment.student.pretrained),
+    priority: 80
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("fetch")
+    resources:
+        **plan.resources("fetch"),
+    params:
+        out=subpath(output[0], parent=True),
+        model=plan.experiment.student.pretrained,
+        revision=plan.revision_flag(plan.experiment.student),
+    message:
+        "fetch the student {params.model}"
+    shell:
+        "grace fetch"
+        " {params.model:q}"
+        " {params.revision}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
 
-    # A pretrained student, from a folder or the hub.
-    rule fetch_baseline:
-        input:
-            code=plan.code("grace.models.fetch"),
-        output:
-            "results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
-        log:
-            "results/{experiment}/logs/students/baseline/bf16/seed{seed}/fetch.log",
-        benchmark:
-            "results/{experiment}/logs/students/baseline/bf16/seed{seed}/fetch.tsv"
-        priority: 80
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("fetch")
-        resources:
-            **plan.resources("fetch"),
-        params:
-            out=subpath(output[0], parent=True),
-            model=plan.experiment.student.pretrained,
-            revision=plan.revision_flag(plan.experiment.student),
-        message:
-            "fetch the student {params.model}"
-        shell:
-            "grace fetch {params.model:q} {params.revision} --out {params.out:q} > {log:q} 2>&1"
 
-else:
-
-    # The student in bf16, trained from scratch without a teacher: where every recipe starts.
-    rule train_baseline:
-        input:
-            run="results/{experiment}/config/students/baseline/bf16/seed{seed}.json",
-            data="results/{experiment}/data/manifest.json",
-            code=plan.code("grace.train.commands"),
-        output:
-            model="results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
-            curve="results/{experiment}/students/baseline/bf16/seed{seed}/train.jsonl",
-        log:
-            "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.log",
-        benchmark:
-            "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.tsv"
-        priority: 80
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("train_baseline")
-        resources:
-            **plan.resources("train_baseline"),
-        params:
-            data=subpath(input.data, parent=True),
-            out=subpath(output.model, parent=True),
-            checkpoints="results/{experiment}/.checkpoints/students/baseline/bf16/seed{seed}",
-        message:
-            "train the baseline, seed {wildcards.seed}"
-        shell:
-            "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
-            " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
-            " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+# The student in bf16, trained from scratch without a teacher: where every recipe starts.
+rule train_baseline:
+    input:
+        run="results/{experiment}/config/students/baseline/bf16/seed{seed}.json",
+        data="results/{experiment}/data/manifest.json",
+        code=plan.code("train"),
+    output:
+        model="results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
+        curve="results/{experiment}/students/baseline/bf16/seed{seed}/train.jsonl",
+    log:
+        "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.log",
+    benchmark:
+        "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.tsv"
+    wildcard_constraints:
+        experiment=plan.where(plan.experiment.student.train),
+    priority: 80
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("train_baseline")
+    resources:
+        **plan.resources("train_baseline"),
+    params:
+        data=subpath(input.data, parent=True),
+        out=subpath(output.model, parent=True),
+        checkpoints="results/{experiment}/.checkpoints/students/baseline/bf16/seed{seed}",
+    message:
+        "train the baseline, seed {wildcards.seed}"
+    shell:
+        "grace train"
+        " --nodes {resources.nodes}"
+        " --processes {resources.processes}"
+        " --run {input.run:q}"
+        " --data {params.data:q}"
+        " --out {params.out:q}"
+        " --log {output.curve:q}"
+        " --checkpoints {params.checkpoints:q}"
+        " > {log:q} 2>&1"
 
 
 # Further training without a teacher: plain fine-tuning at bf16, quantisation-aware training at the integers.
@@ -87,7 +98,7 @@ rule finetune:
         run="results/{experiment}/config/students/{recipe}/{precision}/seed{seed}.json",
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.train.commands"),
+        code=plan.code("train"),
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",
@@ -111,9 +122,16 @@ rule finetune:
     message:
         "train {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
-        " --init {params.start:q} --data {params.data:q} --out {params.out:q}"
-        " --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+        "grace train"
+        " --nodes {resources.nodes}"
+        " --processes {resources.processes}"
+        " --run {input.run:q}"
+        " --init {params.start:q}"
+        " --data {params.data:q}"
+        " --out {params.out:q}"
+        " --log {output.curve:q}"
+        " --checkpoints {params.checkpoints:q}"
+        " > {log:q} 2>&1"
 
 
 # Training that learns from the teacher's cache: KD, every subset of GRACE's parts, and GRACE itself.
@@ -148,9 +166,17 @@ rule distil:
     message:
         "distil {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
-        " --init {params.start:q} --data {params.data:q} --cache {params.cache:q}"
-        " --out {params.out:q} --log {output.curve:q} --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+        "grace train"
+        " --nodes {resources.nodes}"
+        " --processes {resources.processes}"
+        " --run {input.run:q}"
+        " --init {params.start:q}"
+        " --data {params.data:q}"
+        " --cache {params.cache:q}"
+        " --out {params.out:q}"
+        " --log {output.curve:q}"
+        " --checkpoints {params.checkpoints:q}"
+        " > {log:q} 2>&1"
 
 
 # Rounding without training: RTN, AWQ, GPTQ.
@@ -159,7 +185,7 @@ rule quantize:
         run="results/{experiment}/config/students/{recipe}/{precision}/seed{seed}.json",
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.quant.commands"),
+        code=plan.code("quantize"),
     output:
         "results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
     log:
@@ -181,5 +207,9 @@ rule quantize:
     message:
         "round by {wildcards.recipe} to {wildcards.precision}, seed {wildcards.seed}"
     shell:
-        "grace quantize --run {input.run:q} --init {params.start:q} --data {params.data:q} --out {params.out:q}"
+        "grace quantize"
+        " --run {input.run:q}"
+        " --init {params.start:q}"
+        " --data {params.data:q}"
+        " --out {params.out:q}"
         " > {log:q} 2>&1"

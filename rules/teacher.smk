@@ -2,64 +2,75 @@
 # Needs: results/{experiment}/data/. Makes: results/{experiment}/teacher/model/ and results/{experiment}/teacher/cache/.
 
 
-if plan.experiment.teacher.pretrained:
+# A pretrained teacher, from a folder or the hub.
+rule fetch_teacher:
+    input:
+        code=plan.code("fetch"),
+    output:
+        "results/{experiment}/teacher/model/manifest.json",
+    log:
+        "results/{experiment}/logs/teacher/fetch.log",
+    benchmark:
+        "results/{experiment}/logs/teacher/fetch.tsv"
+    wildcard_constraints:
+        experiment=plan.where(plan.experiment.teacher.pretrained),
+    priority: 95
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("fetch")
+    resources:
+        **plan.resources("fetch"),
+    params:
+        out=subpath(output[0], parent=True),
+        model=plan.experiment.teacher.pretrained,
+        revision=plan.revision_flag(plan.experiment.teacher),
+    message:
+        "fetch the teacher {params.model}"
+    shell:
+        "grace fetch"
+        " {params.model:q}"
+        " {params.revision}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
 
-    # A pretrained teacher, from a folder or the hub.
-    rule fetch_teacher:
-        input:
-            code=plan.code("grace.models.fetch"),
-        output:
-            "results/{experiment}/teacher/model/manifest.json",
-        log:
-            "results/{experiment}/logs/teacher/fetch.log",
-        benchmark:
-            "results/{experiment}/logs/teacher/fetch.tsv"
-        priority: 95
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("fetch")
-        resources:
-            **plan.resources("fetch"),
-        params:
-            out=subpath(output[0], parent=True),
-            model=plan.experiment.teacher.pretrained,
-            revision=plan.revision_flag(plan.experiment.teacher),
-        message:
-            "fetch the teacher {params.model}"
-        shell:
-            "grace fetch {params.model:q} {params.revision} --out {params.out:q} > {log:q} 2>&1"
 
-else:
-
-    # A teacher trained here. A killed run goes on from its last checkpoint.
-    rule train_teacher:
-        input:
-            run="results/{experiment}/config/teacher.json",
-            data="results/{experiment}/data/manifest.json",
-            code=plan.code("grace.train.commands"),
-        output:
-            model="results/{experiment}/teacher/model/manifest.json",
-            curve="results/{experiment}/teacher/train.jsonl",
-        log:
-            "results/{experiment}/logs/teacher/train.log",
-        benchmark:
-            "results/{experiment}/logs/teacher/train.tsv"
-        priority: 95
-        conda:
-            "../envs/grace.yaml"
-        threads: plan.threads("train_teacher")
-        resources:
-            **plan.resources("train_teacher"),
-        params:
-            data=subpath(input.data, parent=True),
-            out=subpath(output.model, parent=True),
-            checkpoints="results/{experiment}/.checkpoints/teacher",
-        message:
-            "train the teacher"
-        shell:
-            "grace train --nodes {resources.nodes} --processes {resources.processes} --run {input.run:q}"
-            " --data {params.data:q} --out {params.out:q} --log {output.curve:q}"
-            " --checkpoints {params.checkpoints:q} > {log:q} 2>&1"
+# A teacher trained here. A killed run goes on from its last checkpoint.
+rule train_teacher:
+    input:
+        run="results/{experiment}/config/teacher.json",
+        data="results/{experiment}/data/manifest.json",
+        code=plan.code("train"),
+    output:
+        model="results/{experiment}/teacher/model/manifest.json",
+        curve="results/{experiment}/teacher/train.jsonl",
+    log:
+        "results/{experiment}/logs/teacher/train.log",
+    benchmark:
+        "results/{experiment}/logs/teacher/train.tsv"
+    wildcard_constraints:
+        experiment=plan.where(plan.experiment.teacher.train),
+    priority: 95
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("train_teacher")
+    resources:
+        **plan.resources("train_teacher"),
+    params:
+        data=subpath(input.data, parent=True),
+        out=subpath(output.model, parent=True),
+        checkpoints="results/{experiment}/.checkpoints/teacher",
+    message:
+        "train the teacher"
+    shell:
+        "grace train"
+        " --nodes {resources.nodes}"
+        " --processes {resources.processes}"
+        " --run {input.run:q}"
+        " --data {params.data:q}"
+        " --out {params.out:q}"
+        " --log {output.curve:q}"
+        " --checkpoints {params.checkpoints:q}"
+        " > {log:q} 2>&1"
 
 
 # One part of the cache: the teacher's states over its share of the conversations. Parts are independent jobs.
@@ -68,7 +79,7 @@ rule write_cache:
         run="results/{experiment}/config/cache.json",
         teacher="results/{experiment}/teacher/model/manifest.json",
         data="results/{experiment}/data/manifest.json",
-        code=plan.code("grace.teacher.commands"),
+        code=plan.code("cache-write"),
     output:
         states=plan.cache_part("safetensors"),
         index=plan.cache_part("json"),
@@ -89,8 +100,13 @@ rule write_cache:
     message:
         "write part {wildcards.shard} of the teacher's cache"
     shell:
-        "grace cache write --run {input.run:q} --teacher {params.teacher:q} --data {params.data:q}"
-        " --shard $((10#{wildcards.shard})) --out {params.out:q} > {log:q} 2>&1"
+        "grace cache write"
+        " --run {input.run:q}"
+        " --teacher {params.teacher:q}"
+        " --data {params.data:q}"
+        " --shard $((10#{wildcards.shard}))"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
 
 
 # The cache as a whole: every part is there, its error is measured, and the manifest pins what it was made from.
@@ -102,7 +118,7 @@ rule finish_cache:
         data="results/{experiment}/data/manifest.json",
         indexes=plan.cache_parts("json"),
         states=ancient(plan.cache_parts("safetensors")),
-        code=plan.code("grace.teacher.commands"),
+        code=plan.code("cache-finish"),
     output:
         "results/{experiment}/teacher/cache/manifest.json",
     log:
@@ -122,5 +138,9 @@ rule finish_cache:
     message:
         "check and close the teacher's cache"
     shell:
-        "grace cache finish --run {input.run:q} --teacher {params.teacher:q} --data {params.data:q}"
-        " --out {params.out:q} > {log:q} 2>&1"
+        "grace cache finish"
+        " --run {input.run:q}"
+        " --teacher {params.teacher:q}"
+        " --data {params.data:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"

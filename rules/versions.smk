@@ -15,5 +15,8 @@ rule diff:
     message:
         "compare the results with the last commit's"
     shell:
-        "grace diff HEAD . --experiment {params.experiment:q}"
-        " --markdown {params.stem:q}.md --page {params.stem:q}.html | tee {log:q}"
+        "grace diff HEAD ."
+        " --experiment {params.experiment:q}"
+        " --markdown {params.stem:q}.md"
+        " --page {params.stem:q}.html"
+        " | tee {log:q}"

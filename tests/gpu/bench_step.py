@@ -46,11 +46,13 @@ from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
 from grace.distributed import World, join_world
 from grace.files import sha256
-from grace.models import decoder_linears
+from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
+from grace.train.distillation import Distillation
 from grace.train.loop import Trainer
+from grace.train.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,10 @@ def run_recipe(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     log = scratch / f"{name}.jsonl"
-    arguments = (model, build_processor(shape), examples, run, cache if run.kd != "none" else None)
-    trainer = Trainer(*arguments, log, scratch / "checkpoints", "bench", world)
+    processor = build_processor(shape)
+    size = vocabulary(processor)
+    objective = Distillation(model, run, size, cache) if run.kd != "none" else Objective(model, run, size)
+    trainer = Trainer(model, processor, examples, run, objective, log, scratch / "checkpoints", "bench", world)
     watches: list[Stopwatch] = []
     peaks: list[float] = []
     plain_step = trainer._step

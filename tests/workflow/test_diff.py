@@ -61,13 +61,9 @@ def test_equal_versions_differ_in_nothing(results_folder, version):
 
 
 def test_equal_files_of_another_commit_are_equal(results_folder, version):
-    """As evaluation writes them, predictions have no `files`; what a manifest says of its making is no artifact."""
-    for path in version.glob("**/manifest.json"):
-        about = json.loads(path.read_text())
-        about["environment"] |= {"code": {"revision": "0" * 40}, "python": "4.0"}
-        if path.parent.name == "predictions":
-            del about["files"]
-        path.write_text(json.dumps(about))
+    """What a folder was made with is no artifact."""
+    for path in version.glob("**/environment.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": {"revision": "0" * 40}, "python": "4.0"}))
     found = compare_folders(results_folder, version)
     assert not found.artifacts
     assert {name for name, _, _ in found.environment} >= {"environment.code.revision", "environment.python"}

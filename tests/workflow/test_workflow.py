@@ -1,5 +1,7 @@
 """The DAG: what a change of config or code re-runs, and what every rule must declare."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,10 +12,18 @@ import yaml
 from stub_tree import ROOT, Tree
 
 from grace.benchmarks.registry import ADAPTERS
+from grace.cluster.kinds import kinds
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
+from grace.errors import GraceError
 
 REPORT = ["build the page", "draw the figures", "write the metrics", "write the tables"]
+TIMED = ["time prefill and decoding", "time the integer product against the dense one"]
+
+
+def follows(recipe: str, precision: str = "int4", seed: int = 0) -> list[str]:
+    """What a new student of this name makes necessary, besides the report."""
+    return [f"pack {recipe} at {precision}, seed {seed}", f"evaluate students/{recipe}/{precision}/seed{seed}"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +46,7 @@ def test_a_second_run_finds_nothing_to_do(built: Tree) -> None:
 def test_a_recipes_setting_reruns_that_recipe_and_what_follows(tree: Tree) -> None:
     tree.edit(recipes__finetune={"train": {"learning_rate": 2e-3}})
     name = "finetune at int4, seed 0"
-    assert tree.planned() == sorted([f"train {name}", f"pack {name}", f"evaluate {name}", *REPORT])
+    assert tree.planned() == sorted([f"train {name}", *follows("finetune"), *REPORT])
 
 
 def test_a_label_reruns_the_report_alone(tree: Tree) -> None:
@@ -47,15 +57,14 @@ def test_a_label_reruns_the_report_alone(tree: Tree) -> None:
 def test_the_distillations_constants_rerun_what_is_distilled(tree: Tree) -> None:
     tree.edit(method={"omega": 1.0})
     name = "grace at int4, seed 0"
-    timed = ["time prefill and decoding", "time the integer product against the dense one"]
-    assert tree.planned() == sorted([f"distil {name}", f"pack {name}", f"evaluate {name}", *timed, *REPORT])
+    assert tree.planned() == sorted([f"distil {name}", *follows("grace"), *TIMED, *REPORT])
 
 
 def test_a_further_recipe_builds_that_recipe(tree: Tree) -> None:
     tree.edit(recipes__kd={"kd": "plain"})
     tree.edit(runs=[{"recipes": ["finetune", "grace", "rtn", "kd"], "precisions": ["int4"], "seeds": [0]}])
     name = "kd at int4, seed 0"
-    assert tree.planned() == sorted([f"distil {name}", f"pack {name}", f"evaluate {name}", *REPORT])
+    assert tree.planned() == sorted([f"distil {name}", *follows("kd"), *REPORT])
 
 
 def test_a_further_seed_builds_its_baseline_and_students(tree: Tree) -> None:
@@ -67,8 +76,8 @@ def test_a_further_seed_builds_its_baseline_and_students(tree: Tree) -> None:
         ],
     )
     name = "finetune at int4, seed 1"
-    expected = ["train the baseline, seed 1", "evaluate baseline, 2 students", "evaluate finetune, 2 students"]
-    assert tree.planned() == sorted([*expected, f"train {name}", f"pack {name}", *REPORT])
+    baseline = ["train the baseline, seed 1", "evaluate students/baseline/bf16/seed1"]
+    assert tree.planned() == sorted([*baseline, f"train {name}", *follows("finetune", seed=1), *REPORT])
 
 
 def test_a_further_benchmark_trains_nothing(tree: Tree) -> None:
@@ -78,21 +87,82 @@ def test_a_further_benchmark_trains_nothing(tree: Tree) -> None:
     assert len(jobs) == len(REPORT) + 5
 
 
-def test_with_gpus_each_student_is_asked_by_a_job_of_its_own(tree: Tree) -> None:
-    tree.edit(runs=[{"recipes": ["finetune", "grace", "rtn"], "precisions": ["int4", "int8"], "seeds": [0]}])
-    assert "evaluate grace, 2 students" in tree.planned()
-    tree.edit(resources={"evaluate": {"gpus": 1}})
-    planned = tree.planned()
-    asked = [job for job in planned if job.startswith("evaluate ")]
-    assert asked == [f"evaluate {recipe} at int8, seed 0" for recipe in ("finetune", "grace", "rtn")], "int4 is there"
+def _sources(tree: Tree) -> list[Path]:
+    return sorted((tree.folder / "workflow/grace").rglob("*.py"))
 
 
-def test_code_reruns_the_jobs_that_import_it(tree: Tree) -> None:
-    """The report's code reaches the report; the config's reaches none, because frozen parameters stand for it."""
-    for name in ("report/commands.py", "config/schema.py", "cli.py"):
-        with (tree.folder / "workflow/grace" / name).open("a") as file:
-            file.write("# another comment\n")
-    assert tree.planned() == REPORT
+def test_comments_docstrings_and_formatting_rerun_nothing(tree: Tree) -> None:
+    """In every file of the package."""
+    for path in _sources(tree):
+        text = path.read_text()
+        if not text.startswith(('"', "#")) and text:
+            text = f'"""A docstring."""\n{text}'
+        text = re.sub(r"^( +)return ", r"\1# why\n\1return ", text, flags=re.MULTILINE)
+        path.write_text(f"# a comment\n{text}\n\n# another\n")
+    assert tree.planned() == []
+
+
+@pytest.mark.parametrize(
+    "place", [("relational_cka", "relational_cka_sum"), ("objectives/gated", "gated"), ("sampled", "_loss")]
+)
+def test_a_loss_function_reruns_what_is_distilled_and_what_follows(tree: Tree, place: tuple[str, str]) -> None:
+    folder = "teacher" if place[0] == "sampled" else "distill"
+    edit_function(tree, f"{folder}/{place[0]}.py", place[1])
+    name = "grace at int4, seed 0"
+    assert tree.planned() == sorted([f"distil {name}", *follows("grace"), *TIMED, *REPORT])
+
+
+def test_a_tables_code_reruns_the_tables_and_the_page_that_shows_them(tree: Tree) -> None:
+    edit_function(tree, "report/tables/deployment.py", "deployment_table")
+    assert tree.planned() == ["build the page", "write the tables"]
+
+
+def test_printing_code_retrains_nothing(tree: Tree) -> None:
+    edit_function(tree, "teacher/summary.py", "summary")
+    edit_function(tree, "progress.py", "progress")
+    edit_function(tree, "environment.py", "environment")
+    assert tree.planned() == []
+
+
+def test_the_configs_code_reruns_nothing(tree: Tree) -> None:
+    """Frozen parameters stand for it."""
+    edit_function(tree, "config/load.py", "load_experiment")
+    assert tree.planned() == []
+
+
+def test_equal_bits_rerun_nothing(tree: Tree) -> None:
+    """A folder made again with the same files, by another revision of the code: what follows holds."""
+    packed = "results/demo/students/rtn/int4/seed0/packed"
+    before = (tree.folder / packed / "environment.json").read_text()
+    tree.snakemake("--quiet", "all", "--force", f"{packed}/manifest.json")
+    assert (tree.folder / packed / "environment.json").read_text() != before, "it was made again"
+    assert tree.planned() == []
+
+
+def test_an_accepted_change_reruns_nothing_and_leaves_a_trace(tree: Tree) -> None:
+    edit_function(tree, "quant/pack.py", "pack")
+    assert len(tree.planned()) == 3 + 3 + len(TIMED) + len(REPORT)
+    refused = tree.grace("accept", "--reason", " ", check=False)
+    assert refused.returncode == 1 and "--reason is empty" in refused.stderr
+    tree.grace("accept", "--reason", "the same numbers in another order")
+    assert tree.planned() == []
+    (change,) = map(json.loads, (tree.folder / "results/demo/config/code/accepted.jsonl").read_text().splitlines())
+    assert (change["subcommand"], change["changed"]) == ("pack", ["grace.quant.pack"])
+    said = tree.grace("provenance", "results/demo/students/rtn/int4/seed0/packed").stdout
+    assert "accepted" in said and "the same numbers in another order" in said and change["by"] in said
+    again = tree.grace("accept", "--reason", "more", check=False)
+    assert again.returncode == 1 and "nothing to accept" in again.stderr
+    edit_function(tree, "quant/pack.py", "pack")
+    assert len(tree.planned()) == 3 + 3 + len(TIMED) + len(REPORT), "a further change is not accepted with it"
+
+
+def edit_function(tree: Tree, file: str, name: str) -> None:
+    """Let a function do one thing more."""
+    path = tree.folder / "workflow/grace" / file
+    module = ast.parse(path.read_text())
+    (function,) = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == name]
+    function.body.insert(0, ast.parse(f"edited = {len(function.body)}").body[0])
+    path.write_text(ast.unparse(module))
 
 
 @pytest.mark.parametrize("harness", ADAPTERS)
@@ -100,16 +170,17 @@ def test_evaluation_follows_the_code_of_the_chosen_harness(harness: str) -> None
     experiment = load_experiment(ROOT / "config.yaml")
     evaluation = experiment.evaluation.model_copy(update={"harness": harness})
     plan = Plan(experiment.model_copy(update={"evaluation": evaluation}))
-    assert plan.adapter == ADAPTERS[harness]
-    assert any(path.endswith(f"{plan.adapter.rpartition('.')[2]}.py") for path in plan.code(plan.adapter))
-    assert "plan.adapter" in (ROOT / "rules/eval.smk").read_text()
+    reached = set(plan.fingerprint("evaluate")["code"])
+    others = set(ADAPTERS.values()) - {ADAPTERS[harness], ADAPTERS["lm-eval"]}  # language tasks are always lm-eval's
+    assert ADAPTERS[harness] in reached and not others & reached
 
 
 def test_a_tuned_tile_reruns_no_training() -> None:
     plan = Plan(load_experiment(ROOT / "config.yaml"))
-    for subcommand in ("train.commands", "teacher.commands", "quant.pack"):
-        assert not any("w4a16_table" in path for path in plan.code(f"grace.{subcommand}"))
-    assert any(path.endswith("w4a16_table/configs.json") for path in plan.code("grace.bench.commands"))
+    table = "kernels/w4a16_table/configs.json"
+    for subcommand in ("train", "cache-write", "quantize", "pack"):
+        assert table not in plan.fingerprint(subcommand)["data"]
+    assert table in plan.fingerprint("bench-kernel")["data"]
 
 
 def test_touched_code_and_other_resources_rerun_nothing(tree: Tree) -> None:
@@ -130,7 +201,7 @@ def test_an_edit_while_jobs_wait_reaches_no_job(tree: Tree) -> None:
 
 def test_a_missing_output_is_made_again_with_what_follows(tree: Tree) -> None:
     (tree.folder / "results/demo/students/rtn/int4/seed0/packed/manifest.json").unlink()
-    assert tree.planned() == sorted(["pack rtn at int4, seed 0", "evaluate rtn at int4, seed 0", *REPORT])
+    assert tree.planned() == sorted([*follows("rtn"), *REPORT])
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "workflow/experiments/llava15_7b.yaml"])
@@ -138,7 +209,7 @@ def test_shipped_experiments_make_a_dag(tmp_path: Path, file: str) -> None:
     """One whose models are made here and one whose models are fetched."""
     tree = Tree.make(tmp_path / "tree")
     (tree.folder / "config.yaml").write_bytes((ROOT / "config.yaml").read_bytes())
-    assert {"evaluate the teacher", *REPORT} <= set(tree.planned("--configfile", file))
+    assert {"evaluate teacher", *REPORT} <= set(tree.planned("--configfile", file))
 
 
 def test_the_slurm_profile_makes_the_same_jobs(built: Tree, tmp_path: Path) -> None:
@@ -165,20 +236,44 @@ def test_a_wrong_key_stops_before_anything_runs(tree: Tree) -> None:
     assert "config.yaml: `recipes.grace.rkca` is not a key; did you mean `rcka`?" in done.stderr
 
 
-def test_every_rule_declares_what_it_needs() -> None:
-    """Log, environment and message on each; benchmark, threads, resources and code on each that computes."""
+def _rules() -> dict[str, str]:
+    """The text of every rule."""
+    found: dict[str, str] = {}
     for file in sorted((ROOT / "rules").glob("*.smk")):
-        rules = re.split(r"^ *rule ?(\w*):\n", file.read_text(), flags=re.MULTILINE)
-        for name, text in zip(rules[1::2], rules[2::2], strict=True):
-            text = text.split("\nuse rule ")[0]
-            wanted = ["log:", "conda:", "params:", "message:", "shell:"]
-            wanted += ["output:"] if name != "diff" else []  # it compares, and makes nothing that others need
-            if name != "diff" and not name.startswith("freeze"):
-                wanted += ["input:", "code=plan.code(", "benchmark:", "threads: plan.threads(", "**plan.resources("]
-                assert len(re.findall(r'^ +"grace ', text, re.MULTILINE)) == 1, f"{file.name}: {name}: one subcommand"
-            missing = [word for word in wanted if word not in text]
-            assert not missing, f"{file.name}: {name} lacks {missing}"
-            assert not re.findall(r"\{(?:input|output|log)(?:\.\w+)?\}", text.split("shell:")[1]), f"{name}: quoting"
+        _, *parts = re.split(r"^rule (\w+):\n", file.read_text(), flags=re.MULTILINE)
+        for name, text in zip(parts[::2], parts[1::2], strict=True):
+            assert name not in found, f"{name} stands twice"
+            found[name] = text
+    return found
+
+
+@pytest.mark.parametrize("name", _rules())
+def test_every_rule_declares_what_it_needs(name: str) -> None:
+    """Log, environment and message on each; benchmark, threads, kind and code on each that computes."""
+    text = _rules()[name]
+    wanted = ["log:", "conda:", "params:", "message:", "shell:"]
+    wanted += ["output:"] if name != "diff" else []  # it compares, and makes nothing that others need
+    if "localrule: True" not in text:
+        wanted += ["input:", "benchmark:"]
+        (kind,) = re.findall(r'\*\*plan\.resources\("(\w+)"\)', text)
+        assert re.findall(r'threads: plan\.threads\("(\w+)"\)', text) == [kind]
+        (subcommand,) = re.findall(r'^ +"grace ([\w ]+)"$', text, re.MULTILINE)
+        code = "train" if "code=plan.distil_code" in text else re.findall(r'code=plan\.code\("([\w-]+)"\)', text)[0]
+        assert subcommand.replace(" ", "-") == code, "its code is that of the subcommand it calls"
+    missing = [word for word in wanted if word not in text]
+    assert not missing, f"lacks {missing}"
+    shell = text.split("shell:")[1]
+    assert not re.findall(r"\{(?:input|output|log)(?:\.\w+)?\}", shell), "quoting"
+    assert all(line.count(" --") <= 1 for line in shell.splitlines()), "one flag a line"
+
+
+def test_every_rule_has_its_kind_of_job(tmp_path: Path) -> None:
+    found = kinds(ROOT / "rules")
+    assert found["evaluate"] == "evaluate" and found["finish_cache"] == "cache" and found["freeze_code"] is None
+    assert set(found) == set(_rules())
+    (tmp_path / "new.smk").write_text("rule new:\n    output:\n        'a',\n    shell:\n        'touch {output}'\n")
+    with pytest.raises(GraceError, match=r"new.smk: rule new has no kind; give it `resources: "):
+        kinds(tmp_path)
 
 
 def test_linter_and_formatter_pass(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def _group(name: str, text: str) -> typer.Typer:
     return group
 
 
+records_commands = _group("records", "Snakemake's records of how each output was made, kept beside the results.")
 cache_commands = _group("cache", "The teacher's cache: what training reads instead of the teacher.")
 bench_commands = _group("bench", "Speed of the INT4 product and of decoding, side by side with bf16.")
 report_commands = _group("report", "Tables, figures, metrics and the page.")
@@ -41,14 +42,14 @@ def _start(processes: int, nodes: int = 1) -> None:
 
 
 def _job(
-    *outputs: Path | None, files: tuple[Path | None, ...] = (), folders: tuple[Path | None, ...] = (), module: str
+    *outputs: Path | None, files: tuple[Path | None, ...] = (), folders: tuple[Path | None, ...] = (), subcommand: str
 ) -> AbstractContextManager[None]:
     """Write these outputs alone and from unchanged inputs (see `grace.cluster.job`); the first process does it for all."""
     from grace.cluster.job import job
 
     if os.environ.get("RANK", "0") != "0":
         return nullcontext()
-    return job(*outputs, files=files, folders=folders, module=module)
+    return job(*outputs, files=files, folders=folders, subcommand=subcommand)
 
 
 def _read_by_reports(results: Path) -> tuple[Path, ...]:
@@ -88,7 +89,7 @@ def prepare(
     if parameters.data.source == "demo":
         from grace.demo.prepare import prepare as prepare_demo
 
-        with _job(out, files=(run,), module="grace.demo.prepare"):
+        with _job(out, files=(run,), subcommand="prepare"):
             prepare_demo(parameters.data, parameters.benchmarks, out)
     else:
         from grace.data.prepare import prepare_files
@@ -97,7 +98,7 @@ def prepare(
         if processor is None:
             raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")
         parts = parts or out.with_name(f".{out.name}-parts")
-        with _job(parts, out, files=(run, processor / MANIFEST), module="grace.data.prepare"):
+        with _job(parts, out, files=(run, processor / MANIFEST), subcommand="prepare"):
             if parameters.family:
                 for folder in filter(None, (processor, teacher)):
                     check_family(folder, parameters.family)
@@ -123,7 +124,7 @@ def fetch(model: str, out: Out, revision: Annotated[str | None, typer.Option(hel
     """Bring a pretrained model, from a folder or the hub, into the experiment."""
     from grace.models.fetch import fetch as bring
 
-    with _job(out, module="grace.models.fetch"):
+    with _job(out, subcommand="fetch"):
         bring(model, out, revision)
 
 
@@ -149,7 +150,7 @@ def train(
     from grace.train.commands import train as run_training
 
     pins = tuple(folder / MANIFEST if folder else None for folder in (cache, teacher))  # the cache checks its own parts
-    with _job(checkpoints, out, log, files=(run, *pins), folders=(data, init), module="grace.train.commands"):
+    with _job(checkpoints, out, log, files=(run, *pins), folders=(data, init), subcommand="train"):
         run_training(run, data, out, log, checkpoints, init, cache, teacher)
 
 
@@ -164,7 +165,7 @@ def cache_write(
     """Run the teacher over one part of the conversations and keep what training needs."""
     from grace.teacher.commands import write
 
-    with _job(out / f"shard-{shard:05d}", files=(run,), folders=(teacher, data), module="grace.teacher.commands"):
+    with _job(out / f"shard-{shard:05d}", files=(run,), folders=(teacher, data), subcommand="cache-write"):
         write(run, teacher, data, out, shard)
 
 
@@ -175,7 +176,7 @@ def cache_finish(
     """Check that every part is there, audit the cache's error, and write its manifest."""
     from grace.teacher.commands import finish
 
-    with _job(out, files=(run,), folders=(teacher, data), module="grace.teacher.commands"):
+    with _job(out, files=(run,), folders=(teacher, data), subcommand="cache-finish"):
         finish(run, teacher, data, out)
 
 
@@ -200,7 +201,7 @@ def quantize(run: Run, init: Annotated[Path, typer.Option(help="model folder to 
     """Round a model without training it: RTN, AWQ or GPTQ."""
     from grace.quant.commands import quantize as round_model
 
-    with _job(out, files=(run,), folders=(init, data), module="grace.quant.commands"):
+    with _job(out, files=(run,), folders=(init, data), subcommand="quantize"):
         round_model(run, init, data, out)
 
 
@@ -209,7 +210,7 @@ def pack(model: Annotated[Path, typer.Option(help="quantised model folder")], ou
     """Pack a quantised model so that transformers and vLLM load it with no code of ours."""
     from grace.quant.pack import pack as pack_model
 
-    with _job(out, folders=(model,), module="grace.quant.pack"):
+    with _job(out, folders=(model,), subcommand="pack"):
         pack_model(model, out)
 
 
@@ -222,7 +223,7 @@ def export(
     """Write a packed model's codes in another format, bit for bit."""
     from grace.quant.export import export as convert
 
-    with _job(out, folders=(packed,), module="grace.quant.export"):
+    with _job(out, folders=(packed,), subcommand="export"):
         convert(packed, format, out)
 
 
@@ -245,7 +246,7 @@ def evaluate(
     failed = []
     for one, predictions in zip(model, out, strict=True):
         try:
-            with _job(predictions, files=(run,), folders=(one, data), module="grace.evaluate.commands"):
+            with _job(predictions, files=(run,), folders=(one, data), subcommand="evaluate"):
                 ask(run, one, data, predictions)
         except GraceError as error:
             failed.append(str(error))
@@ -260,7 +261,7 @@ def bench_kernel(
     """Time the INT4 product against the dense one, after checking that it is right."""
     from grace.bench.commands import kernel
 
-    with _job(out, files=(run,), folders=(model,), module="grace.bench.commands"):
+    with _job(out, files=(run,), folders=(model,), subcommand="bench-kernel"):
         kernel(run, model, out)
 
 
@@ -271,7 +272,7 @@ def bench_decode(
     """Time prefill and decoding of several models in one run."""
     from grace.bench.commands import decode
 
-    with _job(out, files=(run,), folders=tuple(model), module="grace.bench.commands"):
+    with _job(out, files=(run,), folders=tuple(model), subcommand="bench-decode"):
         decode(run, model, out)
 
 
@@ -280,7 +281,7 @@ def report_tables(results: Results, out: Out) -> None:
     """Write the tables as Markdown, CSV and LaTeX, with the paper's values beside."""
     from grace.report.commands import tables
 
-    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+    with _job(out, files=_read_by_reports(results), subcommand="report-tables"):
         tables(results, out)
 
 
@@ -289,7 +290,7 @@ def report_figures(results: Results, out: Out) -> None:
     """Draw the figures as SVG and PNG."""
     from grace.report.commands import figures
 
-    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+    with _job(out, files=_read_by_reports(results), subcommand="report-figures"):
         figures(results, out)
 
 
@@ -298,7 +299,7 @@ def report_metrics(results: Results, out: Out) -> None:
     """Write the numbers that versions are compared by."""
     from grace.report.commands import metrics
 
-    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+    with _job(out, files=_read_by_reports(results), subcommand="report-metrics"):
         metrics(results, out)
 
 
@@ -307,7 +308,7 @@ def report_page(results: Results, out: Out) -> None:
     """Build the self-contained HTML page."""
     from grace.report.commands import page
 
-    with _job(out, files=_read_by_reports(results), module="grace.report.commands"):
+    with _job(out, files=_read_by_reports(results), subcommand="report-page"):
         page(results, out)
 
 
@@ -368,6 +369,37 @@ def provenance(
     from grace.provenance.tree import provenance as tell
 
     tell(path, json, everything)
+
+
+@records_commands.command("save")
+def records_save(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Copy Snakemake's records into the folder's provenance.jsonl, which travels with git."""
+    from grace.provenance.snakemake_records import save
+
+    print(f"{results}: {save(results)} records saved")
+
+
+@records_commands.command("restore")
+def records_restore(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
+    """Give Snakemake back the records of outputs that are here unchanged; the Snakefile does so by itself."""
+    from grace.provenance.snakemake_records import restore
+
+    print(f"{results}: {restore(results)} records restored")
+
+
+@app.command()
+def accept(
+    reason: Annotated[str, typer.Option(help="why the change leaves every result as it is; kept in the provenance")],
+    subcommand: Annotated[
+        list[str] | None, typer.Option(help="accept for these alone, such as `train`; repeat the flag")
+    ] = None,
+    configfile: Annotated[Path, typer.Option(help="the experiment")] = Path("config.yaml"),
+) -> None:
+    """Accept a change of code that is known to be harmless, so that it re-runs nothing."""
+    from grace.provenance.accept import accept_code
+
+    for change in accept_code(configfile, reason, subcommand):
+        print(f"{change['subcommand']}: accepted {', '.join(change['changed'])}")
 
 
 @app.command()

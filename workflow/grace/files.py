@@ -1,8 +1,9 @@
 """Writing so that a kill leaves either the whole output or none, and knowing what was written.
 
 Every output of the pipeline goes through here: a file or folder is made under a temporary name in the same
-directory and renamed when it is whole, and a folder carries a `manifest.json` that lists its files with their
-SHA-256, so that a consumer depends on one small file and can tell a damaged tree from a good one.
+directory and renamed when it is whole. A folder carries a `manifest.json` that lists its files with their SHA-256, so
+that a consumer depends on one small file and can tell a damaged tree from a good one. It says nothing that may differ
+between equal folders; what they were made with stands beside it, in an `environment.json` that nothing depends on.
 """
 
 import errno
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from grace.errors import GraceError
 from grace.hashes import known_hashes, sha256
 
 MANIFEST = "manifest.json"
-NOT_CONTENT = (MANIFEST, "image_folders.json")
-"""Not listed in a manifest: itself, and where images outside lie on this machine."""
+ENVIRONMENT = "environment.json"
+NOT_CONTENT = (MANIFEST, ENVIRONMENT, "image_folders.json")
+"""Not listed in a manifest: itself, what made the files, and where images outside lie on this machine."""
 
 _checks: list[Callable[[], None]] = []
 
@@ -129,7 +131,11 @@ def _put(part: Path, target: Path) -> None:
 def write_json(target: str | Path, value: Any) -> None:
     """Write JSON with sorted keys and a final newline: equal values make equal bytes."""
     with whole_file(target) as part:
-        part.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+        part.write_text(_text(value))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Any:
@@ -142,36 +148,73 @@ def read_json(path: str | Path) -> Any:
         raise GraceError(f"{path}: not valid JSON ({error}); delete it and build it again") from None
 
 
-def write_manifest(folder: str | Path, **about: Any) -> dict[str, Any]:
-    """List every file below `folder` with size and SHA-256 in `folder/manifest.json`; return what was written.
+def write_manifest(
+    folder: str | Path, files: Mapping[str, Mapping[str, Any]] | None = None, **about: Any
+) -> dict[str, Any]:
+    """Write `folder/manifest.json`, the one shape that data, caches, models, predictions, tables and figures share.
 
-    The manifest also says what the files were made with: see `grace.environment`.
+    Beside it goes `environment.json`, what the files were made with (`grace.environment`). The manifest is written
+    last, and not at all where it would say the same.
+
+    Args:
+        folder: holds the files.
+        files: {path below the folder: {"bytes": size, "sha256": hex digest}} where that is known; None: every file that
+            is there.
+        about: JSON-able facts that follow from the files and from what they were made of: no times, no machine.
+
+    Returns:
+        What the manifest says: `about` and `files`.
     """
     folder = Path(folder)
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in NOT_CONTENT
-    }
-    manifest = {"environment": environment(), **about, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    manifest = {**about, "files": dict(list_files(folder) if files is None else files)}
+    target = folder / MANIFEST
+    if not (target.is_file() and (folder / ENVIRONMENT).is_file() and target.read_text() == _text(manifest)):
+        write_json(folder / ENVIRONMENT, environment())
+        write_json(target, manifest)
+    return manifest
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below a folder as its manifest lists it, apart from `NOT_CONTENT`."""
+    own = [folder / name for name in NOT_CONTENT]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in own]
+    return {path.relative_to(folder).as_posix(): file_entry(path) for path in paths}
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file as manifests list it: size and SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """A manifest as `write_manifest` writes it.
+
+    Raises:
+        GraceError: no such file, not JSON, or without a list of files.
+    """
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    ):
+        raise GraceError(f"{path}: not a manifest that lists its files; build the folder again")
     return manifest
 
 
 def contents_hash(manifest: str | Path) -> str:
     """SHA-256 of the names and hashes of the files that a manifest lists.
 
-    Equal for equal files, whenever, wherever and by whichever revision of the code they were made; the manifest's own
-    hash is not.
+    Equal for equal files, whatever else the manifest says of them.
     """
-    files = {name: entry["sha256"] for name, entry in read_json(manifest)["files"].items()}
+    files = {name: entry["sha256"] for name, entry in read_manifest(manifest)["files"].items()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(folder: str | Path) -> dict[str, Any]:
     """Hold a folder against its manifest and return the manifest; a `GraceError` names every file that differs."""
     folder = Path(folder)
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST)
     found = known_hashes(folder / name for name in manifest["files"])
     wrong = []
     for name, entry in manifest["files"].items():

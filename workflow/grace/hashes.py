@@ -54,5 +54,10 @@ def known_hashes(paths: Iterable[Path]) -> dict[Path, str | None]:
         return dict(zip(paths, pool.map(one, paths), strict=True))
 
 
+def cache_folder() -> Path:
+    """Where this user keeps what can be worked out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "grace")
+
+
 def _notes() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "grace", "hashes")
+    return cache_folder() / "hashes"

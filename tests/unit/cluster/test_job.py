@@ -101,18 +101,34 @@ def test_what_killed_writers_left_is_removed(place):
     assert (place / ".other.1-cccc.part").exists()
 
 
-def test_code_that_was_edited_meanwhile_is_named(place, monkeypatch):
-    code = place / "train.py"
-    code.write_text("a = 1\n")
-    monkeypatch.setattr(jobs, "code_files", lambda module: [str(code)])
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with one subcommand, in the place of ours."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "cli.py").write_text("def work():\n    from grace.steps import step\n    step()\n")
+    (folder / "steps.py").write_text("def step():\n    return 1\n\n\ndef other():\n    return 1\n")
+    monkeypatch.setattr(jobs, "PACKAGE", folder)
+    return folder
+
+
+def test_code_that_was_edited_meanwhile_is_named(place, package):
     with (
-        pytest.raises(GraceError, match=r"^train\.py: the code of this job, edited"),
-        job(place / "old", module="grace.train.commands"),
+        pytest.raises(GraceError, match=r"^grace\.steps: the code of this job, edited"),
+        job(place / "old", subcommand="work"),
         whole_file(place / "old/made") as part,
     ):
         part.write_text("made by the code as it was")
-        code.write_text("a = 2\n")
+        (package / "steps.py").write_text("def step():\n    return 2\n\n\ndef other():\n    return 1\n")
     assert not (place / "old/made").exists()
+
+
+def test_a_comment_and_code_of_others_edited_meanwhile_do_not_matter(place, package):
+    with job(place / "old", subcommand="work"), whole_file(place / "old/made") as part:
+        part.write_text("made by the code as it was")
+        (package / "steps.py").write_text("def step():\n    # why\n    return 1\n\n\ndef other():\n    return 2\n")
+    assert (place / "old/made").exists()
 
 
 ORPHAN = """

@@ -59,7 +59,8 @@ def test_equal_files_are_the_same_model_whoever_made_them(folder, monkeypatch):
     run(folder)
     asked = _count_predictions(monkeypatch)
     made = json.loads((folder / "model/manifest.json").read_text())
-    write_json(folder / "model/manifest.json", {**made, "environment": {"code": {"revision": "another"}}})
+    write_json(folder / "model/manifest.json", {**made, "run": "of another name"})
+    write_json(folder / "model/environment.json", {"code": {"revision": "another"}})
     run(folder)
     assert asked == []
     (folder / "model/generation_config.json").write_text("{}")

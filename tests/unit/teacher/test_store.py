@@ -364,7 +364,7 @@ def test_a_cache_of_something_else_is_refused_in_one_sentence(home, tmp_path):
     TeacherCache.open(home / "sampled", asked)
     TeacherCache.open(home / "hidden", expected(data, 3.0))  # serves every temperature
     shutil.copytree(home / "teacher", tmp_path / "same")
-    edit(tmp_path / "same/manifest.json", lambda manifest: manifest["environment"].update(code="of another commit"))
+    edit(tmp_path / "same/environment.json", lambda environment: environment.update(code="of another commit"))
     TeacherCache.open(home / "hidden", expected(data, 2.0, tmp_path / "same"))
     with pytest.raises(GraceError, match=r"another temperature \(temperature: 2.0, expected 3.0\)"):
         TeacherCache.open(home / "sampled", {**asked, "temperature": 3.0})
@@ -437,4 +437,3 @@ def test_info_reads_like_a_summary(home, capsys):
         assert f"format      {format}" in said and "8 records" in said and "7 Gram matrices" in said
         assert f"{per_token} per supervised token" in said and "per record" in said
         assert "gated DKD" in said and "±" in said
-    assert TeacherCache.open(home / "sampled").info() + "\n" == said

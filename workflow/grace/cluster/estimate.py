@@ -5,15 +5,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from grace.cluster.kinds import KINDS, kind_of
+from grace.cluster.kinds import kinds
 from grace.cluster.slurm import check_slurm
 from grace.config.load import load_experiment
-from grace.config.sections import Resources
+from grace.config.sections import Job, Resources
 from grace.errors import GraceError
 
 
@@ -54,12 +55,14 @@ def plan(
         GraceError: a wrong configuration, Snakemake's own refusal, or what Slurm would refuse.
     """
     resources = load_experiment(configfile).resources
+    kind_of = kinds((snakefile or Path("Snakefile")).parent / "rules")
     counts: dict[str, int] = {}
     for rule, jobs in left_to_do(configfile, snakefile).items():
-        if kind := kind_of(rule):
+        if kind := kind_of.get(rule):
             counts[kind] = counts.get(kind, 0) + jobs
-    kinds = list(dict.fromkeys(kind for kind in KINDS.values() if kind in counts))
-    requests = [Request(kind, counts[kind], resources.get(kind, Resources())) for kind in kinds]
+    requests = [
+        Request(kind, counts[kind], resources.get(kind, Resources())) for kind in get_args(Job) if kind in counts
+    ]
     _show(requests, configfile, price)
     if slurm:
         check_slurm({request.kind: request.asked for request in requests})

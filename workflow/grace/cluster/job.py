@@ -8,9 +8,12 @@ would be recorded as made from the new ones. The same holds for a job whose Snak
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from grace.cluster.lock import one_writer
-from grace.config.code import code_files
+from grace.config.chosen import chosen_by
+from grace.config.code import CodeIndex, changed
+from grace.config.definitions import PACKAGE
 from grace.errors import GraceError
 from grace.files import MANIFEST, before_renaming, check_manifest, remove_parts
 from grace.hashes import sha256
@@ -21,7 +24,7 @@ def job(
     *outputs: Path | None,
     files: Iterable[Path | None] = (),
     folders: Iterable[Path | None] = (),
-    module: str | None = None,
+    subcommand: str | None = None,
 ) -> Iterator[None]:
     """Write `outputs` within the block: alone, after whoever writes them now, and only while the inputs stay the same.
 
@@ -29,7 +32,7 @@ def job(
         outputs: files and folders that are about to be written. What killed writers of them left is removed.
         files: inputs that are compared by content: frozen parameters, a manifest whose reader checks what it lists.
         folders: inputs whose every file is first held against the folder's manifest, where it has one.
-        module: where the job's code begins, such as `grace.train.commands`; what it imports counts too.
+        subcommand: whose code it is, such as `cache-write`; an edit of what that can reach counts too.
 
     Raises:
         GraceError: a folder is damaged, or, at the first rename after it, an input was edited, replaced or removed.
@@ -41,8 +44,7 @@ def job(
             remove_parts(target)
         manifests = [folder / MANIFEST for folder in folders if folder is not None and (folder / MANIFEST).is_file()]
         inputs = [path for path in files if path is not None and path.is_file()] + manifests
-        code = [Path(name).absolute() for name in code_files(module)] if module else []
-        same = _Unchanged(inputs, code)
+        same = _Unchanged(inputs, _Code(subcommand, inputs) if subcommand else None)
         for manifest in manifests:
             check_manifest(manifest.parent)
         held.enter_context(before_renaming(same.check))
@@ -52,30 +54,59 @@ def job(
 class _Unchanged:
     """The contents of some files when this was made; a file is read again only when its times or size moved."""
 
-    def __init__(self, inputs: list[Path], code: list[Path]) -> None:
-        self.code = set(code)
-        self.states = {path: _state(path) for path in [*inputs, *code]}
+    def __init__(self, inputs: list[Path], code: "_Code | None") -> None:
+        self.code = code
+        self.states = {path: _state(path) for path in inputs}
         self.hashes = {path: sha256(path) for path in self.states}
 
     def check(self) -> None:
         """A `GraceError` names what is no longer what it was."""
-        changed = []
+        differing = []
         for path, state in self.states.items():
             now = _state(path)
             if now == state:
                 continue
             if now is None or sha256(path) != self.hashes[path]:
-                changed.append(path)
+                differing.append(str(path))
             else:
                 self.states[path] = now
-        if changed:
-            names = ", ".join(path.name if path in self.code else str(path) for path in changed[:3])
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            kind = "the code of" if self.code >= set(changed) else "an input of"
+        kind = "an input of"
+        if not differing and self.code:
+            differing, kind = self.code.changed(), "the code of"
+        if differing:
+            names = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
             raise GraceError(
-                f"{names}{more}: {kind} this job, edited or replaced since it started, so that its result is not kept; "
+                f"{names}: {kind} this job, edited or replaced since it started, so that its result is not kept; "
                 "run Snakemake again"
             )
+
+
+class _Code:
+    """What a job can reach of the package, as it was when this was made; comments are no part of it."""
+
+    def __init__(self, subcommand: str, inputs: list[Path]) -> None:
+        self.subcommand = subcommand
+        self.chosen = [module for path in inputs if path.name != MANIFEST for module in chosen_by(path)]
+        self.states, self.before = self._states(), self._now()
+
+    def _states(self) -> dict[Path, tuple[int, ...] | None]:
+        return {path: _state(path) for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts and path.is_file()}
+
+    def _now(self) -> dict[str, Any]:
+        return CodeIndex(PACKAGE).fingerprint(self.subcommand, *self.chosen)
+
+    def changed(self) -> list[str]:
+        """Modules and data files that are no longer what they were."""
+        states = self._states()
+        if states == self.states:
+            return []
+        try:
+            differing = changed(self.before, self._now())
+        except (SyntaxError, KeyError) as error:  # in the middle of an edit
+            return [str(error)]
+        if not differing:
+            self.states = states
+        return differing
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

@@ -1,14 +1,26 @@
-"""Which kind of job, in `resources` of the configuration, each rule asks as."""
+"""Which kind of job, in `resources` of the configuration, each rule asks as: the rule itself says it."""
 
-# rules that only write a file ask nothing
-KINDS = {
-    "fetch_teacher": "fetch", "fetch_baseline": "fetch", "prepare": "prepare", "train_teacher": "train_teacher",
-    "write_cache": "cache", "finish_cache": "cache", "train_baseline": "train_baseline", "finetune": "finetune",
-    "distil": "distil", "quantize": "quantize", "pack": "pack", "evaluate": "evaluate", "bench_kernel": "bench",
-    "bench_decode": "bench", "tables": "report", "figures": "report", "metrics": "report", "page": "report",
-}  # fmt: skip
+import re
+from pathlib import Path
+
+from grace.errors import GraceError
+
+_RULE = re.compile(r"^rule (\w+):$", re.MULTILINE)
+_KIND = re.compile(r"^ +\*\*plan\.resources\(\"(\w+)\"\)", re.MULTILINE)
 
 
-def kind_of(rule: str) -> str | None:
-    """The kind of job of a rule; None for a rule that only writes a file. Evaluations are named after their models."""
-    return KINDS.get("evaluate" if rule.startswith("evaluate_") else rule)
+def kinds(rules: Path) -> dict[str, str | None]:
+    """The kind of every rule of a folder of Snakemake files; None for a local rule, which only writes a file.
+
+    Raises:
+        GraceError: a rule that is not local has no kind, so that it would cost nothing in a plan.
+    """
+    found: dict[str, str | None] = {}
+    for file in sorted(rules.glob("*.smk")):
+        _, *parts = _RULE.split(file.read_text())
+        for name, text in zip(parts[::2], parts[1::2], strict=True):
+            asked = _KIND.search(text)
+            if asked is None and "localrule: True" not in text:
+                raise GraceError(f'{file}: rule {name} has no kind; give it `resources: **plan.resources("KIND")`')
+            found[name] = asked[1] if asked else None
+    return found

@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Iterable, Mapping
 
 from grace.cluster.again import beyond, limits
-from grace.cluster.kinds import kind_of
 from grace.config.sections import Resources
 from grace.errors import GraceError
 
@@ -39,10 +38,10 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
         raise GraceError("\n".join(refused))
 
 
-def check_submission(rules: Iterable[str], resources: Mapping[str, Resources], status_command: str) -> None:
-    """`check_slurm` for the jobs of these rules, with what the configuration says of them."""
-    kinds = sorted({kind for rule in rules if (kind := kind_of(rule))})
-    check_slurm({kind: resources.get(kind, Resources()) for kind in kinds}, status_command)
+def check_submission(kinds: Iterable[str | None], resources: Mapping[str, Resources], status_command: str) -> None:
+    """`check_slurm` for jobs of these kinds (None: local), with what the configuration says of them."""
+    wanted = sorted({kind for kind in kinds if kind})
+    check_slurm({kind: resources.get(kind, Resources()) for kind in wanted}, status_command)
 
 
 def check_arrays(waiting: Mapping[str, int], arrays: str | None, at_once: int | None) -> None:

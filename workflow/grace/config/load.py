@@ -1,49 +1,26 @@
 """Reading a configuration, with messages that name the file, the key and the fix."""
 
 import difflib
+import reprlib
 import types
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from grace.config.schema import Experiment
+from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
 
+RENAMED = {
+    "data.pictures": "data.images",
+    "data.questions_per_picture": "data.questions_per_image",
+    "data.conversations": "data.sources[0].path",
+    "data.limit": "data.sources[0].limit",
+}
+"""Keys of older configurations and their present names; `data.source: llava` is now `files`."""
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; a config with one value lost is refused instead."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given twice; drop one", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML file into a dictionary.
-
-    Raises:
-        GraceError: no such file, not YAML, a key given twice, or not a mapping.
-    """
-    try:
-        values = yaml.load(Path(path).read_text(), Loader=_Loader)
-    except OSError as error:
-        raise GraceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise GraceError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
-    if not isinstance(values, dict):
-        raise GraceError(f"{path}: holds no keys; start from the default, `grace config default`")
-    return values
+SHOWN = 60  # characters of a value or key in a message
 
 
 def load_experiment(source: str | Path | dict[str, Any], name: str = "config") -> Experiment:
@@ -60,6 +37,10 @@ def load_experiment(source: str | Path | dict[str, Any], name: str = "config") -
         name, source = str(source), read_yaml(source)
     try:
         return Experiment.model_validate(source)
+    except RecursionError:
+        raise GraceError(
+            f"{name}: nested too deeply, or holds itself; a configuration has a handful of levels"
+        ) from None
     except ValidationError as error:
         problems = [_sentence(problem) for problem in error.errors()]
         raise GraceError("\n".join(f"{name}: {problem}" for problem in problems)) from None
@@ -75,16 +56,34 @@ def _sentence(problem: dict[str, Any]) -> str:
         known = _keys(annotation)
         *_, wrong = problem["loc"]
         close = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.5)
+        if new := RENAMED.get(path):
+            return f"`{path}` is called `{new}` now; rename it"
         return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_listed(known)}")
     if kind == "value_error":
         said = said.removeprefix("Value error, ")
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
+        if isinstance(value, dict) and value.get("source") == "llava":
+            return f"`{path}.source` `llava` is called `files` now, with the files under `{path}.sources`; see docs/my-data.md"
         return f"`{path}.source` must be `demo`, or `files` for conversations of your own (see docs/my-data.md)"
     said = said[0].lower() + said[1:]
-    if isinstance(value, (dict, list)) and len(str(value)) > 60:
-        value = f"{type(value).__name__} of {len(value)}"
-    return f"`{path}` is {value!r}: {said}" + (f" ({about})" if about else "")
+    return f"`{path}` is {_shown(value)}: {said}" + (f" ({about})" if about else "")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, in a few characters; nothing large is spelt out to be cut."""
+    if isinstance(value, (dict, list)):
+        text = reprlib.repr(value)  # looks at a few values of a few levels
+        return text if len(text) <= SHOWN and "..." not in text else f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:
+        return "a number of more than 60 digits"
+    text = repr(value[: SHOWN + 1] if isinstance(value, (str, bytes)) else value)
+    return text if len(text) <= SHOWN + 2 else f"{text[:SHOWN]}…"
+
+
+def _key(part: str) -> str:
+    """A key in a message: on one line, and not longer than a line."""
+    return part if part.isprintable() and len(part) <= SHOWN else _shown(part)
 
 
 def _walk(location: tuple[str | int, ...]) -> tuple[str, Any, str]:
@@ -100,7 +99,7 @@ def _walk(location: tuple[str | int, ...]) -> tuple[str, Any, str]:
         if part == "[key]":
             continue
         holder = annotation
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        path += f"[{part}]" if isinstance(part, int) else f".{_key(part)}" if path else _key(part)
         if model is not None:
             field = model.model_fields.get(str(part))
             annotation, about = (field.annotation, field.description or "") if field else (None, "")

@@ -27,8 +27,3 @@ def objective_constants(name: str) -> list[str]:
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
         if default is not None
     ]
-
-
-def training_modules(kd: str) -> list[str]:
-    """The modules that a training runs: the trainer's, and the file of its objective, which is imported by name."""
-    return ["grace.train.commands", *([] if kd == "none" else [f"grace.distill.objectives.{kd}"])]

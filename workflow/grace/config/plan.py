@@ -1,15 +1,15 @@
 """What the rules ask of an experiment: frozen parameters, which file feeds which job, and what a job may use."""
 
 import json
+import os
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace.benchmarks.registry import ADAPTERS
-from grace.config.code import code_files
-from grace.config.objectives import training_modules
+from grace.config.accepted import resolved
+from grace.config.chosen import chosen, distillation
+from grace.config.code import CodeIndex
 from grace.config.runs import (
     BenchRun,
     CacheRun,
@@ -25,45 +25,39 @@ from grace.config.sections import DEMO_BENCHMARKS, Section
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
 
 
-@dataclass(frozen=True)
-class Asking:
-    """One evaluation job: models that one process asks, one after the other.
-
-    Attributes:
-        name: of its rule and, below `logs/`, of its log.
-        title: in messages.
-        models: manifests of the models.
-        predictions: manifests of their predictions, in the same order.
-    """
-
-    name: str
-    title: str
-    models: list[str]
-    predictions: list[str]
-
-    @property
-    def rule(self) -> str:
-        return "evaluate_" + re.sub(r"\W", "_", self.name)
-
-    @property
-    def pairs(self) -> list[str]:
-        """The flags that say which model is asked and where its predictions go."""
-        folders = [[path.removesuffix("/manifest.json") for path in paths] for paths in (self.models, self.predictions)]
-        return [word for model, out in zip(*folders, strict=True) for word in ("--model", model, "--out", out)]
-
-
 class Plan:
     """An experiment as the rules see it. Paths start from the repository's root."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.folder = f"results/{experiment.experiment}"
-        self.code = code_files
+        self.index = CodeIndex()
 
-    @property
-    def adapter(self) -> str:
-        """The module that asks benchmarks through the experiment's harness; `grace evaluate` imports it by name."""
-        return ADAPTERS[self.experiment.evaluation.harness]
+    def where(self, condition: Any) -> str:
+        """Constraint of the wildcard `experiment`: this one where a rule is of use to it, else nothing."""
+        return re.escape(self.experiment.experiment) if condition else NOTHING
+
+    # The code of a job: one small file per subcommand, compared by content.
+
+    def code(self, subcommand: str) -> str:
+        """The frozen code of a subcommand, `cache-write` for `grace cache write`."""
+        return f"results/{{experiment}}/config/code/{subcommand}.json"
+
+    def frozen_code(self, wildcards: Any) -> str:
+        """What that file holds: the code as it is now, or the code that it was accepted as equal to."""
+        return json.dumps(resolved(self.folder, self.fingerprint(wildcards.subcommand)), sort_keys=True)
+
+    def distil_code(self, wildcards: Any) -> str:
+        """The frozen code of a training with a teacher, by its loss: `train+gated`."""
+        return self.code(f"train+{self.experiment.recipes[wildcards.recipe].kd}").format(**dict(wildcards.items()))
+
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """The code that `config/code/{name}.json` freezes, as it is now; see `CodeIndex.fingerprint`."""
+        subcommand, _, kd = name.partition("+")
+        if kd:
+            return self.index.fingerprint(subcommand, *distillation(kd))
+        run = {"prepare": self._data, "evaluate": self._evaluation}.get(subcommand)
+        return self.index.fingerprint(subcommand, *(chosen(run) if run else ()))
 
     # Frozen parameters: one JSON string each, because Snakemake compares parameters as a nameless set of `repr()`.
 
@@ -73,9 +67,7 @@ class Plan:
         if job == "experiment":
             return _json(e, exclude={"resources"})
         if job == "data":
-            if e.data.source == "demo":
-                return _json(DataRun(data=e.data, benchmarks=list(DEMO_BENCHMARKS)), exclude={"family"})
-            return _json(DataRun(data=e.data, benchmarks=[], family=e.family))
+            return _json(self._data, exclude={"family"} if e.data.source == "demo" else None)
         if job == "teacher":
             return _json(teacher_run(e))
         if job == "cache":
@@ -85,16 +77,23 @@ class Plan:
                 )
             )
         if job == "evaluation":
-            return _json(EvaluateRun(family=e.family, evaluation=e.evaluation))
+            return _json(self._evaluation)
         return _json(BenchRun(family=e.family, bench=e.bench, group_size=e.quantization.group_size))
+
+    @property
+    def _data(self) -> DataRun:
+        e = self.experiment
+        if e.data.source == "demo":
+            return DataRun(data=e.data, benchmarks=list(DEMO_BENCHMARKS))
+        return DataRun(data=e.data, benchmarks=[], family=e.family)
+
+    @property
+    def _evaluation(self) -> EvaluateRun:
+        return EvaluateRun(family=self.experiment.family, evaluation=self.experiment.evaluation)
 
     def frozen_student(self, wildcards: Any) -> str:
         """The parameters of one student, and nothing that it does not depend on."""
         return _json(student_run(self.experiment, wildcards.recipe, wildcards.precision, int(wildcards.seed)))
-
-    def distil_code(self, wildcards: Any) -> list[str]:
-        """What distilling a recipe depends on: the trainer, and its objective's file, which is imported by name."""
-        return self.code(*training_modules(self.experiment.recipes[wildcards.recipe].kd))
 
     # Which recipe is made by which rule, as wildcard constraints.
 
@@ -121,7 +120,11 @@ class Plan:
 
     def student(self, recipe: str, precision: str, seed: int | str) -> str:
         """A student's folder."""
-        return f"{self.folder}/students/{recipe}/{precision}/seed{seed}"
+        return f"{self.folder}/{self._below(recipe, precision, seed)}"
+
+    @staticmethod
+    def _below(recipe: str, precision: str, seed: int | str) -> str:
+        return f"students/{recipe}/{precision}/seed{seed}"
 
     def cache_part(self, ending: str) -> str:
         """A part of the teacher's cache, with its number as the wildcard `shard`."""
@@ -140,7 +143,6 @@ class Plan:
         return f"{self.student('baseline', 'bf16', seed)}/model/manifest.json"
 
     def _shipped(self, recipe: str, precision: str, seed: int | str) -> str:
-        """What is evaluated of a student: the packed folder where weights are integers, its bf16 folder otherwise."""
         bits, _ = split_precision(precision)
         return f"{self.student(recipe, precision, seed)}/{'packed' if bits else 'model'}/manifest.json"
 
@@ -160,42 +162,31 @@ class Plan:
         return self._shipped("baseline", "bf16", self.experiment.baseline_seeds[0])
 
     @property
-    def fetched_teacher(self) -> list[str]:
+    def _own_teacher(self) -> bool:
+        """Whether a fetched teacher and data of the user's own meet, so that `prepare` compares the two models."""
+        return self.experiment.data.source != "demo" and self.experiment.teacher.pretrained is not None
+
+    def fetched_teacher(self, wildcards: Any) -> list[str]:
         """The teacher that is fetched, with which `prepare` compares the student; none where it is trained on the data."""
-        return [f"{self.folder}/teacher/model/manifest.json"] if self.experiment.teacher.pretrained else []
+        return [f"{self.folder}/teacher/model/manifest.json"] if self._own_teacher else []
 
     @property
     def teacher_flag(self) -> str:
         """Where the fetched teacher lies."""
-        return f"--teacher {shlex.quote(f'{self.folder}/teacher/model')}" if self.experiment.teacher.pretrained else ""
+        return f"--teacher {shlex.quote(f'{self.folder}/teacher/model')}" if self._own_teacher else ""
 
     @property
-    def asking(self) -> list[Asking]:
-        """Every evaluation: the teacher's, and the students'.
+    def asked(self) -> str:
+        """Folders of the models that are evaluated, as a wildcard constraint."""
+        return "|".join(map(re.escape, ["teacher", *(self._below(*s) for s in self.experiment.students())]))
 
-        On processors starting costs more than the questions, so one process asks all students of a recipe; of those
-        it asks again only what changed. With GPUs each student is a job of its own, and a cluster asks them at once.
-        """
-        teacher = f"{self.folder}/teacher"
-        jobs = [
-            Asking(
-                "teacher", "the teacher", [f"{teacher}/model/manifest.json"], [f"{teacher}/predictions/manifest.json"]
-            )
-        ]
-        together: dict[str, list[tuple[str, str, int]]] = {}
-        for recipe, precision, seed in self.experiment.students():
-            alone = self._asked("evaluate").gpus > 0
-            name = f"students/{recipe}" + (f"/{precision}/seed{seed}" if alone else "")
-            together.setdefault(name, []).append((recipe, precision, seed))
-        for name, students in together.items():
-            recipe, precision, seed = students[0]
-            title = (
-                f"{recipe} at {precision}, seed {seed}" if len(students) == 1 else f"{recipe}, {len(students)} students"
-            )
-            models = [self._shipped(*student) for student in students]
-            predictions = [f"{self.student(*student)}/predictions/manifest.json" for student in students]
-            jobs.append(Asking(name, title, models, predictions))
-        return jobs
+    def shipped(self, wildcards: Any) -> str:
+        """What is evaluated of a model: the packed folder where weights are integers, its bf16 folder otherwise."""
+        _, _, student = wildcards.model.partition("students/")
+        if not student:
+            return f"{self.folder}/{wildcards.model}/model/manifest.json"
+        recipe, precision, seed = student.split("/")
+        return self._shipped(recipe, precision, seed.removeprefix("seed"))
 
     @property
     def language(self) -> list[str]:
@@ -205,7 +196,8 @@ class Plan:
     @property
     def predictions(self) -> list[str]:
         """Predictions of the teacher and of every student."""
-        return [path for job in self.asking for path in job.predictions]
+        folders = ["teacher", *(self._below(*student) for student in self.experiment.students())]
+        return [f"{self.folder}/{folder}/predictions/manifest.json" for folder in folders]
 
     @property
     def curves(self) -> list[str]:
@@ -234,7 +226,15 @@ class Plan:
         ]
         return sorted(map(str, found))
 
-    # Flags that only some experiments give.
+    # What only some experiments need.
+
+    def processor(self, wildcards: Any) -> list[str]:
+        """The student whose processor reads data of the user's own; the demo's data comes before any model."""
+        return [] if self.experiment.data.source == "demo" else [self.baseline]
+
+    def processor_flag(self, wildcards: Any) -> str:
+        """The folder of that processor."""
+        return " ".join(f"--processor {shlex.quote(os.path.dirname(path))}" for path in self.processor(wildcards))
 
     @property
     def benchmarks_flag(self) -> str:
@@ -253,7 +253,7 @@ class Plan:
         return self._asked(job).cpus
 
     def resources(self, job: str) -> dict[str, Any]:
-        """Memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
+        """Kind, memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
 
         A job that is sent again (`retries` in the Slurm profile) asks for twice, then three times the memory and time.
         The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
@@ -261,6 +261,7 @@ class Plan:
         """
         asked = self._asked(job)
         named: dict[str, Any] = {
+            "kind": job,
             "mem_mb": lambda wildcards, attempt: attempt * asked.mem_mb,
             "runtime": lambda wildcards, attempt: attempt * asked.runtime,
             "gpu": asked.gpus,

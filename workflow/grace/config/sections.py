@@ -10,7 +10,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     create_model,
     model_serializer,
@@ -19,7 +18,8 @@ from pydantic import (
 
 from grace.benchmarks.protocols import PROTOCOLS, chosen, unknown
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$", max_length=64)]  # a folder's
+PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
 PrecisionName = Annotated[str, Field(pattern=r"^(bf16|int[2348])(-outliers)?$")]
 DEMO_BENCHMARKS = (
     "colour", "object", "position", "presence", "pairs", "digits", "reading", "options", "category", "count",
@@ -34,7 +34,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values do not change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DemoData(Section):

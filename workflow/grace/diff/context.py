@@ -8,9 +8,8 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from grace.files import MANIFEST, read_json
+from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest
 from grace.nested import flatten
-from grace.provenance.manifests import listed
 from grace.results.read import with_cache_bits
 
 # what tells measurements apart, and what is compared: per file of bench/
@@ -46,10 +45,11 @@ def environment(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     for name in sorted(_manifests(a).keys() & _manifests(b).keys()):
         sides = []
         for side in (a, b):
-            about = read_json(side / name / MANIFEST)
-            sides.append(
-                dict(flatten({key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT}, lists=True))
-            )
+            made_with = side / name / ENVIRONMENT
+            about = {"environment": read_json(made_with)} if made_with.is_file() else {}
+            about |= read_json(side / name / MANIFEST)
+            kept = {key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT}
+            sides.append(dict(flatten(kept, lists=True)))
         for key, old, new in _differences(*sides):
             found.setdefault((key, json.dumps(old, default=str), json.dumps(new, default=str)), (key, old, new))
     return list(found.values())
@@ -67,7 +67,9 @@ def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
         if name not in sides[0] or name not in sides[1]:
             found.append((name, "only in A" if name in sides[0] else "only in B"))
             continue
-        old, new = ({file: about["sha256"] for file, about in listed(read_json(side[name])).items()} for side in sides)
+        old, new = (
+            {file: about["sha256"] for file, about in read_manifest(side[name])["files"].items()} for side in sides
+        )
         differing = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         if differing:
             shown = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")

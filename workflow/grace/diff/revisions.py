@@ -10,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from grace.errors import GraceError
+from grace.files import ENVIRONMENT, MANIFEST
 
 # what a comparison reads; checkpoints, caches and packed weights are compared through their manifests
 LIGHT = (
     "config/*.json",
     "*/manifest.json",
+    "*/environment.json",
     "*/predictions/*.parquet",
     "bench/*.csv",
     "data/benchmarks/*.parquet",
@@ -109,4 +111,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _light(name: str) -> bool:
-    return name == "manifest.json" or any(fnmatch(name, pattern) for pattern in LIGHT)
+    return name in (MANIFEST, ENVIRONMENT) or any(fnmatch(name, pattern) for pattern in LIGHT)

@@ -49,6 +49,15 @@ def check_labels_shape(labels: Tensor, tokens: int) -> None:
         raise GraceError(f"labels must be a tensor of {tokens} integers, one per token, but are {found}")
 
 
+def check_states(who: str, hidden: Tensor, head: Tensor) -> None:
+    """Raise GraceError unless hidden states are [tokens, width] and the head [vocab, width]."""
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise GraceError(
+            f"the {who}'s hidden states {list(hidden.shape)} and head {list(head.shape)} do not fit: "
+            "[tokens, width] and [vocab, width] are needed"
+        )
+
+
 def check_temperature(temperature: float) -> None:
     """Raise GraceError unless the temperature is positive and finite."""
     if not 0 < temperature < float("inf"):

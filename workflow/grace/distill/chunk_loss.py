@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grace.distill.chunks import RowLosses
+from grace.distill.cross_entropy import cross_entropy_rows
 from grace.distill.gated_dkd import entropy_gate
 from grace.distill.log_space import at_least_fp32, binary_kl, kl_elements, label_split
 
@@ -44,9 +45,7 @@ def loss_rows_(
     """
     student = at_least_fp32(student_logits)
     label = labels.unsqueeze(1)
-    log_r = student.log_softmax(1)
-    ce = -log_r.gather(1, label).squeeze(1)
-    gradient = log_r.exp_().scatter_add_(1, label, torch.full_like(ce, -1.0).unsqueeze(1)).mul_(weights[0])
+    ce, gradient = cross_entropy_rows(student, labels, weights[0])
     if mode == "none" or teacher_logits is None:
         student_logits.copy_(gradient)
         return RowLosses(ce, torch.zeros_like(ce), torch.zeros_like(ce))

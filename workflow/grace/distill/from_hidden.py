@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grace.distill.autograd_rows import TENSORS, autograd_rows_
-from grace.distill.check import check_labels, check_labels_shape, check_temperature, check_vocabularies
+from grace.distill.check import check_labels, check_labels_shape, check_states, check_temperature, check_vocabularies
 from grace.distill.chunk_loss import Mode, loss_rows_
 from grace.distill.chunks import Logits, RowLosses, cut_rows, loss_in_chunks
 from grace.distill.gated_dkd import entropy_gate
@@ -114,11 +114,7 @@ def _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, g
         states["teacher"] = (teacher_hidden, teacher_head)
         check_vocabularies(student_head.shape[0], teacher_head.shape[0])
     for who, (hidden, head) in states.items():
-        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-            raise GraceError(
-                f"the {who}'s hidden states {list(hidden.shape)} and head {list(head.shape)} do not fit: "
-                "[tokens, width] and [vocab, width] are needed"
-            )
+        check_states(who, hidden, head)
         check_labels_shape(labels, hidden.shape[0])
     if gates is not None and gates.shape != labels.shape:
         raise GraceError(f"gates are {list(gates.shape)} where one per token, {list(labels.shape)}, is needed")

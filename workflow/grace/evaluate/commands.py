@@ -20,14 +20,13 @@ from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
 from grace.config.runs import EvaluateRun
 from grace.config.sections import Evaluation
-from grace.environment import environment
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.distribute import Share
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
-from grace.files import MANIFEST, read_json, sha256, write_json
+from grace.files import MANIFEST, list_files, read_json, sha256, write_manifest
 from grace.progress import progress
 from grace.results.predictions import (
     RowsFailed,
@@ -255,7 +254,7 @@ def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluat
         path = _predictions(out, task)
         rows = read_rows(path)
         answered |= bool(rows["prediction"].str.strip().ne("").any())
-        entry = {"file": path.relative_to(out).as_posix(), "sha256": sha256(path)}
+        entry: dict[str, Any] = {"file": path.relative_to(out).as_posix()}
         wanted.add(path)
         if task.spec.hidden:
             entry |= {"protocol": task.protocol, "questions": len(rows), "of": task.spec.size}
@@ -274,13 +273,11 @@ def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluat
     for task in settings.language:
         path = text_file(out, task)
         wanted.add(path)
-        language[task] = {"file": path.relative_to(out).as_posix(), "sha256": sha256(path), **text_summary(path)}
+        language[task] = {"file": path.relative_to(out).as_posix(), **text_summary(path)}
     for path in out.rglob("*.parquet"):
         if path not in wanted:
             path.unlink()
     shutil.rmtree(out / PARTS, ignore_errors=True)
     parts = {"protocols": others, "submissions": submissions, "language": language}
-    manifest = {**about, "benchmarks": benchmarks, **{name: part for name, part in parts.items() if part}}
-    kept = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else {}
-    if kept != {**manifest, "environment": kept.get("environment")}:
-        write_json(out / MANIFEST, {**manifest, "environment": environment()})
+    parts = {name: part for name, part in parts.items() if part}
+    write_manifest(out, list_files(out), **about, benchmarks=benchmarks, **parts)

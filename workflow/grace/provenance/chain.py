@@ -6,21 +6,17 @@ An output is what a rule declares: a single file, or the manifest.json that stan
 """
 
 import csv
-import hashlib
-import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from grace.config.accepted import accepted, resolved
+from grace.config.code import CodeIndex, changed
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256
-from grace.provenance.manifests import listed
+from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256
 from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path
-
-_CODE = "workflow/grace/"
-_SOURCES = (".npz", ".safetensors", ".parquet")  # what the package holds of data
 
 
 @dataclass(frozen=True)
@@ -128,8 +124,9 @@ class Results:
         """What is known of one output."""
         path = self.root / output
         record = self.record(output)
-        manifest = read_json(path) if path.name == MANIFEST and path.is_file() else {}
-        files = {name: self.root / Path(output).parent / name for name in listed(manifest)}
+        manifest = read_manifest(path) if path.name == MANIFEST and path.is_file() else {"files": {}}
+        made_with = path.with_name(ENVIRONMENT)
+        files = {name: self.root / Path(output).parent / name for name in manifest["files"]}
         sizes = [file.stat().st_size for file in files.values() if file.is_file()]
         row = self.rows.get(output)
         now = self.hash(output)
@@ -139,7 +136,7 @@ class Results:
         step = Step(
             output, state, now, len(files) or int(path.is_file()),
             sum(sizes) if files else path.stat().st_size if path.is_file() else 0,
-            environment=manifest.get("environment"),
+            environment=read_json(made_with) if path.name == MANIFEST and made_with.is_file() else None,
         )  # fmt: skip
         if record is not None:
             self._add_record(step, record)
@@ -156,24 +153,50 @@ class Results:
         if measured:
             step.seconds = float(measured["s"])
             step.peak_mib, step.cpu_seconds = _number(measured["max_rss"]), _number(measured["cpu_time"])
-        code: dict[str, str | None] = {}
         for name in sorted(map(str, record["input"] or [])):
             checksum = (record["input_checksums"] or {}).get(name)
             recorded = checksum.removeprefix("sha256:") if checksum else None
-            if f"/{name}".find(f"/{_CODE}") >= 0 and not name.endswith(_SOURCES):
-                code[name] = recorded
-                continue
             found = Input(name, recorded, self._state(name, recorded))
-            if name.startswith(f"{self.name(self.folder)}/config/"):
+            if name.startswith(f"{self.name(self.folder)}/config/code/"):
+                step.code = self._code(name, found)
+            elif name.startswith(f"{self.name(self.folder)}/config/"):
                 path = self.root / name
                 values = read_json(path) if path.is_file() else None
                 step.parameters = {"path": name, "sha256": recorded, "state": found.state, "values": values}
                 step.seed = _seed(values)
             step.inputs.append(found)
-        if code:
-            text = json.dumps(sorted(code.items())).encode()
-            changed = [name for name, recorded in code.items() if self._state(name, recorded) != "unchanged"]
-            step.code = {"files": len(code), "sha256": hashlib.sha256(text).hexdigest(), "changed": changed}
+
+    def _code(self, name: str, found: Input) -> dict[str, Any]:
+        """The frozen code of a step, what of it differs now, and the changes that were accepted as harmless."""
+        path = self.root / name
+        about: dict[str, Any] = {"path": name, "sha256": found.sha256, "state": found.state}
+        if not path.is_file():
+            return {**about, "modules": None, "changed": None, "accepted": []}
+        frozen = read_json(path)
+        trace = ("changed", "by", "at", "reason")
+        return {
+            **about,
+            "modules": len(frozen["code"]),
+            "changed": self._changed(frozen),
+            "accepted": [
+                {key: change[key] for key in trace} for change in accepted(self.folder) if change["frozen"] == frozen
+            ],
+        }
+
+    def _changed(self, frozen: dict[str, Any]) -> list[str] | None:
+        """Modules that differ from the package beside the results, apart from what was accepted; None without one."""
+        if self._index is None:
+            return None
+        try:
+            now = self._index.fingerprint(frozen["subcommand"], *frozen["chosen"])
+        except KeyError:
+            return [frozen["subcommand"]]
+        return changed(frozen, resolved(self.folder, now))
+
+    @cached_property
+    def _index(self) -> CodeIndex | None:
+        package = self.root / "workflow" / "grace"
+        return CodeIndex(package) if package.is_dir() else None
 
     def _state(self, name: str, recorded: str | None) -> str:
         if not (self.root / name).is_file():

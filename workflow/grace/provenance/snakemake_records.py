@@ -11,7 +11,6 @@ and its record, whose inputs are places in that list.
 """
 
 import json
-import sys
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
 from functools import cache
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.files import MANIFEST, read_json, read_manifest, sha256, whole_file
 from grace.hashes import known_hashes
-from grace.provenance.manifests import listed
 
 FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
 HASHED_UP_TO = 64 * 2**20
@@ -156,7 +154,7 @@ def _same(output: Path, row: dict[str, Any]) -> bool:
         return False
     if output.name != MANIFEST:
         return True
-    entries = listed(read_json(output))
+    entries = read_manifest(output)["files"]
     hashes = known_hashes(output.parent / name for name in entries)
     return all(hashes[output.parent / name] == entry["sha256"] for name, entry in entries.items())
 
@@ -187,21 +185,3 @@ def _below(output: str, folder: Path) -> bool:
 
 def _line(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n"
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m grace.provenance.snakemake_records save|restore results/{experiment}`."""
-    subcommands = {"save": save, "restore": restore}
-    if len(arguments) != 2 or arguments[0] not in subcommands:
-        print("usage: python -m grace.provenance.snakemake_records save|restore results/EXPERIMENT", file=sys.stderr)
-        return 2
-    try:
-        print(f"{arguments[1]}: {subcommands[arguments[0]](arguments[1])} records {arguments[0]}d")
-    except GraceError as error:
-        print(f"grace: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

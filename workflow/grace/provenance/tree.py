@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
-from grace.files import MANIFEST, read_json, sha256
+from grace.files import MANIFEST, read_manifest, sha256
 from grace.nested import flatten
 from grace.provenance.chain import Input, Results, Step
-from grace.provenance.manifests import listed
 
 SHOWN = 6  # inputs of one rule under one output; --all shows every one
 WIDE = 2000  # columns of a file or pipe, where nothing is wrapped
@@ -59,7 +58,7 @@ def _file(path: Path, output: Path) -> dict[str, Any] | None:
     if path in (output, output.parent) or output.name != MANIFEST:
         return None
     name = path.relative_to(output.parent).as_posix()
-    entry = listed(read_json(output)).get(name)
+    entry = read_manifest(output)["files"].get(name)
     now = sha256(path) if path.is_file() else None
     if entry is None:
         state = "not listed in the manifest of its folder"
@@ -174,11 +173,18 @@ class _Drawing:
 
 
 def _code(code: dict[str, Any]) -> str:
-    text = f"code  {_short(code['sha256'])}, {code['files']} files"
-    if not code["changed"]:
-        return f"{text}, as they are now"
-    listed = ", ".join(code["changed"][:4]) + (", …" if len(code["changed"]) > 4 else "")
-    return f"{text}, [red]{len(code['changed'])} changed since[/]: {escape(listed)}"
+    text = f"code  {escape(code['path'])}  {_short(code['sha256'])}"
+    if code["state"] in _MARKS:
+        text += f"  {_MARKS[code['state']]}"
+    elif code["changed"]:
+        named = ", ".join(code["changed"][:4]) + (", …" if len(code["changed"]) > 4 else "")
+        text += f", {code['modules']} modules, [red]{len(code['changed'])} changed since[/]: {escape(named)}"
+    elif code["changed"] is not None:
+        text += f", {code['modules']} modules, as they are now"
+    for change in code["accepted"]:
+        text += f"\naccepted as harmless at {change['at']} by {escape(change['by'])}: {escape(change['reason'])} "
+        text += f"({escape(', '.join(change['changed']))})"
+    return text
 
 
 def _shown(output: str) -> str:

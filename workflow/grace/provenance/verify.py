@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256
+from grace.files import ENVIRONMENT, MANIFEST, read_manifest, sha256
 from grace.provenance.chain import Results
-from grace.provenance.manifests import listed
 
 _UNRECORDED = ("logs", ".checkpoints")  # what no manifest and no record speaks of
-_IGNORED = (".gitignore", "provenance.jsonl")
+_IGNORED = (".gitignore", "provenance.jsonl", "accepted.jsonl", ENVIRONMENT)
 
 
 @dataclass
@@ -49,7 +48,7 @@ def verify(results: str | Path) -> Verified:
     if found.unrecorded:
         print(
             f"{len(found.unrecorded)} single files have no record to be checked against; "
-            f"`python -m grace.provenance.snakemake_records save {Results(results).name(Results(results).folder)}` makes one"
+            f"`grace records save {Results(results).name(Results(results).folder)}` makes one"
         )
     return found
 
@@ -93,7 +92,7 @@ def _expected(place: Results, top: Path) -> tuple[dict[str, tuple[int | None, st
         if set(Path(name).parts) & set(_UNRECORDED):
             continue
         folders.append(manifest.parent)
-        for file, entry in listed(read_json(manifest)).items():
+        for file, entry in read_manifest(manifest)["files"].items():
             expected[f"{name}/{file}"] = (entry.get("bytes"), entry["sha256"], f"{name}/{MANIFEST}")
     return expected, folders
 

@@ -47,7 +47,7 @@ def model_card(
     }
     if source:
         hashes = {"the student's files": source, **hashes}
-    recipe = _rows({key: value for key, value in manifest.items() if key not in ("files", "environment")})
+    recipe = _rows({key: value for key, value in manifest.items() if key != "files"})
     parts = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {kind}, INT{stored.bits} ({stored.method})",

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from grace.config.runs import CacheRun
-from grace.environment import environment
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256, whole_file, write_json
+from grace.files import file_entry, read_json, whole_file, write_manifest
 from grace.quant.checkpoint import Checkpoint
 from grace.teacher.audit import audit
 from grace.teacher.identity import differences, run_pins
@@ -57,8 +56,7 @@ def finish(run: Path, teacher: Path, data: Path, out: Path) -> None:
         "files": _files(out, parts),
     }
     cache = TeacherCache(out, manifest)
-    about = {"environment": environment(), "audit_results": audit(cache, temperature=parameters.temperature)}
-    write_json(out / MANIFEST, {**manifest, **about})
+    write_manifest(out, **manifest, audit_results=audit(cache, temperature=parameters.temperature))
 
 
 def _sidecars(out: Path, shards: int, pins: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,5 +136,5 @@ def _files(out: Path, parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every file of the cache with size and checksum, the shards' as their sidecars have them."""
     files = {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts}
     for name in [Path(part["file"]).with_suffix(".json").name for part in parts] + [HEAD_FILE, AUDIT_FILE]:
-        files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)}
+        files[name] = file_entry(out / name)
     return files

@@ -194,12 +194,6 @@ class TeacherCache:
         """Check the checksum of every file of the cache; a `GraceError` names every bad one."""
         check_files(self.folder, self.manifest)
 
-    def info(self) -> str:
-        """A readable summary: what the cache is of, its sizes, and what the audit found."""
-        from grace.teacher.summary import summary
-
-        return summary(self.folder, self.manifest)
-
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Re-hash every file that a cache's manifest lists; a `GraceError` names every bad one and the fix."""

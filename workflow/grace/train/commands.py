@@ -16,10 +16,9 @@ from grace.models.pair import check_family
 from grace.quant import save_quantization
 from grace.quant.checkpoint import name_as_published
 from grace.teacher.forward import check_examples, check_sight
-from grace.teacher.identity import expected
-from grace.teacher.reader import TeacherCache
 from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, run_identity
+from grace.train.objective import Objective
 
 
 def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World) -> Any:
@@ -101,7 +100,7 @@ def train(
     if not any(world.gather([world.first and finished(checkpoints, identity)])):
         _train(parameters, data, checkpoints, identity, world, init, cache if distils else None, teacher)
     if world.first:
-        publish(checkpoints, out, log, run=parameters.model_dump(), identity=identity)
+        publish(checkpoints, out, log, run=parameters.model_dump())
     world.barrier()
 
 
@@ -120,15 +119,17 @@ def _train(
     processor = load_processor(data / "processor")
     model = _starting_model(parameters, processor, data, init, world)
     _check_weights(model, init)
-    targets = None
+    size = vocabulary(processor)
+    objective = Objective(model, parameters, size)
     if cache is not None:
-        targets = TeacherCache.open(cache, expect=expected(data, parameters.method.temperature, teacher))
+        from grace.train.distillation import Distillation, open_cache
+
+        objective = Distillation(model, parameters, size, open_cache(cache, parameters, data, teacher))
     examples = load_prepared(data, vision_tower(model))
-    check_examples(examples, model, vocabulary(processor))
+    check_examples(examples, model, size)
     check_sight(model, processor, examples)
-    if targets is not None:
-        targets.check_keys(example.key for example in examples if not example.caption)
+    objective.check(examples)
     growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed
-    trainer = Trainer(model, processor, examples, parameters, targets, growing, checkpoints, identity, world)
+    trainer = Trainer(model, processor, examples, parameters, objective, growing, checkpoints, identity, world)
     trainer.train()
     _finish(model, processor, trainer)

@@ -14,26 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from grace.config.code import code_files
-from grace.config.objectives import training_modules
+from grace.config.chosen import chosen
+from grace.config.code import CodeIndex
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packing import fill_rows
-from grace.distill import InformationBottleneckController
 from grace.distributed import World, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
-from grace.hashes import sha256
-from grace.models import freeze_vision, vocabulary
+from grace.models import freeze_vision
 from grace.progress import progress
 from grace.teacher.prefetch import ahead
-from grace.teacher.reader import CachedTargets, TeacherCache
 from grace.train.checkpoint import load_checkpoint, save_checkpoint
 from grace.train.meter import Meter
-from grace.train.objective import Objective
+from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
 from grace.train.packed import packed_row, prepare_packed
 
+_KEYS = "under teacher.train, student.train, finetune or the recipe's train, whichever is trained here"
 MICRO_BATCHES_AHEAD = 2  # prepared while the present one is computed
 SKIPPED_IN_A_ROW = 20  # steps that may be skipped one after the other: a run of which nothing is finite has diverged
 
@@ -48,8 +46,7 @@ class MicroBatch(NamedTuple):
 def run_identity(run: TrainRun, *manifests: Path | None) -> str:
     """What a checkpoint must agree with: the frozen parameters, the code, and the folders that the run starts from."""
     digest = hashlib.sha256(run.model_dump_json().encode())
-    for path in code_files(*training_modules(run.kd)):
-        digest.update(sha256(path).encode())
+    digest.update(json.dumps(CodeIndex().fingerprint("train", *chosen(run)), sort_keys=True).encode())
     for path in manifests:
         digest.update(contents_hash(path).encode() if path is not None else b"-")
     return digest.hexdigest()
@@ -60,6 +57,7 @@ class Trainer:
 
     Args:
         model: trained in place; its vision tower stays frozen.
+        objective: the loss, of this very model.
         log: gets one JSON line per optimiser step.
         checkpoints: folder for resumable checkpoints, outside the rule's outputs.
         identity: what a checkpoint must agree with (`run_identity`).
@@ -71,7 +69,7 @@ class Trainer:
         processor,
         examples: list[Example],
         run: TrainRun,
-        cache: TeacherCache | None,
+        objective: Objective,
         log: Path,
         checkpoints: Path,
         identity: str,
@@ -95,12 +93,8 @@ class Trainer:
         self.meter = Meter(matrices, world.device, world.size)
         shard(model, world)
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
-        self.objective = Objective(model, run, cache, vocabulary(processor))
+        self.objective = objective
         self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
-        method = run.method
-        self.controller = InformationBottleneckController(
-            method.tau, method.eta, method.beta_init, method.beta_min, method.beta_max, method.ema_decay
-        )
 
     def train(self) -> None:
         """Run every step that is left.
@@ -114,7 +108,7 @@ class Trainer:
         done, state = load_checkpoint(self.checkpoints, self.identity, self.log, self.world)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-            self.controller.load_state_dict(state["controller"])
+            self.objective.load_state_dict(state["objective"])
             self.skipped, self.part = state["skipped"], state["part"]
         self.model.train()
         kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
@@ -158,31 +152,27 @@ class Trainer:
             mine, share = (cuts[first + world.rank], 1.0) if first + world.rank < len(cuts) else (cuts[0], 0.0)
             yield MicroBatch(mine, share)
 
-    def _feed(self, done: int) -> Generator[tuple[Batch, CachedTargets | None]]:
+    def _feed(self, done: int) -> Generator[tuple[Batch, Targets | None]]:
         """The prepared micro-batches of all steps after `done`, one after the other."""
         chosen = islice(self._plan(), done, self.run.optimisation.steps)
         return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
 
-    def _prepare(self, micro: MicroBatch) -> tuple[Batch, CachedTargets | None]:
+    def _prepare(self, micro: MicroBatch) -> tuple[Batch, Targets | None]:
         """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
         batch = collate(micro.examples, self.processor)
         if self.packed:
             batch.packed = packed_row(self.model, batch, self.part)
-        cache = self.objective.cache
-        targets = cache.batch(batch.keys) if cache is not None and self.objective.distils else None
+        targets = self.objective.targets(batch.keys)
         if self.world.device.type == "cuda":
             return batch.pin_memory(), targets and targets.pin_memory()
         return batch, targets
 
     def _step(
-        self, step: int, chosen: list[Example], feed: Iterator[tuple[Batch, CachedTargets | None]]
+        self, step: int, chosen: list[Example], feed: Iterator[tuple[Batch, Targets | None]]
     ) -> dict[str, Any] | None:
         """The log's entry of one optimiser step; None where memory did not suffice and `micro_batch` is smaller now."""
         start = time.monotonic()
-        run, method = self.run, self.run.method
-        omega_steps = max(1, round(method.omega_warmup * run.optimisation.steps))
-        omega = method.omega * min(1.0, (step + 1) / omega_steps)
-        totals = self.objective.totals(chosen, self.controller.beta, omega)
+        totals = self.objective.totals(chosen, step)
         cuts = list(self._cuts(chosen))
         try:
             each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
@@ -211,13 +201,11 @@ class Trainer:
             self.in_a_row = 0
             entry |= {
                 **{name: float(f"{value:.7g}") for name, value in parts.items()},
-                **({"beta": self.controller.beta} if run.kd != "none" else {}),
-                **({"omega": omega} if run.rcka else {}),
-                "learning_rate": run.optimisation.learning_rate * self.optimizer.learning_rate(step),
+                **self.objective.logged(totals),
+                "learning_rate": self.run.optimisation.learning_rate * self.optimizer.learning_rate(step),
                 "grad_norm": float(f"{norm:.7g}"),
             }
-            if run.controller:
-                self.controller.update(parts["kd"])
+            self.objective.applied(parts)
         tokens = sum(len(example.input_ids) for example in chosen)
         seconds = time.monotonic() - start
         return {**entry, "tokens": tokens, "seconds": round(seconds, 4), **self.meter.measure(tokens, seconds)}
@@ -251,13 +239,13 @@ class Trainer:
         row = f" for {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
         raise GraceError(
             f"step {step + 1}: {', '.join(wrong)} is not finite{row}; the conversations at fault are listed in {where}; "
-            "lower learning_rate, leave them out of the data, or set optimisation.nonfinite to skip"
+            f"lower the learning rate, leave them out of the data, or set nonfinite: skip ({_KEYS})"
         )
 
     def _save(self, step: int) -> None:
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "controller": self.controller.state_dict(),
+            "objective": self.objective.state_dict(),
             "skipped": self.skipped,
             "part": self.part,
         }

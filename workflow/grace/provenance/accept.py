@@ -1,0 +1,66 @@
+"""`grace accept`: take a change of code as harmless, and leave a trace of it; see `grace.config.accepted`."""
+
+import getpass
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from grace.config.accepted import accepted, accepted_file, code_folder, resolved
+from grace.config.code import changed
+from grace.config.load import load_experiment
+from grace.config.plan import Plan
+from grace.errors import GraceError
+from grace.files import read_json, whole_file
+
+
+def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | None = None) -> list[dict[str, Any]]:
+    """Accept the present code of an experiment's subcommands as equal to what its results were made with.
+
+    Args:
+        configfile: the experiment.
+        reason: why no result changes; kept for ever.
+        subcommands: these alone, by the names of the files in `config/code/`; None: all that changed.
+
+    Returns:
+        The changes that were written down, as `accepted` reads them.
+
+    Raises:
+        GraceError: no reason, nothing was built yet, nothing changed, or no such subcommand.
+    """
+    plan = Plan(load_experiment(configfile))
+    if not reason.strip():
+        raise GraceError("--reason is empty; say why this change leaves every result as it is")
+    folder = code_folder(plan.folder)
+    built = sorted(path.stem for path in folder.glob("*.json"))
+    if not built:
+        raise GraceError(f"{folder}: holds no frozen code; there is nothing to accept before the experiment is built")
+    for name in subcommands or ():
+        if name not in built:
+            raise GraceError(f"--subcommand {name}: not among what was built ({', '.join(built)})")
+    at, by = datetime.now(UTC).isoformat(timespec="seconds"), _who()
+    changes = []
+    for name in subcommands or built:
+        frozen, now = read_json(folder / f"{name}.json"), plan.fingerprint(name)
+        if resolved(plan.folder, now) != frozen:
+            about = {"changed": changed(frozen, now), "by": by, "at": at, "reason": reason.strip()}
+            changes.append({"subcommand": name, "frozen": frozen, "accepted": now, **about})
+    if not changes:
+        raise GraceError(f"{folder}: the code is what the results were made with; there is nothing to accept")
+    with whole_file(accepted_file(plan.folder)) as part:
+        lines = [*accepted(plan.folder), *changes]
+        part.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+    return changes
+
+
+def _who() -> str:
+    """Name and address as git knows them, or the login name."""
+    found = []
+    for key in ("user.name", "user.email"):
+        try:
+            found.append(subprocess.run(["git", "config", key], capture_output=True, text=True).stdout.strip())
+        except OSError:
+            found.append("")
+    name, address = found
+    return f"{name} <{address}>" if address else name or getpass.getuser()
