@@ -66,7 +66,7 @@ def test_every_question_has_its_prediction(built: Path) -> None:
         for folder in ["teacher", *(f"students/{student}/seed0" for student in STUDENTS)]:
             file = results / folder / f"predictions/{name}.parquet"
             answered = pd.read_parquet(file)
-            assert read_json(file.with_name(MANIFEST))["benchmarks"][name]["sha256"] == sha256(file)
+            assert read_json(file.with_name(MANIFEST))["files"][file.name]["sha256"] == sha256(file)
             assert sorted(answered["sample_id"]) == sorted(asked["id"]), folder
             assert answered["score"].between(0, 1).all()
 

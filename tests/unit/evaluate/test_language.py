@@ -64,7 +64,8 @@ def test_perplexity_and_choice_are_lm_evals_and_the_models(folder):
     manifest = _run(folder, "tiny_perplexity", "tiny_choice")
     perplexity, choice = (manifest["language"][str(folder / f"tiny_{name}.yaml")] for name in ("perplexity", "choice"))
     assert perplexity["file"] == "language/tiny_perplexity.parquet"
-    assert perplexity["sha256"] == sha256(folder / "out" / perplexity["file"]) and perplexity["texts"] == len(TEXTS)
+    listed = manifest["files"][perplexity["file"]]
+    assert listed["sha256"] == sha256(folder / "out" / perplexity["file"]) and perplexity["texts"] == len(TEXTS)
     runner = Runner(load_model(folder / "model"), load_processor(folder / "model"))
     ids = [runner.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     alone = [runner.score([([2], tokens)])[0][0] for tokens in ids]

@@ -19,7 +19,7 @@ WITHOUT_EFFECT = ("grace.config", "grace.cluster", "grace.environment", "grace.e
 # Of these a job reaches the ones that its parameters choose (`grace.config.chosen`): a string, a loop over the folder
 # and an `if` of one of CHOOSERS do not count.
 CHOSEN = (
-    "grace.data.prepare", "grace.demo.prepare", "grace.distill.objectives", "grace.evaluate.harness_",
+    "grace.data.prepare", "grace.demo.prepare", "grace.distill.objectives", "grace.evaluate.ask", "grace.evaluate.harness_",
     "grace.models.pair", "grace.train.distillation",
 )  # fmt: skip
 
@@ -124,7 +124,7 @@ class _Walk:
 
     def follow(self, reference: str) -> None:
         named, dotted = reference.startswith("'"), reference.removeprefix("'")
-        if named and dotted.startswith(CHOSEN):
+        if named and any(_below(dotted, (one,)) or (one.endswith("_") and dotted.startswith(one)) for one in CHOSEN):
             return
         if dotted.endswith("."):
             self.waiting += [name for name in self.modules if name.startswith(dotted)]
