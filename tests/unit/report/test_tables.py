@@ -26,6 +26,7 @@ from grace.report.tables.benchmark_metrics import jackknife
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
 from grace.report.tables.pairs import pairs, pairs_table
+from grace.report.tables.protocols import protocols_table
 from grace.report.tables.scores import Group, groups_of, on_shared_seeds, score_table
 from grace.report.tables.table import Cell, Line, Table, aligned, comma_separated, latex, markdown
 from grace.report.tables.write import NAMES, build_tables, write_tables
@@ -155,7 +156,7 @@ def _check_latex(text: str) -> None:
     assert text.count("{") == text.count("}")
     assert re.findall(r"\\begin{(\w+\*?)}", text) == re.findall(r"\\end{(\w+\*?)}", text)[::-1]
     if r"\begin{tabular}" not in text:  # an empty table: its notes say why
-        assert "tab:language" in text
+        assert "tab:language" in text or "tab:protocols" in text
         return
     declared = re.search(r"\\begin{tabular}{(.+)}\n", text)
     columns = len(re.sub(r"p{\d+cm}", "p", declared[1]))
@@ -464,6 +465,30 @@ def test_measures_are_the_registrys_metrics(results, tables, results_folder):
     ]
     assert tables["measures"].columns == ["presence F1", "pairs score"]
     assert line.cells[1].value == pytest.approx(np.mean(expected)) and line.cells[1].stderr > 0
+
+
+def test_what_the_protocol_changes(tmp_path, results_folder):
+    assert "No benchmark was asked" in protocols_table(read_results(results_folder)).notes[0]
+    folder = shutil.copytree(results_folder, tmp_path / "two")
+    for seed in (0, 1):
+        below = folder / f"students/grace/int4/seed{seed}/predictions"
+        (below / "protocols/release").mkdir(parents=True)
+        frame = pd.read_parquet(below / "colour.parquet").head(40)
+        frame.assign(score=np.arange(40) % 4 == 0).astype({"score": float}).to_parquet(
+            below / "protocols/release/colour.parquet"
+        )
+        manifest = json.loads((below / "manifest.json").read_text())
+        manifest["benchmarks"]["colour"]["protocol"] = "paper"
+        manifest["protocols"] = {"release": {"colour": {"file": "protocols/release/colour.parquet"}}}
+        (below / "manifest.json").write_text(json.dumps(manifest))
+    two = read_results(folder)
+    table = protocols_table(two)
+    assert table.columns == ["colour: single", "colour: paper", "colour: release"]
+    cells = {tuple(line.heads): line.cells for line in table.lines}
+    paper, release = cells["GRACE", "int4"][1:]
+    assert release.value == 25 and release.stderr > 0
+    assert paper.value == two.estimate(Row("grace", "int4"), "colour").value
+    assert cells["QAT", "int4"][0].value and cells["QAT", "int4"][1].value is None
 
 
 def test_weight_files_are_weighed_by_their_headers(tmp_path, results_folder):
