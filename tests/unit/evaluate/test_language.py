@@ -105,7 +105,10 @@ def test_only_a_changed_task_is_run_again_and_no_benchmark(folder, monkeypatch):
             r"tiny_choice\.yaml: no such file; give lm-eval's name or a YAML",
         ),
         (lambda f: (f / "tiny_choice.yaml").write_text("a: ["), r"tiny_choice\.yaml: not valid YAML"),
-        (lambda f: (f / "tiny_choice.yaml").write_text("a: b"), r"tiny_choice\.yaml: has no `task`"),
+        (
+            lambda f: (f / "tiny_choice.yaml").write_text("a: b"),
+            r"tiny_choice\.yaml: `task` is not as lm-eval.s format asks",
+        ),
         (lambda f: (f / "text.jsonl").unlink(), r"text\.jsonl: no such file; mend dataset_kwargs\.data_files"),
         (lambda f: (f / "text.jsonl").write_text('{"text": '), r"lm-eval could not run `.*tiny_choice\.yaml` \("),
     ],

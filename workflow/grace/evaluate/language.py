@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 from grace.errors import GraceError
 from grace.files import sha256, whole_file
@@ -57,32 +58,53 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def _content(task: str) -> dict:
-    """A task file's own keys; lm-eval's `!function` tags are left unread."""
+class _Data(BaseModel):
+    data_files: str | list[str] | dict[str, str | list[str]] = []
+
+
+class _TaskFile(BaseModel):
+    """What is read here of a task file; the rest is lm-eval's."""
+
+    task: str = Field(min_length=1)
+    dataset_kwargs: _Data | None = None
+
+
+def _content(task: str) -> _TaskFile:
+    """A task file's own keys; lm-eval's `!function` tags are left unread.
+
+    Raises:
+        GraceError: the file is missing, is no YAML, or a key is not what lm-eval's format has there.
+    """
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
     try:
-        content = yaml.load(Path(task).read_text(), Loader)
+        return _TaskFile.model_validate(yaml.load(Path(task).read_text(encoding="utf-8"), Loader))
     except FileNotFoundError:
         raise GraceError(f"evaluation.language: {task}: no such file; give lm-eval's name or a YAML file") from None
-    except yaml.YAMLError as error:
-        raise GraceError(f"{task}: not valid YAML ({str(error).splitlines()[0]}); mend it") from error
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-        raise GraceError(f"{task}: has no `task`; name it as lm-eval's format asks")
-    return content
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise GraceError(f"{task}: `{where}` is not as lm-eval's format asks ({first['msg']}); mend it") from None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GraceError(f"{task}: not valid YAML ({reason}); mend it") from error
 
 
 def _data_files(task: str) -> list[Path]:
     """The local files that a task reads, from where the job runs; a `GraceError` names one that is missing."""
-    named = (_content(task).get("dataset_kwargs") or {}).get("data_files") or []
+    named = (_content(task).dataset_kwargs or _Data()).data_files
     listed = named.values() if isinstance(named, dict) else [named]
     paths = [Path(path) for entry in listed for path in ([entry] if isinstance(entry, str) else entry)]
     for path in paths:
-        if not path.is_file():
-            raise GraceError(f"{task}: {path}: no such file; mend dataset_kwargs.data_files")
+        try:
+            there = path.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            there = False
+        if not there:
+            raise GraceError(f"{task}: {str(path)[:100]}: no such file; mend dataset_kwargs.data_files")
     return paths
 
 
@@ -94,7 +116,7 @@ def score_text(runner: "Runner", task: str, limit: int | None) -> tuple[pd.DataF
     from grace.evaluate.harness_lm_eval import RunnerLM
 
     own = _is_file(task)
-    name = _content(task)["task"] if own else task
+    name = _content(task).task if own else task
     try:
         manager = TaskManager(include_path=str(Path(task).parent) if own else None, include_defaults=not own)
         results = evaluate(RunnerLM(runner), manager.load([name]), limit=limit, bootstrap_iters=0)

@@ -245,6 +245,8 @@ def _target(raw: dict, options: dict[str, str], spec: Spec) -> str | None:
         return None
     if value is None:
         raise ValueError("has no answer, as in splits whose answers are hidden; copy the split that this protocol asks")
+    if listed is not None and options:
+        raise ValueError("has several answers beside its options; a choice has one")
     if listed is not None:
         answers = [each.get("answer") if isinstance(each, dict) else each for each in listed]
         return json.dumps([str(answer) for answer in answers], ensure_ascii=False)
