@@ -122,7 +122,7 @@ def ended(running: subprocess.Popen, folder: Path, seconds: float = 500) -> str:
 def stop_after_a_checkpoint(folder: Path) -> None:
     """Halt the training of `finetune` between its first and its last checkpoint, without ending it."""
     checkpoints = folder / RESULTS / ".checkpoints/students/finetune/int4/seed0"
-    until("a checkpoint", lambda: checkpoints.is_dir() and any(checkpoints.glob("*.*")), every=0.01)
+    until("a checkpoint", lambda: any(checkpoints.glob("step-*/checkpoint.json")), every=0.01)
     os.kill(json.loads(lock_path(checkpoints).read_text())["process"], signal.SIGSTOP)
     assert not (folder / TRAINED).exists(), "the job was over before it could be stopped"
 
@@ -199,7 +199,7 @@ def test_a_job_out_of_memory_is_sent_again_with_more(tree: Tree) -> None:
     tree.run(*SNAKEMAKE, *PROFILE, goal)
     large = jobs("quantize", tree.folder)
     assert large[0]["JobState"] != "COMPLETED" and large[-1]["JobState"] == "COMPLETED"
-    assert [(job["MinMemoryNode"], job["TimeLimit"]) for job in large] == [("1000M", "00:05:00"), ("2000M", "00:10:00")]
+    assert [(job["MinMemoryNode"], job["TimeLimit"]) for job in large] == [("1000M", "00:05:00"), ("2000M", "00:05:00")]
     assert (tree.folder / goal).is_file()
 
 
@@ -277,7 +277,6 @@ def test_a_killed_snakemake_never_makes_two_writers(tree: Tree) -> None:
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     assert [job["JobState"] for job in jobs("finetune", tree.folder)] == ["RUNNING"], "Slurm's job outlives Snakemake"
-    tree.run("snakemake", "--unlock")
     again = start(tree, goal)
     log = tree.folder / "results/demo/logs/students/finetune/int4/seed0/train.log"
     until("the second job waits", lambda: log.exists() and "waiting for process" in log.read_text())
@@ -287,6 +286,36 @@ def test_a_killed_snakemake_never_makes_two_writers(tree: Tree) -> None:
     finish(again, tree)
     assert writers.read_text().split() == ["begin", first, "end", first, "begin", second, "end", second]
     assert not list((tree.folder / "results").rglob(".*.lock"))
+
+
+def test_an_array_larger_than_the_jobs_at_once_is_refused(tree: Tree) -> None:
+    tree.edit(cache={"shards": 8})
+    goal = "results/demo/teacher/cache/manifest.json"
+    done = tree.run(*SNAKEMAKE, *PROFILE, "--jobs", "3", goal, check=False)
+    assert done.returncode == 1 and "give --jobs 8 or more" in done.stdout + done.stderr
+    assert jobs("prepare", tree.folder) == [], "before anything is submitted"
+
+
+def test_a_job_that_fails_for_another_reason_asks_for_the_same(tree: Tree) -> None:
+    """And for no more than its node has, where it did run out of memory."""
+    code = (tree.folder / "workflow/grace/cli.py").read_text()
+    code = code.replace("held = bytearray(os.urandom(1)) * (900 * 2**20)\n        time.sleep(600)", "sys.exit(1)")
+    (tree.folder / "workflow/grace/cli.py").write_text(code)
+    tree.edit(resources={"quantize": {"mem_mb": 20000, "runtime": 5}})
+    tree.run(*SNAKEMAKE, *PROFILE, "results/demo/students/rtn/int4/seed0/model/manifest.json")
+    asked = [(job["MinMemoryNode"], job["TimeLimit"]) for job in jobs("quantize", tree.folder)]
+    assert asked == [("20000M", "00:05:00")] * 2
+
+
+def test_what_a_partition_can_never_give_is_said_before_anything_is_submitted(tree: Tree) -> None:
+    subprocess.run(["scontrol", "update", "partitionname=scraps", "maxtime=15"], check=True)
+    try:
+        with pytest.raises(GraceError, match="runtime 60 is above the 15 minutes of partition `scraps`"):
+            check_slurm({"prepare": Resources(partition="scraps", runtime=60)}, "squeue")
+    finally:
+        subprocess.run(["scontrol", "update", "partitionname=scraps", "maxtime=infinite"], check=True)
+    with pytest.raises(GraceError, match="mem_mb 40000 is above the 32000 MB of the largest node"):
+        check_slurm({"prepare": Resources(mem_mb=40000)}, "squeue")
 
 
 def test_what_slurm_would_refuse_is_a_sentence_with_its_fix() -> None:
