@@ -49,16 +49,30 @@ if workflow.is_main_process:
 # What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
 onstart:
     if workflow.executor_plugin.name == "slurm":
-        from grace.cluster.slurm import check_submission
+        from collections import Counter
 
+        from grace.cluster.again import again
+        from grace.cluster.slurm import check_arrays, check_submission
+
+        waiting = list(workflow.dag.needrun_jobs())
+        settings = workflow.executor_settings
         try:
             check_submission(
-                {job.resources.get("kind") for job in workflow.dag.needrun_jobs()},
+                {job.resources.get("kind") for job in waiting},
                 plan.experiment.resources,
-                workflow.executor_settings.status_command or "sacct",
+                settings.status_command or "sacct",
+            )
+            check_arrays(
+                Counter(job.rule.name for job in waiting),
+                settings.array_jobs,
+                workflow.resource_settings.nodes,
             )
         except GraceError as error:
             raise WorkflowError(str(error)) from None
+        kinds = {job.rule.name: job.resources.get("kind") for job in waiting}
+        plan.again = lambda asked, attempt, kind, wildcards: again(
+            asked, attempt, [name for name in kinds if kinds[name] == kind], wildcards
+        )
 
 
 wildcard_constraints:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from stub_tree import BIN, ROOT, Tree
 
+from grace.cluster.again import limits
 from grace.cluster.lock import lock_path
 from grace.cluster.slurm import check_slurm
 from grace.config.sections import Resources
@@ -309,11 +310,13 @@ def test_a_job_that_fails_for_another_reason_asks_for_the_same(tree: Tree) -> No
 
 def test_what_a_partition_can_never_give_is_said_before_anything_is_submitted(tree: Tree) -> None:
     subprocess.run(["scontrol", "update", "partitionname=scraps", "maxtime=15"], check=True)
+    limits.cache_clear()
     try:
         with pytest.raises(GraceError, match="runtime 60 is above the 15 minutes of partition `scraps`"):
             check_slurm({"prepare": Resources(partition="scraps", runtime=60)}, "squeue")
     finally:
         subprocess.run(["scontrol", "update", "partitionname=scraps", "maxtime=infinite"], check=True)
+        limits.cache_clear()
     with pytest.raises(GraceError, match="mem_mb 40000 is above the 32000 MB of the largest node"):
         check_slurm({"prepare": Resources(mem_mb=40000)}, "squeue")
 

@@ -90,9 +90,21 @@ def last_end(rules: Iterable[str], wildcards: Iterable[str]) -> str | None:
         return None
     last = max(over, key=lambda job: int(job["JobId"]))
     state, code = last["JobState"], last.get("ExitCode", "")
-    if state == "OUT_OF_MEMORY" or code.endswith((":9", ":125")) or code.startswith("137:"):
+    killed = state == "OUT_OF_MEMORY" or code.endswith((":9", ":125")) or code.startswith("137:")
+    if killed or (state == "FAILED" and _says_out_of_memory(Path(last.get("StdErr", "")))):
         return "memory"
     return "time" if state in ("TIMEOUT", "DEADLINE") else "other"
+
+
+def _says_out_of_memory(log: Path) -> bool:
+    """Whether a job's own words say so, where Slurm calls it failed: Snakemake in it outlives the step that was killed."""
+    try:
+        words = log.read_text(errors="replace")[-20000:]
+    except OSError:
+        return False
+    return (
+        re.search(r"oom.kill|memory limit|MemoryError|exit (?:code|status) (?:137|-9)\b|\bKilled\b", words) is not None
+    )
 
 
 def _said(*command: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -255,15 +256,15 @@ class Plan:
     def resources(self, job: str) -> dict[str, Any]:
         """Kind, memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
 
-        A job that is sent again (`retries` in the Slurm profile) asks for twice, then three times the memory and time.
+        What a job that is sent again (`retries` in the Slurm profile) asks for, `again` says.
         The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
         nothing is said; `processes` is ours, for `grace train`.
         """
         asked = self._asked(job)
         named: dict[str, Any] = {
             "kind": job,
-            "mem_mb": lambda wildcards, attempt: attempt * asked.mem_mb,
-            "runtime": lambda wildcards, attempt: attempt * asked.runtime,
+            "mem_mb": lambda wildcards, attempt: self.again(asked, attempt, job, wildcards).mem_mb,
+            "runtime": lambda wildcards, attempt: self.again(asked, attempt, job, wildcards).runtime,
             "gpu": asked.gpus,
             "nodes": asked.nodes,
             "processes": asked.gpus,
@@ -277,6 +278,11 @@ class Plan:
         if asked.account:
             named["slurm_account"] = asked.account
         return named
+
+    @staticmethod
+    def again(asked: Resources, attempt: int, kind: str, wildcards: Iterable[str]) -> Resources:
+        """What the `attempt`-th try of such a job asks for; on a cluster the Snakefile puts one here that asks it."""
+        return asked.model_copy(update={"mem_mb": attempt * asked.mem_mb, "runtime": attempt * asked.runtime})
 
     def _asked(self, job: str) -> Resources:
         return self.experiment.resources.get(job, Resources())
