@@ -61,7 +61,7 @@ def join_world() -> World:
     if cuda:
         torch.cuda.set_device(device)
         # a run that is killed and started again ends with the same bits: no sums in the order of arrival
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # only warned, flash attention would stay as it is
         torch.utils.deterministic.fill_uninitialized_memory = False
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)

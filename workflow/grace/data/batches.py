@@ -119,11 +119,12 @@ def collate_prompts(
     return inputs
 
 
-def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list[int]]:
+def plan_batches(lengths: Sequence[int], batch: int, seed: int, alike: bool = True) -> Iterator[list[int]]:
     """Yield the indices of each optimiser step's conversations, for ever.
 
-    Every epoch is a new permutation; within a window of some steps, conversations of like length come together, and
-    the steps of a window are shuffled again. The order depends on `seed` alone, so a resumed run skips to its step.
+    Every epoch is a new permutation. With `alike`, for padded batches, conversations of like length come together within
+    a window of some steps, and the steps of a window are shuffled again; rows are packed better from all lengths. The
+    order depends on `seed` alone, so a resumed run skips to its step.
     """
     epoch = 0
     while True:
@@ -131,7 +132,9 @@ def plan_batches(lengths: Sequence[int], batch: int, seed: int) -> Iterator[list
         order = torch.randperm(len(lengths), generator=generator).tolist()
         window = batch * LENGTH_WINDOW
         for start in range(0, len(order), window):
-            part = sorted(order[start : start + window], key=lambda index: (lengths[index], index))
+            part = order[start : start + window]
+            if alike:
+                part.sort(key=lambda index: (lengths[index], index))
             steps = [part[i : i + batch] for i in range(0, len(part), batch)]
             for which in torch.randperm(len(steps), generator=generator).tolist():
                 yield steps[which]

@@ -136,7 +136,7 @@ class Trainer:
         asked = [example for example in self.examples if not example.caption]
         for examples, steps in ((captions, self.run.optimisation.caption_steps), (asked, None)):
             lengths = [len(example.input_ids) for example in examples]
-            plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed)
+            plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed, alike=not self.packed)
             yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
 
     def _cuts(self, chosen: list[Example]) -> Iterator[MicroBatch]:

@@ -24,7 +24,8 @@ def prepare_packed(model: nn.Module, kept_activations: float, device: torch.devi
 
     functorch.activation_memory_budget = kept_activations
     for layer in decoder(model).layers:
-        layer.forward = torch.compile(layer.forward)  # without the hooks around it, which are FSDP's
+        # without the hooks around it, which are FSDP's; from the class, so that a second call compiles nothing twice
+        layer.forward = torch.compile(type(layer).forward.__get__(layer))
 
 
 def packed_row(model: nn.Module, batch: Batch, capacity: int) -> PackedRow:
