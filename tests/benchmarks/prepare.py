@@ -1,28 +1,29 @@
 """`grace prepare` on synthetic conversations: memory by size, and its rate beside that of decoding alone.
 
     python tests/benchmarks/prepare.py memory --sizes 5000 50000 500000
-    python tests/benchmarks/prepare.py rate --images 400 --workers 2
+    python tests/benchmarks/prepare.py rate --images 200
 
 `memory` shows the largest resident set of the main process and of a worker, sampled ten times a second; images are
-tiny and shared, so that only the number of conversations grows. `rate` uses JPEGs of about 1 MB, each of its own,
-and compares with processes that do nothing but read and decode the same files.
+tiny and shared, so that only the number of conversations grows. `rate` uses JPEGs of about 1 MB, each of its own, and
+compares one worker's CPU time with that of reading and decoding the same files; workers share nothing.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 from PIL import Image
 
+from grace.config.sections import FilesData
 from grace.data.decode import decode
+from grace.data.prepare import prepare_files
 from grace.demo.processor import build_processor
 
 WORDS = ["what", "colour", "is", "the", "shirt", "and", "the", "bag", "on", "the", "left", "of", "it"]
@@ -80,12 +81,6 @@ def run_prepare(folder: Path, workers: int, weight: float = 1.0) -> tuple[float,
     return time.perf_counter() - start, peaks
 
 
-def read_and_decode(paths: list[Path]) -> None:
-    """What the rate is held against."""
-    for path in paths:
-        decode(path.read_bytes())
-
-
 def measure_memory(sizes: list[int], workers: int, weight: float) -> None:
     for size in sizes:
         with tempfile.TemporaryDirectory() as name:
@@ -102,28 +97,41 @@ def measure_memory(sizes: list[int], workers: int, weight: float) -> None:
             )
 
 
-def measure_rate(images: int, workers: int) -> None:
+def measure_rate(images: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", images, 1500, 2000, 88)
         paths = sorted((folder / "images").glob("*.jpg"))
         size = sum(path.stat().st_size for path in paths) / images / 2**20
-        write_conversations(folder / "c.json", images * 10 // 9, images)
+        write_conversations(folder / "c.json", images, images)
         build_processor().save_pretrained(folder / "processor")
-        shown = images * 10 // 9 - (images * 10 // 9 + 9) // 10  # conversations with an image
-        with multiprocessing.get_context("forkserver").Pool(workers) as pool:
-            pool.map(read_and_decode, [paths[:2]] * workers)  # warm
-            start = time.perf_counter()
-            pool.map(read_and_decode, [paths[i::workers] for i in range(workers)])
-            alone = images / (time.perf_counter() - start)
-        full, _ = run_prepare(folder, workers)
-        write_conversations(folder / "c.json", 10, images)
-        empty, _ = run_prepare(folder, workers)
-        rate = shown / (full - empty)
+        source = {"path": str(folder / "c.json"), "images": str(folder / "images")}
+        data = FilesData.model_validate({"source": "files", "sources": [source]})
+        shown = [path for path in paths if int(path.stem) > 10 and int(path.stem) % 10]  # what 10 records don't show
+
+        def prepared(number: int) -> None:
+            some = data.model_copy(update={"sources": [data.sources[0].model_copy(update={"limit": number})]})
+            prepare_files(some, folder / "processor", None, folder / f"data{number}", folder / "parts")
+
+        def alone() -> None:
+            for path in shown:
+                decode(path.read_bytes())
+
+        prepared(10)  # loads what is loaded once
+        alone()
+        start = cpu_seconds(lambda: prepared(10))
+        whole = cpu_seconds(lambda: prepared(images)) - start
+        bare = cpu_seconds(alone)
         print(
-            f"{images} JPEGs of {size:.2f} MiB, {workers} workers of {os.cpu_count()} cores: decoding alone "
-            f"{alone:.1f} images a second, prepare {rate:.1f} ({rate / alone:.0%}; start of {empty:.1f} s not counted)"
+            f"{len(shown)} JPEGs of {size:.2f} MiB, CPU time of one process: decoding alone "
+            f"{1000 * bare / len(shown):.1f} ms each, prepare {1000 * whole / len(shown):.1f} ms ({bare / whole:.0%})"
         )
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -137,7 +145,7 @@ def main() -> None:
     if arguments.what == "memory":
         measure_memory(arguments.sizes, arguments.workers, arguments.weight)
     else:
-        measure_rate(arguments.images, arguments.workers)
+        measure_rate(arguments.images)
 
 
 if __name__ == "__main__":
