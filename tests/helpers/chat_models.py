@@ -29,7 +29,9 @@ from transformers import (
 )
 
 from grace.files import whole_folder
+from grace.models.families import family_of
 from grace.quant import LearnedStepSize, save_quantization
+from grace.quant.checkpoint import name_as_published
 from grace.quant.names import quantised_module
 
 CORPUS = ["what is in this image? a red shirt on a white wall", "how many boots are there? two black boots", "yes no"]
@@ -222,6 +224,7 @@ def talking_student(folder: Path, family: str, seed: int = 0) -> Path:
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     with whole_folder(folder, run={"bits": 4}) as part:
         model.to(torch.bfloat16).save_pretrained(part)
+        name_as_published(part, family_of(model).published)
         processor.save_pretrained(part)
         if "qwen" in family:  # as published: readers build the processor with its part for videos
             videos = json.loads(processor.image_processor.to_json_string())

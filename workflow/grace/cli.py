@@ -228,6 +228,24 @@ def export(
 
 
 @app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="packed folder or an export")],
+    out: Annotated[Path, typer.Option(help="the README.md to write")],
+    license: Annotated[str | None, typer.Option(help="a hub's identifier, such as apache-2.0")] = None,
+    base_model: Annotated[str | None, typer.Option(help="hub id of the model that was quantised")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="hub id of training data; repeat for several")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="an experiment's metrics.json")] = None,
+    row: Annotated[str, typer.Option(help="whose scores to show")] = "grace.int4",
+) -> None:
+    """Write a model card with what its folder does not know: licence, base model, data and scores."""
+    from grace.files import read_json
+    from grace.quant.card import Origin, scores_of, write_card
+
+    scores = scores_of(read_json(metrics), row) if metrics else {}
+    write_card(model, Origin(license, base_model, tuple(dataset or ()), scores), out)
+
+
+@app.command()
 def evaluate(
     run: Run,
     data: Data,

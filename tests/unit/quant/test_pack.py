@@ -79,16 +79,14 @@ def test_plain_llava_class_loads_it_and_the_format_is_the_design_s(student, tmp_
 
 
 def test_companions_card_and_manifest(student, tmp_path):
-    write_json(tmp_path / "metrics.json", {"gqa": {"score": 61.25}, "pope": 84})
     packed = tmp_path / "packed"
-    pack(student, packed, tmp_path / "metrics.json")
+    pack(student, packed)
     assert (packed / "chat_template.jinja").read_text() == "{{ messages }}"
     assert {"generation_config.json", "preprocessor_config.json"} <= {path.name for path in packed.iterdir()}
     assert not (packed / "quantization.safetensors").exists()
     card = (packed / "README.md").read_text()
     source = read_json(student / "manifest.json")
     for text in (
-        "| gqa.score | 61.25 |",
         "| run.method.tau | 3 |",
         source["files"]["quantization.safetensors"]["sha256"],
     ):

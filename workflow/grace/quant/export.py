@@ -1,5 +1,6 @@
 """`grace export`: the codes of a packed folder in the other formats of the field, each checked as it is written."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from grace.errors import GraceError
 from grace.files import MANIFEST, contents_hash, whole_folder
 from grace.progress import progress
 from grace.quant import awq_gemm, gptq_format
+from grace.quant.card import ABOUT, write_card
 from grace.quant.checkpoint import Checkpoint, copy_companions, copy_config, write_checkpoint
 from grace.quant.packed import PackedModel
 
@@ -75,3 +77,6 @@ def export(packed: Path, format: str, out: Path) -> None:
         else:
             _write_layout(model, folder, LAYOUTS[format])
             copy_companions(packed, folder)
+        if (packed / ABOUT).is_file():  # folders packed by earlier versions lack it
+            shutil.copyfile(packed / ABOUT, folder / ABOUT)
+            write_card(folder)

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, contents_hash, read_json, whole_folder
+from grace.files import MANIFEST, contents_hash, read_json, whole_folder, write_json
 from grace.models.families import family_of_folder
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
-from grace.quant.card import model_card
+from grace.quant.card import ABOUT, about, write_card
 from grace.quant.checkpoint import SHARD_BYTES, Checkpoint, TensorSpec, copy_companions, copy_config, write_checkpoint
 from grace.quant.grid import dequantize, group_count
 from grace.quant.names import quantised_module
@@ -155,23 +155,20 @@ def pack_student(model: Path, folder: Path, shard_bytes: int = SHARD_BYTES) -> S
     return stored
 
 
-def pack(model: Path, out: Path, metrics: Path | None = None) -> None:
+def pack(model: Path, out: Path) -> None:
     """`grace pack`: write, verify and describe the packed form of a quantised student.
 
     Args:
         model: the student's folder (`quantization.safetensors` beside the checkpoint).
         out: the packed folder to make.
-        metrics: a JSON file of {name: number} for the model card.
 
     Raises:
         GraceError: `model` is no quantised student, is damaged, or does not match its own codes.
     """
     manifest = read_json(model / MANIFEST) if (model / MANIFEST).is_file() else {}
     source = contents_hash(model / MANIFEST) if manifest else None
-    scores = read_json(metrics) if metrics else {}
     with whole_folder(out, source=source, format="pack-quantized") as folder:
         stored = pack_student(model, folder)
         copy_companions(model, folder)
-        (folder / "README.md").write_text(
-            model_card(stored, read_json(folder / "config.json"), manifest, source, scores)
-        )
+        write_json(folder / ABOUT, about(stored, read_json(folder / "config.json"), manifest, source))
+        write_card(folder)
