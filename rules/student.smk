@@ -24,6 +24,7 @@ rule freeze_student:
 # A pretrained student, from a folder or the hub.
 rule fetch_baseline:
     input:
+        source="results/{experiment}/config/student-source.json",
         code=plan.code("fetch"),
     output:
         "results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
@@ -49,6 +50,7 @@ rule fetch_baseline:
         "grace fetch"
         " {params.model:q}"
         " {params.revision}"
+        " --source {input.source:q}"
         " --out {params.out:q}"
         " > {log:q} 2>&1"
 

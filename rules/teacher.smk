@@ -5,6 +5,7 @@
 # A pretrained teacher, from a folder or the hub.
 rule fetch_teacher:
     input:
+        source="results/{experiment}/config/teacher-source.json",
         code=plan.code("fetch"),
     output:
         "results/{experiment}/teacher/model/manifest.json",
@@ -30,6 +31,7 @@ rule fetch_teacher:
         "grace fetch"
         " {params.model:q}"
         " {params.revision}"
+        " --source {input.source:q}"
         " --out {params.out:q}"
         " > {log:q} 2>&1"
 

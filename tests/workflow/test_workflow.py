@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -210,6 +211,27 @@ def test_shipped_experiments_make_a_dag(tmp_path: Path, file: str) -> None:
     tree = Tree.make(tmp_path / "tree")
     (tree.folder / "config.yaml").write_bytes((ROOT / "config.yaml").read_bytes())
     assert {"evaluate teacher", *REPORT} <= set(tree.planned("--configfile", file))
+
+
+def test_a_file_of_a_pretrained_folder_that_is_exchanged_is_fetched_again(tmp_path: Path) -> None:
+    """By content, also where size and time stay; and a clone that has the results does without the folder."""
+    tree = Tree.make(tmp_path / "tree")
+    for name in ("teacher", "student"):
+        (tree.folder / "models" / name).mkdir(parents=True)
+        (tree.folder / "models" / name / "model.safetensors").write_text(f"weights of {name}")
+    tree.edit(teacher={"pretrained": "models/teacher"}, student={"pretrained": "models/student"})
+    goal = ["results/demo/teacher/model/manifest.json", "results/demo/students/baseline/bf16/seed0/model/manifest.json"]
+    tree.snakemake("--quiet", "all", "--", *goal)
+    assert tree.planned("--", *goal) == []
+    weights = tree.folder / "models/teacher/model.safetensors"
+    state, text = weights.stat(), weights.read_text()
+    weights.write_text(text.upper())
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert tree.planned("--", *goal) == ["fetch the teacher models/teacher"]
+    weights.write_text(text)
+    assert tree.planned("--", *goal) == []
+    (tree.folder / "models").rename(tmp_path / "elsewhere")
+    assert tree.planned("--", *goal) == []
 
 
 def test_the_slurm_profile_makes_the_same_jobs(built: Tree, tmp_path: Path) -> None:

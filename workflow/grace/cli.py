@@ -120,12 +120,19 @@ def tower(
 
 
 @app.command()
-def fetch(model: str, out: Out, revision: Annotated[str | None, typer.Option(help="hub revision")] = None) -> None:
+def fetch(
+    model: str,
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="hub revision")] = None,
+    source: Annotated[Path | None, typer.Option(help="frozen: what a local folder held when the run began")] = None,
+) -> None:
     """Bring a pretrained model, from a folder or the hub, into the experiment."""
+    from grace.files import read_json
     from grace.models.fetch import fetch as bring
 
-    with _job(out, subcommand="fetch"):
-        bring(model, out, revision)
+    expected = read_json(source).get("files") if source else None
+    with _job(out, files=(source,), subcommand="fetch"):
+        bring(model, out, revision, expected)
 
 
 @app.command()

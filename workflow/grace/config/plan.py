@@ -11,6 +11,7 @@ from typing import Any
 from grace.config.accepted import resolved
 from grace.config.chosen import chosen, distillation
 from grace.config.code import CodeIndex
+from grace.config.pretrained import source_hashes
 from grace.config.runs import (
     BenchRun,
     CacheRun,
@@ -22,6 +23,7 @@ from grace.config.runs import (
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Section
+from grace.files import read_json
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
 
@@ -71,6 +73,8 @@ class Plan:
             return _json(self._data, exclude={"family"} if e.data.source == "demo" else None)
         if job == "teacher":
             return _json(teacher_run(e))
+        if job in ("teacher-source", "student-source"):
+            return self._source(job.removesuffix("-source"))
         if job == "cache":
             return _json(
                 CacheRun(
@@ -80,6 +84,22 @@ class Plan:
         if job == "evaluation":
             return _json(self._evaluation)
         return _json(BenchRun(family=e.family, bench=e.bench, group_size=e.quantization.group_size))
+
+    def _source(self, who: str) -> str:
+        """Which pretrained model is fetched, of a local folder also what is in it: an exchanged file fetches it again.
+
+        Where the folder is not here, as in a clone that pulled the results, what was frozen of it stands.
+        """
+        model = getattr(self.experiment, who)
+        about = {"model": model.pretrained, "revision": model.revision}
+        frozen = Path(self.folder, "config", f"{who}-source.json")
+        if Path(model.pretrained).is_dir():
+            about["files"] = source_hashes(model.pretrained)
+        elif frozen.is_file():
+            before = read_json(frozen)
+            if {key: before.get(key) for key in about} == about:
+                about = before
+        return json.dumps(about, sort_keys=True)
 
     @property
     def _data(self) -> DataRun:

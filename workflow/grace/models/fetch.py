@@ -1,6 +1,7 @@
 """`grace fetch`: a pretrained model, from a folder or the hub, as a model folder of the experiment."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
@@ -11,15 +12,19 @@ from grace.hashes import known_hashes
 INDEX = "model.safetensors.index.json"
 
 
-def fetch(model: str, out: Path, revision: str | None = None) -> None:
+def fetch(model: str, out: Path, revision: str | None = None, expected: Mapping[str, str] | None = None) -> None:
     """Bring `model` (a local folder or a hub id, at `revision`) to `out` with a manifest of its files.
+
+    Args:
+        model, out, revision: from where to where.
+        expected: SHA-256 by name of what a local folder must hold (`source_hashes`); None: whatever it holds.
 
     Raises:
         GraceError: not to be had, incomplete, changed while it was copied, or a model that runs code of its own.
     """
     with whole_folder(out, pretrained=model, revision=revision) as folder:
         if Path(model).is_dir():
-            _copy(Path(model), folder)
+            _copy(Path(model), folder, expected)
         else:
             from huggingface_hub import snapshot_download
             from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -33,9 +38,13 @@ def fetch(model: str, out: Path, revision: str | None = None) -> None:
         _check(model, folder)
 
 
-def _copy(model: Path, folder: Path) -> None:
+def _copy(model: Path, folder: Path, expected: Mapping[str, str] | None) -> None:
     """Copies, not hard links: an edit of the user's folder must not reach into the experiment's."""
     before = source_hashes(model)
+    if expected is not None and before != expected:
+        raise GraceError(
+            f"{model}: its files changed since the run began; run Snakemake again to fetch them as they are now"
+        )
     for name, path in source_files(model):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
