@@ -153,6 +153,8 @@ def test_losses_of_different_units_have_panels_of_their_own(results):
         panels = {axis.get_title(loc="left"): axis.get_legend_handles_labels()[1] for axis in figure.axes}
     assert not set(panels["KL to the teacher (nats)"]) & set(panels["gated decoupled KD (nats)"])
     assert "GRACE int4" in panels["gated decoupled KD (nats)"]
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    assert len(legends) == 1 and "GRACE int4" in {text.get_text() for text in legends[0].get_texts()}
 
 
 def test_labels_are_drawn_as_they_are(tmp_path, results_folder):

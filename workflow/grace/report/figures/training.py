@@ -45,7 +45,8 @@ def training(results: Results, plt):
     if not curves:
         return nothing(plt, f"{results.folder.name}: no training log of a student is here")
     shown = [key for key in CURVES if any(key in log and log[key].notna().any() for log in curves.values())]
-    figure, axes = plt.subplots(2, 3, figsize=(WIDE, 4.4))
+    rows = len(shown) // 3 + 1  # a panel more than there are curves, for the legend
+    figure, axes = plt.subplots(rows, 3, figsize=(WIDE, 2.2 * rows), squeeze=False)
     for axis, key in zip(axes.flat, shown, strict=False):
         for place, (name, log) in enumerate(curves.items()):
             if key not in log or not log[key].notna().any():
@@ -60,8 +61,7 @@ def training(results: Results, plt):
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
     handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if len(shown) < axes.size:
-        axes.flat[-1].legend(handles.values(), handles.keys(), loc="center left")
+    axes.flat[len(shown)].legend(handles.values(), handles.keys(), loc="center left")
     headline(figure, results, _finding(curves), "first seed of each")
     return figure
 
