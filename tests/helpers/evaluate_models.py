@@ -49,7 +49,7 @@ WORDS = [
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>{% else %} <q> {{ part['text'] }}{% endif %}"
-    "{% endfor %} <a>{% else %} {{ message['content'][0]['text'] }} <eos>{% endif %}{% endfor %}"
+    "{% endfor %} <a>{% else %}{% generation %} {{ message['content'][0]['text'] }} <eos>{% endgeneration %}{% endif %}{% endfor %}"
 )
 SIZE = 32  # pixels; four visual tokens
 

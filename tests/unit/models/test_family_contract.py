@@ -30,7 +30,7 @@ from grace.models import (
     vocabulary,
 )
 from grace.models.families import family_of, family_of_folder
-from grace.teacher.forward import check_examples, check_sight, see
+from grace.teacher.forward import check_examples, check_sight, check_sight_alone, see
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -122,6 +122,7 @@ def test_plain_questions_have_the_tokens_of_transformers_own_processor(loaded):
 def test_another_image_changes_the_logits_or_the_run_stops(loaded, monkeypatch):
     model, processor, examples = loaded
     check_sight(model, processor, examples)
+    check_sight_alone(model, processor)
     check_sight(model, processor, examples[2:])  # text alone: nothing to see
     forward = model.model.forward
 
@@ -131,6 +132,8 @@ def test_another_image_changes_the_logits_or_the_run_stops(loaded, monkeypatch):
     monkeypatch.setattr(model.model, "forward", deaf)
     with pytest.raises(GraceError, match="conversation one: another image changes none of the model's logits"):
         check_sight(model, processor, examples)
+    with pytest.raises(GraceError, match="conversation noise: another image changes none"):
+        check_sight_alone(model, processor)
 
 
 def test_only_the_tower_is_frozen(home):

@@ -199,6 +199,7 @@ def _asking(
     from grace.data import load_features
     from grace.evaluate.runner import Runner
     from grace.models import load_model, load_processor, vision_tower
+    from grace.teacher.forward import check_sight_alone
 
     settings, share = parameters.evaluation, Share()
     sizes = [task.spec.size for task in pending]
@@ -206,7 +207,9 @@ def _asking(
     with progress(f"evaluating {model}", total) if share.first else nullcontext(lambda steps: None) as advance:
         loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
-        runner = Runner(loaded, load_processor(model), settings.batch, kept=kept)
+        processor = load_processor(model)
+        check_sight_alone(loaded, processor)
+        runner = Runner(loaded, processor, settings.batch, kept=kept)
         yield runner, importlib.import_module(ADAPTERS[settings.harness]).predictor(runner, settings, advance)
 
 

@@ -5,14 +5,17 @@ The teacher goes through here when its cache is written, a student when the cach
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from grace.data import Batch, Example, collate
+from grace.data import Batch, Conversation, EncodedImage, Example, collate
 from grace.data.batches import image_runs
-from grace.data.examples import IGNORED
+from grace.data.conversations import asked_and_answered
+from grace.data.examples import IGNORED, Tokeniser
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
@@ -65,6 +68,16 @@ def check_examples(examples: Sequence[Example], model: nn.Module, vocabulary: in
             raise GraceError(
                 f"{where}: a label lies outside the model's vocabulary of {vocabulary}; use the model's tokenizer"
             )
+
+
+def check_sight_alone(model: nn.Module, processor: Any) -> None:
+    """`check_sight` without data: the model is asked about an image of noise."""
+    pixels = torch.randint(0, 256, (224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encoded = BytesIO()
+    Image.fromarray(pixels.numpy()).save(encoded, "PNG")
+    image = EncodedImage.from_bytes("noise", encoded.getvalue())
+    asked = Conversation("noise", (image,), asked_and_answered([("what is this", "yes")]))
+    check_sight(model, processor, Tokeniser(processor)([asked]))
 
 
 @torch.inference_mode()
