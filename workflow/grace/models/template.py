@@ -139,14 +139,15 @@ class Template:
         shape = tuple((message.role, tuple(part.type for part in message.content)) for message in messages)
         texts = [part.text for message in messages for part in message.content if part.type == "text"]
         run = _Run(opens=True)
-        for piece in self._forms(shape, prompt):
+        for number, piece in enumerate(self._forms(shape, prompt)):
             if isinstance(piece, _Text):
                 run.add(piece.text if piece.slot is None else texts[piece.slot], piece.asked)
                 continue
             if run.prompt or run.answer:
                 yield run
             yield piece
-            run = _Run()
+            # behind the token that begins a text stands what the tokenizer takes for its first word
+            run = _Run(opens=number == 0 and piece.id == self.tokenizer.bos_token_id)
         if run.prompt or run.answer:
             yield run
 
