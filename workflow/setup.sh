@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash workflow/setup.sh [test|cluster|s3|kernels ...]: make .venv with the pipeline's pinned packages, and extras'
+# bash workflow/setup.sh [test|lmms-eval|cluster|s3|kernels ...]: make .venv with the pipeline's pinned packages, and extras'
 # where named.
 # Safe to repeat: it installs only when the pins or the package's needs changed, or an extra is new.
 set -euo pipefail
@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 
 for extra in "$@"; do
   case "$extra" in
-    test | cluster | s3 | kernels) ;;
-    *) echo "setup: no extra '$extra'; use test, cluster, s3 or kernels" >&2; exit 2 ;;
+    test | lmms-eval | cluster | s3 | kernels) ;;
+    *) echo "setup: no extra '$extra'; use test, lmms-eval, cluster, s3 or kernels" >&2; exit 2 ;;
   esac
 done
 
@@ -34,7 +34,7 @@ fi
 .venv/bin/python -m pip install --disable-pip-version-check "$(grep '^torch==' envs/constraints.txt)"
 .venv/bin/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e ".[${wanted// /,}]"
 case " $wanted " in
-  *" test "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/lmms-eval.txt ;; # says why
+  *" test "* | *" lmms-eval "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/lmms-eval.txt ;; # says why
 esac
 printf '%s\n' "$stamp" > .venv/installed
 echo "setup: .venv is ready"

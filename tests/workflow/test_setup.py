@@ -50,6 +50,11 @@ def test_it_installs_once_and_adds_extras(checkout: Path) -> None:
     assert _setup(checkout) == []
 
 
+def test_lmms_eval_comes_without_its_dependencies(checkout: Path) -> None:
+    asked = _setup(checkout, "lmms-eval")
+    assert asked[1].endswith("-e .[lmms-eval,pipeline]") and asked[2].endswith("--no-deps -r envs/lmms-eval.txt")
+
+
 def test_it_installs_again_when_pins_change(checkout: Path) -> None:
     _setup(checkout, "test")
     with (checkout / "envs/constraints.txt").open("a") as file:
@@ -59,7 +64,7 @@ def test_it_installs_again_when_pins_change(checkout: Path) -> None:
 
 def test_an_unknown_extra_is_named(checkout: Path) -> None:
     done = subprocess.run(["bash", "workflow/setup.sh", "tests"], cwd=checkout, capture_output=True, text=True)
-    assert done.returncode == 2 and "no extra 'tests'; use test, cluster, s3 or kernels" in done.stderr
+    assert done.returncode == 2 and "no extra 'tests'; use test, lmms-eval, cluster, s3 or kernels" in done.stderr
 
 
 def test_pins_are_whole_and_name_no_local_build() -> None:

@@ -279,6 +279,25 @@ def evaluate(
         raise GraceError("; ".join(failed))
 
 
+@app.command()
+def overlap(
+    data: Data,
+    benchmark: Annotated[list[str], typer.Option(help="benchmark of the registry; repeat for several")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    predictions: Annotated[
+        list[Path] | None, typer.Option(help="predictions folder to score without them; repeat")
+    ] = None,
+) -> None:
+    """Count the benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
+    from grace.evaluate.overlap import write_overlap
+
+    found = write_overlap(data, out, benchmark, predictions or [])
+    for name, entry in found.items():
+        typer.echo(
+            f"{name}: {entry['exact_count']} exact, {entry['near_count']} near of {entry['questions']} questions"
+        )
+
+
 @bench_commands.command("kernel")
 def bench_kernel(
     run: Run, model: Annotated[Path, typer.Option(help="packed folder whose shapes to time")], out: Out

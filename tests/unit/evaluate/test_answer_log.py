@@ -54,6 +54,7 @@ def _same(folder: Path, out: str) -> None:
         assert one["benchmarks"][name] == other["benchmarks"][name]
     assert sorted(path.name for path in (folder / out).iterdir()) == [
         "colour.parquet",
+        "environment.json",
         "manifest.json",
         "object.parquet",
     ]

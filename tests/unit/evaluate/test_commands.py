@@ -103,7 +103,11 @@ def test_only_what_changed_is_asked_again(folder, monkeypatch):
     assert asked == ["pairs"]
     asked.clear()
     run(folder, "colour")
-    assert asked == [] and sorted(p.name for p in (folder / "out").iterdir()) == ["colour.parquet", "manifest.json"]
+    assert asked == [] and sorted(p.name for p in (folder / "out").iterdir()) == [
+        "colour.parquet",
+        "environment.json",
+        "manifest.json",
+    ]
     run(folder, "colour", limit=5)
     assert asked == ["colour"]
     asked.clear()
@@ -209,7 +213,7 @@ def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):
         run(folder, harness="vlmeval", vlmeval_checkout=str(folder))
     monkeypatch.setitem(commands._PACKAGES, "lmms-eval", "no_such_package")
     with pytest.raises(
-        GraceError, match=r"lmms-eval is not installed in this environment; pip install .*envs/lmms-eval\.txt"
+        GraceError, match=r"lmms-eval is not installed in this environment; bash workflow/setup\.sh lmms-eval"
     ):
         run(folder, harness="lmms-eval")
 

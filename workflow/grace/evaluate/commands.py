@@ -24,7 +24,7 @@ from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.distribute import Share
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
-from grace.evaluate.rows import read_items
+from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
 from grace.files import MANIFEST, list_files, read_json, sha256, write_manifest
 from grace.progress import progress
@@ -47,7 +47,7 @@ PROTOCOL_CODE = "1"  # changes when this package asks equal questions otherwise
 _PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
 _INSTALL = {
     LM_EVAL: "pip install 'lm-eval>=0.4.13'",
-    LMMS_EVAL: "pip install --no-deps -r envs/lmms-eval.txt",
+    LMMS_EVAL: "bash workflow/setup.sh lmms-eval",
     VLMEVAL: "pip install -r envs/vlmeval.txt",
 }
 
@@ -124,7 +124,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
 
     for task in tasks:
         with kept_apart(task.title):
-            files[task.title] = _questions_file(data, task)
+            files[task.title] = questions_file(data, task.entry.name, task.protocol)
             longest = settings.longest(task.entry.name)
             asked = replace(task.spec, new_tokens=longest, new_tokens_open=None) if longest else task.spec
             keys[task.title] = prediction_key(answers, _hash(files[task.title]), settings.limit, task.protocol, asked)
@@ -232,18 +232,6 @@ def _harness(settings) -> dict[str, str]:
         return {"name": name, "version": importlib.metadata.version(_PACKAGES[name])}
     except importlib.metadata.PackageNotFoundError:
         raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {_INSTALL[name]}") from None
-
-
-def _questions_file(data: Path, task: Task) -> Path:
-    """The benchmark's file: where the protocol has one of its own, that; else the one for all."""
-    folder, name = data / "benchmarks", task.entry.name
-    for place in (folder / task.protocol, folder):
-        for path in (place / f"{name}.parquet", place / f"{name}.tsv", place / name):
-            if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
-                return path
-    raise GraceError(
-        f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
-    )
 
 
 def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluation, about: dict) -> None:

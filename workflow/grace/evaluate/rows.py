@@ -48,6 +48,18 @@ def shards(path: Path) -> list[Path]:
     return found
 
 
+def questions_file(data: Path, name: str, protocol: str) -> Path:
+    """The benchmark's file: where the protocol has one of its own, that; else the one for all."""
+    folder = data / "benchmarks"
+    for place in (folder / protocol, folder):
+        for path in (place / f"{name}.parquet", place / f"{name}.tsv", place / name):
+            if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
+                return path
+    raise GraceError(
+        f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
+    )
+
+
 def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> Iterator[tuple[str, Item | str]]:
     """(name of the row, item, or why it can't be asked) of every row that the protocol asks, in the file's order.
 
