@@ -43,8 +43,10 @@ def packed_attention(
 
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [tokens, heads, width]
         repeats = q.shape[1] // k.shape[1]
-        if repeats > 1:
-            k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        if (
+            repeats > 1
+        ):  # as a view: the gradient of a plain repetition is summed one by one where it must be deterministic
+            k, v = (part[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for part in (k, v))
         at, longest = packed_offsets, packed_longest
         mixed = varlen_attn(q, k, v, at, at, longest, longest, scale=scaling, window_size=(-1, 0))
         return mixed[None], None
