@@ -190,7 +190,10 @@ def test_without_measurements_a_figure_says_so(tmp_path, results_folder):
 def test_every_figure_is_written(tmp_path, with_models):
     figures.write_figures(with_models, tmp_path / "figures")
     written = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert written == {f"{name}.{end}" for name in figures.NAMES for end in ("svg", "png")} | {"manifest.json"}
+    assert written == {f"{name}.{end}" for name in figures.NAMES for end in ("svg", "png")} | {
+        "manifest.json",
+        "environment.json",
+    }
 
 
 def test_attention_is_a_distribution_over_a_part_of_the_prompt(with_models):

@@ -139,7 +139,10 @@ def test_equal_models_are_not_marked(tmp_path, results_folder):
 def test_written_forms_agree(tmp_path, results):
     write_tables(results, tmp_path / "tables")
     written = {path.name for path in (tmp_path / "tables").iterdir()}
-    assert written == {f"{name}.{end}" for name in NAMES for end in ("md", "csv", "tex")} | {"manifest.json"}
+    assert written == {f"{name}.{end}" for name in NAMES for end in ("md", "csv", "tex")} | {
+        "manifest.json",
+        "environment.json",
+    }
     with open(tmp_path / "tables" / "table1.csv") as file:
         rows = {row["Model"]: row for row in csv.DictReader(file)}
     assert float(rows["Baseline"]["average"]) == pytest.approx(65, abs=10)
