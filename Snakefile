@@ -3,6 +3,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
@@ -10,6 +11,7 @@ from snakemake.utils import min_version
 from grace.cluster.start import drop_accepted, mend_records, take_over
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
+from grace.config.preflight import missing
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
 from grace.provenance.snakemake_records import restore
@@ -46,8 +48,22 @@ if workflow.is_main_process:
     restore(plan.folder)
 
 
+# What is not in place is said before the first job, all of it at once; a dry run says it too, and shows its plan.
+lacking = missing(plan.experiment, Path(plan.folder)) if workflow.is_main_process else []
+for problem in lacking:
+    print(f"not ready: {problem.sentence}", file=sys.stderr)
+
+
 # What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
 onstart:
+    begun = {
+        "evaluate" if rule.startswith("evaluate_") else rule
+        for rule in (job.rule.name for job in workflow.dag.needrun_jobs())
+    }
+    if stops := [problem.sentence for problem in lacking if problem.rule in begun]:
+        raise WorkflowError(
+            "nothing was started, for this is missing:\n" + "\n".join(stops)
+        )
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
 

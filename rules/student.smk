@@ -85,7 +85,7 @@ rule train_baseline:
     shell:
         "grace train"
         " --nodes {resources.nodes}"
-        " --processes {resources.processes}"
+        " --processes $(({resources.gpu} + {resources.processes}))"
         " --run {input.run:q}"
         " --data {params.data:q}"
         " --out {params.out:q}"
@@ -126,7 +126,7 @@ rule finetune:
     shell:
         "grace train"
         " --nodes {resources.nodes}"
-        " --processes {resources.processes}"
+        " --processes $(({resources.gpu} + {resources.processes}))"
         " --run {input.run:q}"
         " --init {params.start:q}"
         " --data {params.data:q}"
@@ -170,7 +170,7 @@ rule distil:
     shell:
         "grace train"
         " --nodes {resources.nodes}"
-        " --processes {resources.processes}"
+        " --processes $(({resources.gpu} + {resources.processes}))"
         " --run {input.run:q}"
         " --init {params.start:q}"
         " --data {params.data:q}"

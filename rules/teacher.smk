@@ -66,7 +66,7 @@ rule train_teacher:
     shell:
         "grace train"
         " --nodes {resources.nodes}"
-        " --processes {resources.processes}"
+        " --processes $(({resources.gpu} + {resources.processes}))"
         " --run {input.run:q}"
         " --data {params.data:q}"
         " --out {params.out:q}"

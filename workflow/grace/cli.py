@@ -482,13 +482,19 @@ def config_default(file: Annotated[Path, typer.Argument()] = Path("config.yaml")
     print(explain_file(file), end="")
 
 
-@config_commands.command("check")
-def config_check(file: Path) -> None:
-    """Check a configuration file and say what it would run."""
-    from grace.config.load import load_experiment
+@app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="config file, and files that change keys of it")]) -> None:
+    """Say what a configuration would run, and everything that it names and that is not in place."""
+    from grace.config.load import load_files
+    from grace.config.plan import Plan
+    from grace.config.preflight import missing
 
-    experiment = load_experiment(file)
-    print(f"{file}: experiment {experiment.experiment}, {len(experiment.students())} students")
+    experiment = load_files(files)
+    print(f"{files[0]}: experiment {experiment.experiment}, {len(experiment.students())} students")
+    lacking = missing(experiment, Path(Plan(experiment).folder))
+    if lacking:
+        raise GraceError("\n".join(problem.sentence for problem in lacking))
+    print("everything that it names is in place")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -21,10 +22,15 @@ FILES = [ROOT / "config.yaml", *sorted((ROOT / "workflow/experiments").glob("*.y
 REMOVED = object()
 
 
+def test_the_default_is_explained_as_the_models_explain() -> None:
+    """If this fails: `grace config default config.yaml`, and put what it prints in the file's place."""
+    assert FILES[0].read_text() == explain_file(FILES[0])
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_shipped_files_are_explained_as_the_models_explain(file: Path) -> None:
-    """If this fails: `grace config default FILE`, and put what it prints in the file's place."""
-    assert file.read_text() == explain_file(file)
+def test_an_explained_file_means_the_same(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "explained.yaml").write_text(explain_file(file))
+    assert load_experiment(tmp_path / "explained.yaml") == load_experiment(file)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -81,7 +87,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
         ({"finetune__steps": "many"}, "`finetune.steps` is 'many': input should be a valid integer"),
         ({"finetune__warmup": 3}, "`finetune.warmup` is 3: input should be less than or equal to 1"),
         ({"finetune": REMOVED}, "`finetune` is missing; add it (training of every student recipe"),
-        ({"teacher__train__steps": REMOVED}, "`teacher.train.steps` is missing; add it (optimiser steps)"),
+        ({"teacher__train__steps": REMOVED}, "`teacher.train`: give either `steps` or `epochs`"),
         ({"teacher__pretrained": "x"}, "`teacher`: give either `pretrained`, or both `architecture` and `train`"),
         ({"data__source": "dmo"}, "`data.source` must be `demo`, or `files`"),
         ({"data": {"source": "files", "sources": [{"path": "a", "images": "b"}]}}, "needs student.pretrained"),
@@ -184,3 +190,49 @@ def test_frozen_json_reads_back_as_it_was() -> None:
 )
 def test_precisions_are_read(name: str, meant: tuple[int | None, bool]) -> None:
     assert split_precision(name) == meant
+
+
+def test_epochs_are_counted_in_steps_of_what_was_prepared() -> None:
+    from grace.train.loop import counted
+
+    config = _changed(finetune__steps=REMOVED, finetune__epochs=1.5, finetune__batch=16)
+    finetune = load_experiment(config).finetune
+    assert counted(finetune, 100).total == 11  # 7 steps an epoch, the last one of 4 conversations
+    assert counted(finetune, 3).total == 2
+    config["recipes"]["grace"] = {"kd": "gated", "train": {"steps": 7}}
+    experiment = load_experiment(config)
+    assert counted(experiment.recipe_optimisation(experiment.recipes["grace"]), 100).total == 7
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ({"later": {"start": "grace/int4"}}, "`recipes.later.start` is 'grace/int4': string should match pattern"),
+        ({"later": {"start": "grave/bf16"}}, "recipes.later.start `grave/bf16`: no trained recipe `grave`; there are"),
+        ({"later": {"start": "rtn/bf16"}}, "recipes.later.start `rtn/bf16`: no trained recipe `rtn`; there are"),
+        ({"later": {"start": "later/bf16"}}, "recipes.later.start leads back to `later`"),
+        ({"a": {"start": "b/bf16"}, "b": {"start": "a/bf16"}}, "recipes.a.start leads back to `a`"),
+    ],
+)
+def test_a_start_is_a_trained_recipe_that_ends_at_the_baseline(recipes: dict[str, Any], message: str) -> None:
+    config = _changed()
+    config["recipes"] |= recipes
+    with pytest.raises(GraceError) as caught:
+        load_experiment(config)
+    assert message in str(caught.value)
+
+
+def test_a_student_starts_from_its_own_seed_of_another_recipe() -> None:
+    config = _changed()
+    config["recipes"]["released"] = {"kd": "gated", "start": "grace/bf16"}
+    plan = Plan(load_experiment(config))
+    asked = SimpleNamespace(recipe="released", precision="int4", seed="0")
+    assert plan.start(asked) == "results/demo/students/grace/bf16/seed0/model/manifest.json"
+    asked.recipe = "grace"
+    assert plan.start(asked) == "results/demo/students/baseline/bf16/seed0/model/manifest.json"
+
+
+def test_every_experiment_has_the_standard_recipes_unless_it_changes_them() -> None:
+    config = _changed(recipes={"grace": {"kd": "plain"}})
+    experiment = load_experiment(config)
+    assert experiment.recipes["grace"].kd == "plain" and experiment.recipes["gptq"].post_training == "gptq"

@@ -99,7 +99,7 @@ def test_mme_is_a_score_and_stays_out_of_the_average(results, tables):
     text = markdown(tables["table1"])
     assert "13 benchmarks other than MME; the paper's is that of VQAv2, GQA" in text
     assert "MME: its score over perception" in text and "MMBench: circular accuracy" in text
-    assert "demo" not in text and "llava-1.5-13b-hf to llava-1.5-7b-hf, on llava_v1_5_mix665k; seeds 0-1" in text
+    assert "demo" not in text and "llava-1.5-13b-hf to llava-1.5-7b-hf, on sharegpt4v_mix665k" in text
 
 
 def test_circular_accuracy_counts_a_question_once_for_all_its_orders(results):

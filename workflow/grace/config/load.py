@@ -46,6 +46,20 @@ def load_experiment(source: str | Path | dict[str, Any], name: str = "config") -
         raise GraceError("\n".join(f"{name}: {problem}" for problem in problems)) from None
 
 
+def load_files(paths: list[Path]) -> Experiment:
+    """The experiment of several YAML files, as Snakemake reads them after --configfile: later keys stand, lists are whole."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        merged = _merged(merged, read_yaml(path))
+    return load_experiment(merged, " + ".join(map(str, paths)))
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(one[key], value) if isinstance(value, dict) and isinstance(one.get(key), dict) else value
+            for key, value in other.items()}  # fmt: skip
+    return {**one, **both}
+
+
 def _sentence(problem: dict[str, Any]) -> str:
     """One pydantic problem as a sentence with its fix."""
     kind, said, value = problem["type"], problem["msg"], problem["input"]

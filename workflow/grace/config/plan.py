@@ -158,7 +158,10 @@ class Plan:
         return [self.cache_part(ending).format(experiment=name, shard=number) for number in numbers]
 
     def start(self, wildcards: Any) -> str:
-        """The baseline that a student starts from: that of its seed, or the one that was fetched."""
+        """What a student starts from: another recipe's bf16 student, the baseline of its seed, or the one that was fetched."""
+        start = self.experiment.recipes[wildcards.recipe].start
+        if start:
+            return f"{self.student(*start.split('/'), wildcards.seed)}/model/manifest.json"
         fetched = self.experiment.student.pretrained is not None
         seed = self.experiment.baseline_seeds[0] if fetched else wildcards.seed
         return f"{self.student('baseline', 'bf16', seed)}/model/manifest.json"
@@ -278,7 +281,8 @@ class Plan:
 
         What a job that is sent again (`retries` in the Slurm profile) asks for, `again` says.
         The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
-        nothing is said; `processes` is ours, for `grace train`.
+        nothing is said. `grace train` starts a process for each `gpu`, which a machine limits to those it has, or on each
+        machine `processes`, which is ours.
         """
         asked = self._asked(job)
         named: dict[str, Any] = {
@@ -287,10 +291,10 @@ class Plan:
             "runtime": lambda wildcards, attempt: self.again(asked, attempt, job, wildcards).runtime,
             "gpu": asked.gpus,
             "nodes": asked.nodes,
-            "processes": asked.gpus,
+            "processes": 0,
         }
         if asked.nodes > 1 and asked.gpus:
-            named |= {"gpu": 0, "gres": f"gpu:{asked.gpus}"}
+            named |= {"gpu": 0, "gres": f"gpu:{asked.gpus}", "processes": asked.gpus}
         elif asked.nodes > 1:
             named["tasks"] = asked.nodes
         if asked.partition:

@@ -59,6 +59,12 @@ class Recipe(Section):
     )
     rcka: bool = Field(False, description="align the visual tokens by relational CKA")
     controller: bool = Field(False, description="let the information-bottleneck controller set beta")
+    start: str | None = Field(
+        default=None,
+        description="trained recipe whose bf16 student of the same seed this one starts from, as in grace/bf16; null: the "
+        "baseline",
+        pattern=r"^[^/]+/bf16$",
+    )
     label: str | None = Field(None, description="name in tables; null: the recipe's own name")
     method: MethodChanges = Field(MethodChanges(), description="constants of `method` that this recipe changes")
     train: OptimisationChanges = Field(OptimisationChanges(), description="keys of `finetune` that this recipe changes")
@@ -91,6 +97,23 @@ class Recipe(Section):
         return self
 
 
+STANDARD = {
+    "finetune": Recipe(),
+    "kd": Recipe(kd="plain"),
+    "gdkd": Recipe(kd="gated"),
+    "rcka": Recipe(rcka=True),
+    "ib": Recipe(kd="plain", controller=True),
+    "gdkd+rcka": Recipe(kd="gated", rcka=True),
+    "gdkd+ib": Recipe(kd="gated", controller=True),
+    "rcka+ib": Recipe(kd="plain", rcka=True, controller=True),
+    "grace": Recipe(kd="gated", rcka=True, controller=True),
+    "rtn": Recipe(post_training="rtn"),
+    "awq": Recipe(post_training="awq"),
+    "gptq": Recipe(post_training="gptq"),
+}
+"""Recipes that every experiment has: the paper's, each part of GRACE alone and in pairs, and rounding without training."""
+
+
 class Runs(Section):
     """Which recipes are run, at which precisions, with which seeds."""
 
@@ -118,7 +141,9 @@ class Experiment(Section):
     quantization: Quantization = Field(Quantization(), description="how decoder weights become integers")
     finetune: Optimisation = Field(description="training of every student recipe, starting from the baseline")
     recipes: dict[Name, Recipe] = Field(
-        description="what students are trained with; `baseline` is the starting point and needs no entry"
+        default_factory=lambda: dict(STANDARD),
+        description="what students are trained with, beside the standard recipes; `baseline` is the starting point and needs "
+        "no entry",
     )
     runs: list[Runs] = Field(min_length=1, description="the students that the tables are made of")
     baseline_seeds: list[Seed] = Field(
@@ -129,6 +154,11 @@ class Experiment(Section):
     resources: dict[Job, Resources] = Field(
         default_factory=dict, description="per kind of job: what it asks of the machine or the cluster"
     )
+
+    @field_validator("recipes")
+    @classmethod
+    def _with_standard(cls, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+        return {**recipes, **{name: recipe for name, recipe in STANDARD.items() if name not in recipes}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
@@ -170,6 +200,7 @@ class Experiment(Section):
         if "baseline" in self.recipes:
             raise ValueError("recipes.baseline is reserved for the starting point; choose another name")
         for name, recipe in self.recipes.items():
+            self._check_start(name)
             try:
                 if self.cache.format == "sampled" and recipe.kd not in SAMPLED:
                     raise ValueError(
@@ -180,6 +211,20 @@ class Experiment(Section):
                 self.recipe_optimisation(recipe)
             except ValidationError as error:
                 raise ValueError(f"recipes.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+    def _check_start(self, name: str) -> None:
+        """A recipe starts from the baseline, or by way of trained recipes that end there."""
+        seen = [name]
+        while start := self.recipes[seen[-1]].start:
+            before = start.split("/")[0]
+            trained = [other for other, recipe in self.recipes.items() if not recipe.post_training]
+            if before not in trained:
+                raise ValueError(
+                    f"recipes.{seen[-1]}.start `{start}`: no trained recipe `{before}`; there are {', '.join(trained)}"
+                )
+            if before in seen:
+                raise ValueError(f"recipes.{name}.start leads back to `{before}`; start one of them from the baseline")
+            seen.append(before)
 
     def _check_runs(self) -> None:
         for index, run in enumerate(self.runs):
@@ -205,7 +250,10 @@ class Experiment(Section):
 
     def recipe_optimisation(self, recipe: Recipe) -> Optimisation:
         """`finetune` as this recipe changes it."""
-        return Optimisation(**{**self.finetune.model_dump(), **recipe.train.model_dump()})
+        changes = recipe.train.model_dump()
+        length = {"steps", "epochs"}
+        kept = self.finetune.model_dump(exclude=length if length & changes.keys() else None)
+        return Optimisation(**{**kept, **changes})
 
     def students(self) -> list[tuple[str, str, int]]:
         """Every (recipe, precision, seed) of the experiment, baselines first, each once, in the config's order."""

@@ -115,7 +115,8 @@ class Architecture(Section):
 class Optimisation(Section):
     """How long and how fast a model is trained."""
 
-    steps: PositiveInt = Field(description="optimiser steps")
+    steps: PositiveInt | None = Field(None, description="optimiser steps; or give `epochs`")
+    epochs: PositiveFloat | None = Field(None, description="times that every conversation is seen; or give `steps`")
     batch: PositiveInt = Field(16, description="conversations per optimiser step, over all processes")
     micro_batch: PositiveInt = Field(16, description="conversations per forward pass of one process")
     learning_rate: PositiveFloat = Field(description="peak learning rate of the weights")
@@ -146,9 +147,25 @@ class Optimisation(Section):
     def _fits(self) -> "Optimisation":
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change either")
-        if self.caption_steps > self.steps:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        if self.caption_steps and self.steps is None:
+            raise ValueError("caption_steps counts steps, so give `steps` and not `epochs`")
+        if self.steps is not None and self.caption_steps > self.steps:
             raise ValueError(f"caption_steps {self.caption_steps} is more than all {self.steps} steps; lower it")
         return self
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps, once they are counted."""
+        if self.steps is None:
+            raise ValueError("epochs are counted in steps when the conversations are known")
+        return self.steps
+
+    @property
+    def duration(self) -> str:
+        """In words, for pages that people read."""
+        return f"{self.steps:,} steps" if self.epochs is None else f"{self.epochs:g} epochs"
 
 
 class Model(Section):

@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import Benchmark
@@ -26,7 +27,6 @@ from grace.errors import GraceError
 
 ROWS = 64  # read at once
 _IDS = ("index", "question_id", "id", "questionId")
-_ANSWERS = ("answers", "answer", "gt_answer")
 _CATEGORY = ("category", "question_type", "subtask")
 _SUBCATEGORY = ("subcategory", "l2-category", "l2_category", "L2-category")
 _CHOICES = ("choices", "options")
@@ -35,7 +35,7 @@ _OTHERS = (
     "image", "question", "hint", "split", "data_type", "ocr_tokens", "question_type", "image_path", "set_id",
     "figure_id", "visual_input", "question_id", *(f"choice_{letter}" for letter in "abcd"),
 )  # fmt: skip
-COLUMNS = {*_IDS, *_ANSWERS, *_CATEGORY, *_SUBCATEGORY, *_CHOICES, *_NUMBERED, *_OTHERS, *string.ascii_uppercase}
+COLUMNS = {*_IDS, *ANSWERS, *_CATEGORY, *_SUBCATEGORY, *_CHOICES, *_NUMBERED, *_OTHERS, *string.ascii_uppercase}
 YES_NO = ("pope", "pope_lmms", "mme", "hallusion")  # metrics of benchmarks whose answers are yes or no
 _REFERENCE = 64  # VLMEvalKit: an image cell no longer than this is the index of the row that has the image
 
@@ -51,13 +51,12 @@ def shards(path: Path) -> list[Path]:
 def questions_file(data: Path, name: str, protocol: str) -> Path:
     """The benchmark's file: where the protocol has one of its own, that; else the one for all."""
     folder = data / "benchmarks"
-    for place in (folder / protocol, folder):
-        for path in (place / f"{name}.parquet", place / f"{name}.tsv", place / name):
-            if path.is_file() or (path.is_dir() and any(path.glob("*.parquet"))):
-                return path
-    raise GraceError(
-        f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
-    )
+    path = benchmark_file(folder, protocol, name)
+    if path is None:
+        raise GraceError(
+            f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
+        )
+    return path
 
 
 def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> Iterator[tuple[str, Item | str]]:
@@ -247,7 +246,7 @@ def _target(raw: dict, options: dict[str, str], spec: Spec) -> str | None:
     Raises:
         ValueError: the row's answer is none that its question can have, or is missing where it is needed.
     """
-    value = next((raw[name] for name in _ANSWERS if raw.get(name) is not None), None)
+    value = next((raw[name] for name in ANSWERS if raw.get(name) is not None), None)
     listed = _list(value)
     if listed is not None and not listed:
         value = listed = None

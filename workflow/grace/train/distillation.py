@@ -71,7 +71,7 @@ class Distillation(Objective):
 
     def totals(self, chosen: Sequence[Example], step: int) -> dict[str, float]:
         totals = super().totals(chosen, step)
-        method, steps = self.run.method, self.run.optimisation.steps
+        method, steps = self.run.method, self.run.optimisation.total
         warmed = min(1.0, (step + 1) / max(1, round(method.omega_warmup * steps)))
         return totals | {
             "gates": float(self.cache.gate_sum([e.key for e in chosen])) if self.gated else totals["tokens"],

@@ -17,6 +17,7 @@ import torch
 from grace.config.chosen import chosen
 from grace.config.code import CodeIndex
 from grace.config.runs import TrainRun
+from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packing import fill_rows
 from grace.distributed import World, shard
@@ -52,6 +53,14 @@ def run_identity(run: TrainRun, *manifests: Path | None) -> str:
     return digest.hexdigest()
 
 
+def counted(optimisation: Optimisation, conversations: int) -> Optimisation:
+    """The same in steps, of an epoch of so many conversations; an epoch's last step may be a smaller batch."""
+    if optimisation.epochs is None:
+        return optimisation
+    steps = math.ceil(optimisation.epochs * math.ceil(conversations / optimisation.batch))
+    return optimisation.model_copy(update={"steps": steps, "epochs": None})
+
+
 class Trainer:
     """One run of one recipe.
 
@@ -75,6 +84,8 @@ class Trainer:
         identity: str,
         world: World,
     ) -> None:
+        asked = sum(not example.caption for example in examples)
+        run = run.model_copy(update={"optimisation": counted(run.optimisation, asked)})
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
         if run.optimisation.caption_steps and not any(example.caption for example in examples):
@@ -104,7 +115,7 @@ class Trainer:
                 came in a row). The weights are then as before that step, and the conversations and records at fault
                 are listed in `nonfinite.json` in the checkpoint folder.
         """
-        run, steps = self.run, self.run.optimisation.steps
+        run, steps = self.run, self.run.optimisation.total
         done, state = load_checkpoint(self.checkpoints, self.identity, self.log, self.world)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -154,7 +165,7 @@ class Trainer:
 
     def _feed(self, done: int) -> Generator[tuple[Batch, Targets | None]]:
         """The prepared micro-batches of all steps after `done`, one after the other."""
-        chosen = islice(self._plan(), done, self.run.optimisation.steps)
+        chosen = islice(self._plan(), done, self.run.optimisation.total)
         return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
 
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, Targets | None]:

@@ -89,10 +89,10 @@ class MasterAdamW:
 
     def learning_rate(self, step: int) -> float:
         """Share of the peak learning rate at `step` (from 0): linear warm-up, then a cosine to zero."""
-        warmup = max(1, round(self.optimisation.warmup * self.optimisation.steps))
+        warmup = max(1, round(self.optimisation.warmup * self.optimisation.total))
         if step < warmup:
             return (step + 1) / warmup
-        done = (step - warmup) / max(1, self.optimisation.steps - warmup)
+        done = (step - warmup) / max(1, self.optimisation.total - warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def _take_gradients(self) -> torch.Tensor:

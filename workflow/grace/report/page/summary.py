@@ -106,7 +106,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     averaged = "all" if len(results.averaged) == len(results.benchmarks) else f"{len(results.averaged)}"
     return [
         ("Models", f"{experiment.family} family; {'; '.join(models)}"),
-        ("Trained on", f"{trained}; every student {experiment.finetune.steps:,} steps of {experiment.finetune.batch} from its seed's baseline"),
+        ("Trained on", f"{trained}; every student {experiment.finetune.duration} in batches of {experiment.finetune.batch} from its seed's baseline"),
         ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in {len(results.benchmarks)} benchmarks "
          f"({', '.join(named)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
         ("Numbers", f"points, ± standard error (clustered by image, with the variance between seeds); the average is of {averaged} benchmarks"),

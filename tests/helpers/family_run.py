@@ -1,0 +1,63 @@
+"""A shipped experiment with small models and data of the same form in place of its own, through Snakemake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from hub_snapshots import snapshot
+from user_data import write_benchmarks, write_conversations
+
+from grace.config.load import load_experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = ROOT / "workflow/experiments"
+ROWS = 6
+RUNS = [{"recipes": ["finetune", "kd", "grace", "rtn", "awq", "gptq"], "precisions": ["int4"], "seeds": [0]}]
+# One process for many on a machine without GPUs, and as little of each stage as shows that it works.
+SMALL = {
+    "cache": {"shards": 1, "audit": 0.1},
+    "quantization": {"calibration": 8},
+    "runs": RUNS,
+    "bench": {"rows": [1], "batches": [1], "new_tokens": 4, "repeats": 1},
+    "resources": {
+        kind: {"cpus": 1, "gpus": 0} for kind in ("cache", "finetune", "distil", "quantize", "evaluate", "bench")
+    },
+}
+
+
+def swapped(folder: Path, file: Path, family: str, benchmarks: list[str]) -> dict:
+    """Make models and data below `folder`; return what points an experiment to them, and no more."""
+    models = {role: snapshot(folder / role, family, role) for role in ("teacher", "student")}
+    images, mix = folder / "images", folder / "mix.json"
+    write_conversations(images, mix, 12)
+    write_benchmarks(folder / "benchmarks", benchmarks, ROWS, tsv=("mmbench",) if family == "llava" else ())
+    return {
+        "data": {"sources": [{"path": str(mix), "images": str(images)}], "benchmarks": str(folder / "benchmarks")},
+        **{role: {"pretrained": str(path)} for role, path in models.items()},
+        "evaluation": {"limit": ROWS},
+    }
+
+
+def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The repository's workflow, with everything that it writes below `folder`."""
+    command = [
+        str(Path(sys.executable).with_name("snakemake")), "--snakefile", str(ROOT / "Snakefile"),
+        "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *arguments,
+    ]  # fmt: skip
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **path})
+
+
+def run(folder: Path, name: str, family: str, **more: dict) -> Path:
+    """Build everything of the shipped experiment `name` in small; the folder of its results."""
+    file = EXPERIMENTS / f"{name}.yaml"
+    shipped = load_experiment(file)
+    benchmarks = more.get("evaluation", {}).get("benchmarks", shipped.evaluation.benchmarks)
+    changes = swapped(folder / "made", file, family, benchmarks)
+    changes["evaluation"] |= more.pop("evaluation", {})
+    (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, **changes, **more}, sort_keys=False))
+    done = snakemake(folder, "--configfile", str(file), str(folder / "small.yaml"))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return folder / "results" / shipped.experiment

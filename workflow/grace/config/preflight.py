@@ -1,0 +1,265 @@
+"""What can be known of an experiment before its first job: whether everything that it names is in place and fits.
+
+Each thing that is missing is one sentence, and all are said at once. Only names, sizes and headers are read, and neither
+torch nor transformers is imported: a dry run asks all of this.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from grace.benchmarks.files import ANSWERS, benchmark_file
+from grace.benchmarks.protocols import Spec, spec
+from grace.config.schema import Experiment, FilesData, Model
+from grace.errors import GraceError
+from grace.models.families import FAMILIES, Family, family_of_folder
+
+IMAGES = ("image", "image_1")
+PACKAGES = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
+INSTALL = {
+    "lm-eval": "pip install 'lm-eval>=0.4.13'",
+    "lmms-eval": "pip install --no-deps -r envs/lmms-eval.txt",
+}
+HUB_SECONDS = 2.0
+BF16 = 2  # bytes
+TOKEN_BYTES = 8  # of conversation files per supervised token, at most: an estimate from below
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that is not in place.
+
+    Attributes:
+        rule: the first rule that would fail for it.
+        sentence: what it is, and what to do.
+    """
+
+    rule: str
+    sentence: str
+
+
+def missing(experiment: Experiment, folder: Path) -> list[Missing]:
+    """Everything that an experiment whose results go to `folder` lacks; what was built already needs nothing."""
+    found: list[Missing] = []
+    prepared = (folder / "data/manifest.json").is_file()
+    if not prepared and isinstance(experiment.data, FilesData):
+        found += [Missing("prepare", text) for text in _sources(experiment.data)]
+        found += [Missing("prepare", text) for text in _benchmarks(experiment, experiment.data)]
+    models = {
+        "fetch_teacher": (experiment.teacher, "teacher", folder / "teacher/model"),
+        "fetch_baseline": (
+            experiment.student, "student",
+            folder / f"students/baseline/bf16/seed{experiment.baseline_seeds[0]}/model",
+        ),
+    }  # fmt: skip
+    configs: dict[str, dict[str, Any]] = {}
+    for rule, (model, role, fetched) in models.items():
+        if model.pretrained is None or (fetched / "manifest.json").is_file():
+            continue
+        found += [Missing(rule, text) for text in _model(experiment, model, role, configs)]
+    found += [Missing("evaluate", text) for text in _harness(experiment)]
+    if not prepared:
+        found += [Missing("prepare", text) for text in _disk(experiment, folder, configs)]
+    return found
+
+
+def _sources(data: FilesData) -> Iterator[str]:
+    """Conversations, and the folders of their images."""
+    seen: set[str] = set()
+    for number, source in enumerate(data.sources):
+        path = Path(source.path)
+        if not path.exists():
+            yield f"{path}: no such file or folder; copy the conversations there, or correct data.sources[{number}].path"
+        elif path.is_file() and not path.stat().st_size:
+            yield f"{path}: is empty; copy the conversations again"
+        for key, folder in [("images", source.images), *(("links_into", into) for into in source.links_into)]:
+            if folder is not None and folder not in seen and not Path(folder).is_dir():
+                seen.add(folder)
+                yield f"{folder}: no such folder; copy the images there, or correct data.sources[{number}].{key}"
+
+
+def _benchmarks(experiment: Experiment, data: FilesData) -> Iterator[str]:
+    """A file for each benchmark and protocol, with the columns that are read and the questions that are asked."""
+    names = experiment.evaluation.benchmarks
+    if data.benchmarks is None:
+        yield f"data.benchmarks: is not set; give the folder that has {names[0]}.parquet or .tsv (see docs/evaluation.md)"
+        return
+    folder = Path(data.benchmarks)
+    if not folder.is_dir():
+        yield f"{folder}: no such folder; copy the benchmarks there, or correct data.benchmarks"
+        return
+    for name in names:
+        for protocol in experiment.evaluation.protocols(name):
+            path = benchmark_file(folder, protocol, name)
+            if path is None:
+                yield f"{folder / name}.parquet: no such benchmark file (nor .tsv, nor a folder of shards); copy it there"
+                continue
+            yield from _columns(path, spec(protocol, name), experiment.evaluation.limit)
+
+
+def _columns(path: Path, asked: Spec, limit: int | None) -> Iterator[str]:
+    rows = None
+    if path.suffix == ".tsv":
+        with path.open(encoding="utf-8", errors="replace") as file:
+            columns = file.readline().rstrip("\r\n").split("\t")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        try:
+            about = [pq.ParquetFile(file) for file in files]
+            columns, rows = about[0].schema_arrow.names, sum(file.metadata.num_rows for file in about)
+        except (OSError, pa.ArrowException) as error:
+            yield f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); copy the data set again"
+            return
+    wanted = {"question": ("question",)} | ({} if asked.hidden else {"answer": ANSWERS})
+    if asked.rows == "with_image":
+        wanted["image"] = IMAGES
+    for about, names in wanted.items():
+        if not set(names) & set(columns):
+            yield f"{path}: column {about} is missing; make it a copy of the official data set"
+    if rows is not None and limit is None and asked.rows == "all" and rows != asked.size:
+        yield (
+            f"{path}: {rows:,} rows, but this protocol asks {asked.size:,}; copy the split that it asks, or set "
+            "evaluation.limit, which tables then say"
+        )
+
+
+def _model(experiment: Experiment, model: Model, role: str, configs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A folder, or what the hub's cache has; else the hub must be there."""
+    assert model.pretrained is not None
+    folder = Path(model.pretrained)
+    if not folder.is_dir():
+        cached = _cached(model)
+        if cached is None:
+            yield from _hub(model, role)
+            return
+        folder = cached
+    elif not any(folder.glob("*.safetensors")):
+        yield f"{folder}: holds no *.safetensors; name a model in the transformers format as {role}.pretrained"
+    try:
+        found = family_of_folder(folder) if (folder / "config.json").is_file() else None
+    except GraceError as error:
+        yield str(error)
+        return
+    if found is None:
+        yield f"{folder / 'config.json'}: no such file; name a model in the transformers format as {role}.pretrained"
+        return
+    if found.name != experiment.family:
+        yield f"{folder}: config.json says {found.name} and the configuration family: {experiment.family}; correct either"
+        return
+    config = json.loads((folder / "config.json").read_text())
+    configs[role] = config
+    yield from _words(folder, config, FAMILIES[experiment.family])
+
+
+def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str]:
+    """The tokenizer has the family's image token, where config.json says, and the head a row for every token."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        about = json.loads(path.read_text())
+        words = dict(about["model"]["vocab"])
+        words |= {token["content"]: token["id"] for token in about.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        yield f"{path}: not a readable tokenizer; fetch the model again"
+        return
+    text = config.get("text_config") or {}
+    rows = text.get("vocab_size") or config.get("vocab_size")
+    size = max(words.values(), default=-1) + 1
+    if isinstance(rows, int) and rows < size:
+        yield f"{folder}: its head has {rows} rows and the tokenizer {size} tokens; use the model's own tokenizer"
+    image = config.get("image_token_index", config.get("image_token_id"))
+    if family.image_token not in words:
+        yield f"{path}: has no token {family.image_token}; use the model's own tokenizer"
+    elif image is not None and words[family.image_token] != image:
+        yield (
+            f"{folder}: {family.image_token} is token {words[family.image_token]} and config.json says {image}; use the "
+            "model's own tokenizer"
+        )
+
+
+def _cached(model: Model) -> Path | None:
+    """A snapshot in the hub's cache, of the revision that is asked for."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    repository = hub / f"models--{str(model.pretrained).replace('/', '--')}"
+    reference = repository / "refs" / (model.revision or "main")
+    revision = reference.read_text().strip() if reference.is_file() else model.revision
+    snapshot = repository / "snapshots" / (revision or "")
+    return snapshot if revision and (snapshot / "config.json").exists() else None
+
+
+def _hub(model: Model, role: str) -> Iterator[str]:
+    said = f"{model.pretrained}: neither a local folder nor in the hub's cache"
+    fix = f"download it, and name its folder as {role}.pretrained"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        yield f"{said}, and HF_HUB_OFFLINE is set; {fix}"
+    elif str(model.pretrained).count("/") != 1:
+        yield f"{said}, and no name that the hub could have; correct {role}.pretrained"
+    elif not (os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")):
+        host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        try:
+            port = host.port or (80 if host.scheme == "http" else 443)
+            socket.create_connection((host.hostname or "", port), HUB_SECONDS).close()
+        except (OSError, ValueError):
+            yield f"{said}, and {host.hostname} cannot be reached; {fix}"
+
+
+def _harness(experiment: Experiment) -> Iterator[str]:
+    """The packages and checkouts that questions are asked through."""
+    evaluation = experiment.evaluation
+    harnesses = [evaluation.harness] + (["lm-eval"] if evaluation.language else [])
+    for name in dict.fromkeys(harnesses):
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            yield f"evaluation.harness: {name} is not installed; {INSTALL[name]}"
+    if evaluation.harness == "vlmeval":
+        checkout = evaluation.vlmeval_checkout
+        if checkout is None:
+            yield "evaluation.vlmeval_checkout: is not set; give the folder of a VLMEvalKit checkout"
+        elif not (Path(checkout) / "vlmeval").is_dir():
+            yield f"{checkout}: no checkout of VLMEvalKit; correct evaluation.vlmeval_checkout"
+    for task in evaluation.language:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            yield f"{task}: no such file; correct evaluation.language"
+
+
+def _disk(experiment: Experiment, folder: Path, configs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the experiment leaves behind, estimated from below, fits the disk."""
+    needed = sum(
+        _bytes(path) * (1 if role == "teacher" else len(experiment.students()))
+        for role, path in (("teacher", experiment.teacher.pretrained), ("student", experiment.student.pretrained))
+        if path is not None
+    )
+    width = _width(configs.get("teacher", {}))
+    if isinstance(experiment.data, FilesData) and width and experiment.cache.format == "hidden":
+        texts = sum(
+            Path(source.path).stat().st_size for source in experiment.data.sources if Path(source.path).is_file()
+        )
+        needed += texts // TOKEN_BYTES * BF16 * width
+    place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        yield (
+            f"{folder}: needs at least {needed / 1e9:,.0f} GB for the teacher's cache and the students, and {place} has "
+            f"{free / 1e9:,.0f} GB free; make room, or link the folder to a larger disk"
+        )
+
+
+def _bytes(model: str) -> int:
+    folder = Path(model)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+def _width(config: dict[str, Any]) -> int:
+    width = (config.get("text_config") or {}).get("hidden_size") or config.get("hidden_size")
+    return width if isinstance(width, int) else 0
