@@ -44,7 +44,7 @@ from grace.config.schema import Method, Optimisation, Quantization
 from grace.data import Example
 from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
-from grace.distributed import World, join_world
+from grace.distributed import join_world
 from grace.files import sha256
 from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
@@ -53,6 +53,7 @@ from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_sh
 from grace.train.distillation import Distillation
 from grace.train.loop import Trainer
 from grace.train.objective import Objective
+from grace.world import World
 
 
 @dataclass(frozen=True)

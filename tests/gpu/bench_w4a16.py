@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument(
-        "--table", type=Path, help="tiles from `python -m grace.bench.tune` instead of the shipped ones"
+        "--table", type=Path, help="tiles from `grace bench tune` instead of the shipped ones"
     )
     chosen = parser.parse_args()
     if not torch.cuda.is_available():

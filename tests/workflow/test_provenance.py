@@ -54,7 +54,7 @@ def test_the_chain_leads_back_to_the_data(built: Tree, capsys: pytest.CaptureFix
     frozen = read_json(built.folder / "results/demo/config/students/grace/int4/seed0.json")
     assert step["parameters"]["values"] == frozen and step["seed"] == frozen["seed"] == 0
     assert "--run results/demo/config/students/grace/int4/seed0.json" in step["command"]
-    assert step["code"]["path"] == "results/demo/config/code/train.json" and step["code"]["modules"] > 10
+    assert step["code"]["path"] == "results/demo/config/code/train+gated.json" and step["code"]["modules"] > 10
     assert step["code"]["changed"] == [] and step["code"]["accepted"] == []
     assert step["seconds"] >= 0 and step["ended"]
     assert {(i["path"], i["state"]) for i in step["inputs"]} >= {

@@ -35,7 +35,8 @@ config_commands = _group("config", "The experiment's configuration.")
 
 def _start(processes: int, nodes: int = 1) -> None:
     """Become so many processes on each machine, one GPU each; nothing where it is one, or one of them already."""
-    from grace.cluster.launch import become, launched
+    from grace.cluster.launch import become
+    from grace.world import launched
 
     if (processes > 1 or nodes > 1) and not launched():
         become(nodes, processes, sys.argv[1:])
@@ -46,8 +47,9 @@ def _job(
 ) -> AbstractContextManager[None]:
     """Write these outputs alone and from unchanged inputs (see `grace.cluster.job`); the first process does it for all."""
     from grace.cluster.job import job
+    from grace.world import this_world
 
-    if os.environ.get("RANK", "0") != "0":
+    if not this_world().first:
         return nullcontext()
     return job(*outputs, files=files, folders=folders, subcommand=subcommand)
 
@@ -318,6 +320,28 @@ def bench_decode(
 
     with _job(out, files=(run,), folders=tuple(model), subcommand="bench-decode"):
         decode(run, model, out)
+
+
+@bench_commands.command("tune")
+def bench_tune(
+    shapes: Annotated[str, typer.Option(help="weights, out x in, comma-separated: 4096x4096,22016x4096")],
+    out: Annotated[Path, typer.Option(help="the table to extend; starts from the shipped one")],
+    rows: Annotated[str, typer.Option(help="M, comma-separated powers of two")] = "1,2,4,8,16,32,64,128,256",
+    group: Annotated[int, typer.Option(help="weights that share a scale")] = 128,
+    dtype: Annotated[str, typer.Option(help="of the activations: bfloat16 or float16")] = "bfloat16",
+    workers: Annotated[int, typer.Option(help="processes that compile; 0: one per core")] = 0,
+) -> None:
+    """Measure tiles of the INT4 product on this machine's GPU and add the best to the table."""
+    if dtype not in ("bfloat16", "float16"):
+        raise GraceError(f"--dtype {dtype}: give bfloat16 or float16")
+    try:
+        sizes = [(int(height), int(width)) for height, width in (text.split("x") for text in shapes.split(","))]
+        numbers = [int(text) for text in rows.split(",")]
+    except ValueError:
+        raise GraceError(f"--shapes {shapes} --rows {rows}: give them like 4096x4096,22016x4096 and 1,2,4") from None
+    from grace.bench.tune import tune
+
+    tune(sizes, numbers, out, group, dtype, workers or os.cpu_count() or 1)
 
 
 @report_commands.command("tables")

@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-from grace.distributed import World
 from grace.files import check_manifest
 from grace.train.checkpoint import finish, finished, load_checkpoint, publish, save_checkpoint
+from grace.world import World
 
-ONE = World(0, 1, torch.device("cpu"))
+ONE = World()
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Extends the table of tiles of the Triton product by measuring them on this machine's GPU.
 
-    python -m grace.bench.tune --shapes 4096x4096,22016x4096 --rows 1,2,4,8,16,32,64,128,256,1024,4096 --out table.json
+    grace bench tune --shapes 4096x4096,22016x4096 --rows 1,2,4,8,16,32,64,128,256,1024,4096 --out table.json
 
 All candidates are compiled first, by one process per core. Then each is checked against a reference and timed with
 weights that miss the L2 cache; the fastest few are measured again side by side, and the fastest of these is kept. Copy
 the result over `grace/kernels/w4a16_table/configs.json` to ship it: entries of other GPUs and shapes are left as they are.
 """
 
-import argparse
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -136,30 +134,36 @@ def _compile(job: tuple) -> None:
             raise
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", required=True, help="out x in, comma-separated: 4096x4096,22016x4096")
-    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256", help="M, comma-separated powers of two")
-    parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
-    parser.add_argument("--out", type=Path, required=True, help="the table to extend; starts from the shipped one")
-    chosen = parser.parse_args()
+def tune(
+    shapes: list[Shape], rows: list[int], out: Path, group: int = 128, dtype_name: str = "bfloat16", workers: int = 1
+) -> None:
+    """Measure tiles for each weight shape and number of rows, and write the table extended by the best to `out`.
+
+    Args:
+        shapes: of the weights, (out, in).
+        rows: M of the products, powers of two.
+        out: the table to extend; starts from the shipped one.
+        group: weights that share a scale.
+        dtype_name: of the activations, bfloat16 or float16.
+        workers: processes that compile.
+
+    Raises:
+        GraceError: no CUDA device, or a kernel that is wrong.
+    """
     if not torch.cuda.is_available():
-        raise SystemExit("tuning needs a CUDA device")
-    device, dtype = torch.device("cuda"), getattr(torch, chosen.dtype)
-    shapes = [tuple(map(int, text.split("x"))) for text in chosen.shapes.split(",")]
-    rows = sorted(int(text) for text in chosen.rows.split(","))
+        raise GraceError("tuning measures on a GPU; run it on a machine with one")
+    device, dtype = torch.device("cuda"), getattr(torch, dtype_name)
+    rows = sorted(rows)
     here = gpu(device)[0]
-    tried = {(s, m): list(candidates(m, *s, chosen.group, here)) for s in shapes for m in rows}
+    tried = {(s, m): list(candidates(m, *s, group, here)) for s in shapes for m in rows}
     # tiles of the same kernels are compiled once: what specialises them is whether sizes are whole numbers of tiles
-    jobs = {_kernel(tile, s, m): (s, m, chosen.group, dtype, tile) for (s, m), tiles in tried.items() for tile in tiles}
+    jobs = {_kernel(tile, s, m): (s, m, group, dtype, tile) for (s, m), tiles in tried.items() for tile in tiles}
     print(f"compiling {len(jobs)} kernels", flush=True)
-    compile_ahead(list(jobs.values()), chosen.workers)
-    table = read_json(chosen.out if chosen.out.exists() else SHIPPED)
+    compile_ahead(list(jobs.values()), workers)
+    table = read_json(out if out.exists() else SHIPPED)
     with progress("tuning", len(tried)) as advance, torch.inference_mode():
         for shape in shapes:
-            problem = Problem(shape, chosen.group, dtype, device)
+            problem = Problem(shape, group, dtype, device)
             fewest: list[Tile] = []
             for m in rows:
                 found = problem.measure(m, fewest if 1 < m <= 8 and fewest else tried[shape, m])
@@ -169,11 +173,7 @@ def main() -> None:
                     )
                 if m == 1:
                     fewest = [tile for _, tile in found]  # up to 8 rows the same kernels read the same weights
-                with_entry(table, device_name(device), chosen.dtype, chosen.group, shape, m, found[0][1])
-                write_json(chosen.out, table)
+                with_entry(table, device_name(device), dtype_name, group, shape, m, found[0][1])
+                write_json(out, table)
                 print(f"{shape[0]}x{shape[1]} M={m}: {found[0][0] * 1e6:.2f} us {found[0][1]}", flush=True)
                 advance()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,11 +11,6 @@ from grace.errors import GraceError
 _JOB = "SLURM_JOB_ID"
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "WORLD_SIZE" in os.environ
-
-
 def launcher(nodes: int, processes: int) -> list[str]:
     """The command that starts `processes` (at least one) on each of `nodes` machines; what to run follows it.
 

@@ -22,7 +22,6 @@ from grace.config.runs import EvaluateRun
 from grace.config.sections import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
-from grace.evaluate.distribute import Share
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
@@ -39,6 +38,7 @@ from grace.results.predictions import (
     summary,
     write_predictions,
 )
+from grace.world import this_world
 
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
@@ -104,7 +104,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
     settings = parameters.evaluation
     tasks = tasks_of(settings)
     harness = _harness(settings)
-    made_by, share = model_hash(model), Share()
+    made_by, world = model_hash(model), this_world()
     how = settings.model_dump(include={"batch", "harness"})
     answers = answers_key(made_by, how, harness)
     out.mkdir(parents=True, exist_ok=True)
@@ -134,24 +134,24 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
             texts[task] = text_key(made_by, task, settings.limit)
     pending = [task for task in tasks if task.title in keys and not finished(_predictions(out, task), keys[task.title])]
     untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
-    pending, untold = share.agreed((pending, untold))
-    if share.first and (pending or untold or failed):
+    pending, untold = world.agreed((pending, untold))
+    if world.first and (pending or untold or failed):
         (out / MANIFEST).unlink(missing_ok=True)
     if pending or untold:
         with _asking(parameters, model, data, pending) as (runner, predict):
             for task in pending:
                 with kept_apart(task.title):
                     start = time.monotonic()
-                    runner.parts = Parts(out / PARTS / keys[task.title], share.rank)
-                    runner.known = share.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
+                    runner.parts = Parts(out / PARTS / keys[task.title], world.rank)
+                    runner.known = world.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
                     try:
                         rows = predict(task.entry, files[task.title], task.spec)
                     except RowsFailed as error:  # the others' answers serve once these rows are mended
-                        if share.first and len(error.rows):
+                        if world.first and len(error.rows):
                             kept = out / PARTS / keys[task.title] / f"{task.entry.name}.parquet"
                             write_predictions(kept, error.rows, "", task.protocol, answers)
                         raise
-                    if share.first:
+                    if world.first:
                         write_predictions(_predictions(out, task), rows, keys[task.title], task.protocol, answers)
                         if task.spec.hidden:
                             items = (
@@ -165,12 +165,12 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
             for task in untold:
                 with kept_apart(task):
                     found = score_text(runner, task, settings.limit)
-                    if share.first:
+                    if world.first:
                         write_text_scores(text_file(out, task), found, texts[task])
     if failed:
         every = len(tasks) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
-    if share.first:
+    if world.first:
         about = {"model": made_by, "harness": harness}
         _write_manifest(model, out, tasks, settings, about)
 
@@ -194,18 +194,17 @@ def _asking(
     """The model, loaded, and the harness around it, with a bar that counts the questions of `pending`."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the harnesses' own bars
     os.environ.setdefault("LMEVAL_HASHMM", "0")  # lm-eval's search for images to hash in rows, which hold none
-    import torch
 
     from grace.data import load_features
     from grace.evaluate.runner import Runner
     from grace.models import load_model, load_processor, vision_tower
     from grace.teacher.forward import check_sight_alone
 
-    settings, share = parameters.evaluation, Share()
+    settings, world = parameters.evaluation, this_world()
     sizes = [task.spec.size for task in pending]
     total = sum(size if settings.limit is None else min(size, settings.limit) for size in sizes)
-    with progress(f"evaluating {model}", total) if share.first else nullcontext(lambda steps: None) as advance:
-        loaded = load_model(model, device=f"cuda:{share.local}" if torch.cuda.is_available() else "cpu")
+    with progress(f"evaluating {model}", total) if world.first else nullcontext(lambda steps: None) as advance:
+        loaded = load_model(model, device=str(world.device))
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
         processor = load_processor(model)
         check_sight_alone(loaded, processor)

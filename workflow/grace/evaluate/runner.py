@@ -21,9 +21,9 @@ from grace.benchmarks.extraction import Answer
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
-from grace.evaluate.distribute import Share
 from grace.evaluate.preprocess import Pixels, pad_to_square
 from grace.models import decoder, image_token_id, output_head
+from grace.world import this_world
 
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
 
@@ -87,7 +87,7 @@ class Runner:
     Attributes:
         parts: where answers are kept as they come, if anywhere; set before each benchmark.
         known: answers that earlier runs kept, by `Question.key`.
-        share: the processes that ask together.
+        world: the processes that ask together.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Runner:
         self.kept = kept or {}
         self.parts: Parts | None = None
         self.known: dict[str, Answer] = {}
-        self.share = Share()
+        self.world = this_world()
         self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._held = 0
 
@@ -146,7 +146,7 @@ class Runner:
         name = self._name(questions) if self.parts else ""
         kept = self.parts.read(name) if self.parts else {}
         kept |= {i: self.known[q.key] for i, q in enumerate(questions) if q.key in self.known} if self.known else {}
-        answers = self.share.agreed(kept)
+        answers = self.world.agreed(kept)
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
@@ -157,7 +157,7 @@ class Runner:
                 found = self._by_transformers(asked, alike[rows[0]][0])
             if self.parts:
                 self.parts.add(name, rows, found)
-            advance(len(rows) * self.share.size)
+            advance(len(rows) * self.world.size)
             return found
 
         answers |= self._together(self._batches(order, alike), ask, answers)
@@ -181,15 +181,15 @@ class Runner:
         """What `work` makes of each batch, by number; batches that are done are left out, others shared."""
         mine, failed = {}, None
         try:
-            for rows in self.share.dealt([rows for rows in batches if any(i not in done for i in rows)]):
+            for rows in self.world.dealt([rows for rows in batches if any(i not in done for i in rows)]):
                 mine |= dict(zip(rows, work(rows), strict=True))
         except Exception as error:  # raised in every process, or the others would wait for this one
-            if self.share.size > 1 and not isinstance(error, GraceError):  # others' kinds may not travel
+            if self.world.size > 1 and not isinstance(error, GraceError):  # others' kinds may not travel
                 traceback.print_exc()
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             failed = error
         found = {}
-        for theirs, error in self.share.gathered((mine, failed)):
+        for theirs, error in self.world.gathered((mine, failed)):
             if error is not None:
                 raise error
             found |= theirs

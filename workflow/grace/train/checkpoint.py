@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from grace.distributed import World
 from grace.errors import GraceError
 from grace.files import MANIFEST, check_manifest, read_json, whole_file, whole_folder, write_json
 from grace.hashes import sha256
+from grace.world import World
 
 COMPLETE = "checkpoint.json"
 FINISHED = "finished"

@@ -7,7 +7,7 @@ import torch
 
 from grace.config.runs import TrainRun
 from grace.data import load_prepared
-from grace.distributed import World, join_world, whole
+from grace.distributed import join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
@@ -19,6 +19,7 @@ from grace.teacher.forward import check_examples, check_sight
 from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, run_identity
 from grace.train.objective import Objective
+from grace.world import World
 
 
 def _starting_model(run: TrainRun, processor, data: Path, init: Path | None, world: World) -> Any:

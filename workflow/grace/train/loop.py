@@ -20,7 +20,7 @@ from grace.config.runs import TrainRun
 from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packing import fill_rows
-from grace.distributed import World, shard
+from grace.distributed import shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
@@ -31,6 +31,7 @@ from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
 from grace.train.packed import packed_row, prepare_packed
+from grace.world import World
 
 _KEYS = "under teacher.train, student.train, finetune or the recipe's train, whichever is trained here"
 MICRO_BATCHES_AHEAD = 2  # prepared while the present one is computed

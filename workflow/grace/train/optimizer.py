@@ -15,9 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grace.config.schema import Optimisation, Quantization
-from grace.distributed import World, local, whole_rows
+from grace.distributed import local, whole_rows
 from grace.models import decoder_linears
 from grace.quant import LearnedStepSize, lsq_gradients
+from grace.world import World
 
 
 class MasterAdamW:
