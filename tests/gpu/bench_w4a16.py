@@ -161,9 +161,7 @@ def main() -> None:
     parser.add_argument("--skip-check", action="store_true", help="leave out the check of every kind of product")
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument(
-        "--table", type=Path, help="tiles from `grace bench tune` instead of the shipped ones"
-    )
+    parser.add_argument("--table", type=Path, help="tiles from `grace bench tune` instead of the shipped ones")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")

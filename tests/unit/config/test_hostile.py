@@ -123,7 +123,9 @@ def test_keys_of_older_configurations_are_refused_with_their_present_name(old: s
 
 
 def test_the_old_kind_of_data_is_refused_with_its_present_name() -> None:
-    with pytest.raises(GraceError, match=r"`data.source` `llava` is called `files` now"):
+    with pytest.raises(
+        GraceError, match=r"`data\.source` must be `demo`, or `files` .*; `llava` is called `files` now"
+    ):
         load_experiment(_edited("data", {"source": "llava", "conversations": "a.json", "images": "b"}))
 
 

@@ -77,9 +77,8 @@ def _sentence(problem: dict[str, Any]) -> str:
         said = said.removeprefix("Value error, ")
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
-        if isinstance(value, dict) and value.get("source") == "llava":
-            return f"`{path}.source` `llava` is called `files` now, with the files under `{path}.sources`; see docs/my-data.md"
-        return f"`{path}.source` must be `demo`, or `files` for conversations of your own (see docs/my-data.md)"
+        old = "; `llava` is called `files` now" if isinstance(value, dict) and value.get("source") == "llava" else ""
+        return f"`{path}.source` must be `demo`, or `files` for conversations of your own{old} (see docs/my-data.md)"
     said = said[0].lower() + said[1:]
     return f"`{path}` is {_shown(value)}: {said}" + (f" ({about})" if about else "")
 
