@@ -73,7 +73,7 @@ def test_a_damaged_output_gets_no_record(published: Tree, tmp_path: Path) -> Non
     damaged = clone.folder / "results/demo/students/rtn/int4/seed0/packed/manifest.json"
     damaged.unlink()
     damaged.write_text(json.dumps({"files": {}, "accuracy": 99}))
-    assert "evaluate rtn at int4, seed 0" in clone.planned()
+    assert "evaluate students/rtn/int4/seed0" in clone.planned()
 
 
 def test_a_changed_config_shows_in_the_metrics_and_goes_back(published: Tree, tmp_path: Path) -> None:
