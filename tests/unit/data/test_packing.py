@@ -36,7 +36,8 @@ def test_a_row_is_the_batch_without_its_padding(lengths, capacity):
     ids, mask = batch_of(lengths)
     row = pack_row(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), 1, capacity)
     total, room = sum(lengths), row.input_ids.shape[1]
-    assert room % capacity == 0 and room - capacity < total <= room == row.longest == row.offsets[-1]
+    assert room % capacity == 0 and room - capacity < total <= room == row.offsets[-1]
+    assert (row.offsets.diff() <= row.longest).all() and row.longest < 2 * max(lengths)
     assert torch.equal(row.input_ids[0, :total], ids[mask.bool()]) and (row.input_ids[0, total:] == 1).all()
     assert torch.equal(row.position_ids[0, row.starts], torch.zeros_like(row.starts))
     assert (len(row.offsets) - 1) % OFFSETS_STEP == 0

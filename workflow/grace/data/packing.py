@@ -21,7 +21,7 @@ class PackedRow:
         position_ids: int64 [1, capacity], or [3, 1, capacity] where positions have three axes.
         offsets: int32 [sequences + 1], where each sequence begins, the padding's and empty ones included; then the end.
         starts: int64 [conversations], where each conversation begins.
-        longest: no sequence is longer; the capacity.
+        longest: no sequence is longer; a power of two, so that rows have few values of it.
     """
 
     input_ids: torch.Tensor
@@ -56,10 +56,11 @@ def pack_row(
     axes = position_ids.dim() - 2
     filler = torch.arange(rest).expand(*position_ids.shape[:axes], rest)
     positions = torch.cat([position_ids[..., kept], filler], dim=-1).unsqueeze(-2)
-    ends = [*lengths.cumsum(0).tolist(), *([room] if rest else [])]
+    longest = 1 << (int(lengths.max()) - 1).bit_length()
+    ends = [*lengths.cumsum(0).tolist(), *range(total + longest, room, longest), *([room] if rest else [])]
     ends += [room] * (-len(ends) % OFFSETS_STEP)
     offsets = torch.tensor([0, *ends], dtype=torch.int32)
-    return PackedRow(ids, positions, offsets, lengths.cumsum(0) - lengths, room)
+    return PackedRow(ids, positions, offsets, lengths.cumsum(0) - lengths, longest)
 
 
 def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
