@@ -14,6 +14,7 @@ GROUPS = 10
 IMITATED = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
 OWN = {
     "pope": ("f1",),
+    "pope_lmms": ("f1",),
     "mme": ("accuracy",),
     "circular": ("accuracy",),
     "hallusion": ("accuracy", "figure", "question_pair"),

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 from grace.report.numbers import number
@@ -116,7 +117,8 @@ _SIGNS = _MARKUP | {sign: f"\\{sign}" for sign in "\\`*_|"}
 
 def _md(text: str, signs: dict[str, str] = _SIGNS) -> str:
     """Text as Markdown shows it, whatever a label holds; in notes, backticks and stars are ours."""
-    return "".join(signs.get(character, character) for character in text)
+    shown = "".join(signs.get(character, character) for character in text)
+    return re.sub(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])", "_", shown)  # within a word it means itself
 
 
 def _md_line(texts: list[str]) -> str:
