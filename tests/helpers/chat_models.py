@@ -176,6 +176,7 @@ def _qwen(family: str):
             "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
         }  # fmt: skip
         text["head_dim"] = 32
+        text["rope_parameters"] = {**rope, "mrope_interleaved": True}  # as published; readers look for it
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
     images = Qwen2VLImageProcessorPil(
         patch_size=patch, size={"shortest_edge": 8 * 4 * patch**2, "longest_edge": 1024 * 4 * patch**2}

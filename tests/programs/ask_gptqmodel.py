@@ -17,7 +17,7 @@ from chat_models import FAMILIES
 
 from grace.quant.names import LINEARS
 
-TOLERANCE = 0.35  # of log-probabilities: fp16 here, fp32 in `expected.json`
+TOLERANCE = 0.2  # of log-probabilities: fp16 here, fp32 in `expected.json`
 
 
 def ask(folder: Path) -> bool:

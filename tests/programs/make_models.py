@@ -1,10 +1,11 @@
 """`python tests/programs/make_models.py OUT`: tiny models of every family in every form, and what they should answer.
 
-OUT/FAMILY/ gets `student`, `packed`, `awq`, `gptq`, `gguf`, `image.png` and `expected.json`: the question, the first
+OUT/FAMILY/ gets `student`, `plain` (without its codes: vLLM reads every *.safetensors of a folder), `packed`, `awq`, `gptq`, `gguf`, `image.png` and `expected.json`: the question, the first
 tokens of the student's greedy answer, and the log-probabilities [vocab] of the first one, for this image and another.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main(out: Path) -> None:
     for family, make in FAMILIES.items():
         folder = out / family
         talking_student(folder / "student", family)
+        shutil.copytree(folder / "student", folder / "plain", ignore=shutil.ignore_patterns("quantization.*"))
         pack(folder / "student", folder / "packed")
         for format in ("awq", "gptq", "gguf"):
             export(folder / "packed", format, folder / format)
