@@ -33,6 +33,7 @@ from grace.models.families import family_of
 from grace.quant import LearnedStepSize, save_quantization
 from grace.quant.checkpoint import name_as_published
 from grace.quant.names import quantised_module
+from grace.quant.opening import write_opening
 
 CORPUS = ["what is in this image? a red shirt on a white wall", "how many boots are there? two black boots", "yes no"]
 WORDS = (
@@ -40,7 +41,6 @@ WORDS = (
 )
 VOCABULARY = 512
 LLAVA_TEMPLATE = """\
-{{- bos_token -}}
 {%- for message in messages -%}
 {{ message['role'].upper() + ': ' }}
 {%- if message['content'] is string -%}{{ message['content'] }}
@@ -227,6 +227,7 @@ def talking_student(folder: Path, family: str, seed: int = 0) -> Path:
         model.to(torch.bfloat16).save_pretrained(part)
         name_as_published(part, family_of(model).published)
         processor.save_pretrained(part)
+        write_opening(part)
         if "qwen" in family:  # as published: readers build the processor with its part for videos
             videos = json.loads(processor.image_processor.to_json_string())
             videos |= {"video_processor_type": "Qwen2VLVideoProcessor"}

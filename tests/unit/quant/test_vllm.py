@@ -11,15 +11,19 @@ import re
 
 import pytest
 import torch
+from chat_models import byte_level, sentencepiece
 from compressed_tensors.quantization import QuantizationArgs
 from jinja2 import nodes
 from quant_models import make_student
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from grace.demo.processor import TEMPLATE
 from grace.files import read_json
 from grace.models.families import FAMILIES
+from grace.quant.opening import write_opening
 from grace.quant.pack import pack
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -119,6 +123,26 @@ def test_templates_show_that_content_is_a_list(template):
     assert contents and all(loop in contents or loop.target.name in messages for loop in loops)
 
 
-def test_every_family_begins_a_text_itself():
-    """Servers render a chat and add no token of their own: LLaVA's tokenizers want one."""
-    assert FAMILIES["llava"].template.startswith("{{ bos_token }}") and TEMPLATE.startswith("{{- bos_token -}}")
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_the_template_that_ships_begins_a_text_as_the_tokenizer_does(everywhere, tmp_path):
+    """SentencePiece's leading space stands behind control tokens in old tokenizers and at the text's beginning in new."""
+    tokenizer = sentencepiece()
+    if not everywhere:
+        tokenizer.backend_tokenizer.normalizer = None
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    write_opening(tmp_path)
+    write_opening(tmp_path)  # again changes nothing
+    shipped = AutoTokenizer.from_pretrained(tmp_path)
+    written = shipped.apply_chat_template([{"role": "user", "content": "what is"}], tokenize=False)
+    assert written == ("<s>what is" if everywhere else "<s> what is")
+    assert shipped(written, add_special_tokens=False).input_ids == tokenizer("what is").input_ids
+
+
+def test_a_template_without_need_is_left_alone(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    write_opening(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"

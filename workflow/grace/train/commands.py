@@ -15,6 +15,7 @@ from grace.models.families import family_of
 from grace.models.pair import check_family
 from grace.quant import save_quantization
 from grace.quant.checkpoint import name_as_published
+from grace.quant.opening import write_opening
 from grace.teacher.forward import check_examples, check_sight
 from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, run_identity
@@ -56,6 +57,7 @@ def _finish(model, processor, trainer: Trainer) -> None:
         model.save_pretrained(folder, state_dict=weights)
         name_as_published(folder, family_of(model).published)
         processor.save_pretrained(folder)
+        write_opening(folder)
         if run.bits is not None:
             save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
 

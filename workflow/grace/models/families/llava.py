@@ -20,10 +20,8 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# An image stands on a line of its own. The token that begins a text is written here, because servers that render chats
-# add none; loops go over message.content itself, by which vLLM knows that content is a list.
+# An image stands on a line of its own. Loops go over message.content itself, by which vLLM knows that it is a list.
 TEMPLATE = (
-    "{{ bos_token }}"
     "{% if messages[0].role != 'system' %}" + SYSTEM + " {% endif %}"
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}"

@@ -1,0 +1,41 @@
+"""Chat templates of folders that ship write the token that begins a text themselves.
+
+transformers lets the tokenizer add it; servers that render a chat (vLLM) tokenise what the template wrote and add none.
+A SentencePiece tokenizer puts a space before the first word, and, by its age, behind a control token too or not: the
+template gets what makes the very tokens of training.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from grace.files import read_json
+
+_TEXT = "A chat"
+OPENINGS = {"": "{{ bos_token }}", " ": "{{ bos_token + ' ' }}"}
+"""What a template begins with, by what the tokenizer wants between BOS and the first word."""
+
+
+def write_opening(folder: Path) -> None:
+    """Let `chat_template.jinja` begin with BOS where the tokenizer adds one and the template does not write it."""
+    template, rules = folder / "chat_template.jinja", folder / "tokenizer.json"
+    settings = folder / "tokenizer_config.json"
+    if not (template.is_file() and rules.is_file() and settings.is_file()):
+        return
+    source, bos = template.read_text(), read_json(settings).get("bos_token")
+    bos = bos["content"] if isinstance(bos, dict) else bos
+    tokenizer = Tokenizer.from_file(str(rules))
+    wanted = tokenizer.encode(_TEXT).ids
+    if bos is None or "bos_token" in source or bos in source or wanted[:1] != [tokenizer.token_to_id(bos)]:
+        return
+    for written, opening in OPENINGS.items():
+        if tokenizer.encode(f"{bos}{written}{_TEXT}", add_special_tokens=False).ids == wanted:
+            template.write_text(opening + source)
+            return
+
+
+def without_opening(source: str) -> str:
+    """A template for a reader that adds BOS by itself."""
+    for opening in OPENINGS.values():
+        source = source.removeprefix(opening)
+    return source
