@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from evaluate_models import make_image, write_asked
 
+from grace.benchmarks.protocols import PROTOCOLS, spec
 from grace.evaluate import harness_vlmeval
 from grace.evaluate.commands import evaluate
 from grace.results.predictions import read_rows
@@ -49,7 +51,11 @@ TABLES = {
     "ai2d": [_choice(i) for i in range(5)],
     "scienceqa-img": [_choice(i) for i in range(5)],
     "seed-bench": [_choice(i) for i in range(5)],
-    "mmmu": [{**_choice(i), "id": f"validation_Math_{i}", "split": "validation"} for i in range(5)],
+    "mmmu": [
+        {**_choice(i), "id": f"validation_Math_{i}", "split": ("dev", "validation")[i > 0],
+         "question": "which <image 1> or <image 2>" if i == 2 else "which",
+         "image": str([_image(i), _image(9)]) if i == 2 else _image(i)} for i in range(5)
+    ],
     "gqa": [_asked(i) for i in range(5)],
     "textvqa": [_asked(i, answer=ANSWERS) for i in range(5)],
     "vizwiz": [_asked(i, answers=ANSWERS) for i in range(5)],
@@ -68,6 +74,13 @@ def folder(tmp_path_factory):
     for name, table in TABLES.items():
         pd.DataFrame(table).to_csv(made / f"data/benchmarks/{name}.tsv", sep="\t", index=False)
     return made
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    for name, table in TABLES.items():
+        rows = len(table) - (name == "mmmu")  # one of its rows is no validation row
+        monkeypatch.setitem(PROTOCOLS["vlmevalkit"], name, replace(spec("vlmevalkit", name), size=rows))
 
 
 def _run(folder, harness: str, *names: str) -> dict:
@@ -90,9 +103,10 @@ def test_demo_and_official_data_sets(folder, monkeypatch):
 
     monkeypatch.setattr(harness_vlmeval, "_all_kinds", unpinned)
     entries = _run(folder, "vlmeval", "colour", "presence", *TABLES)["benchmarks"]
-    assert {name: entries[name]["questions"] for name in TABLES} == {name: len(table) for name, table in TABLES.items()}
+    for name, table in TABLES.items():  # and no score differed, which would have been an error
+        assert entries[name]["questions"] == len(table) - (name == "mmmu"), name
     _run(folder, "lm-eval", "colour", "presence")
-    same = ["sample_id", "image_id", "group", "prediction", "extracted", "target", "score", "prompt_hash"]
+    same = ["sample_id", "image_id", "group", "prediction", "extracted", "target", "score"]
     for name in ("colour", "presence"):
         one, other = (read_rows(folder / harness / f"{name}.parquet") for harness in ("vlmeval", "lm-eval"))
         assert one[same].equals(other[same])

@@ -33,7 +33,7 @@ class ParquetRows:
     def __init__(self, path: Path, only: tuple[str, str] | None = None, images: bool = True) -> None:
         self.path, self.only, self.images = path, only, images
         try:
-            self.files = [pq.ParquetFile(shard) for shard in shards(path)]
+            self.files = [pq.ParquetFile(shard, pre_buffer=False) for shard in shards(path)]
             schema = self.files[0].schema_arrow
             self.shown = [field.name for field in schema if _is_image(field.type)]
             words = [name for name in schema.names if name not in self.shown]

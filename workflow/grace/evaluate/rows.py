@@ -105,7 +105,7 @@ def _raw(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         names = [name for name in file.schema_arrow.names if name in COLUMNS]
         if "question" not in names:
             raise GraceError(f"{path}: column question is missing; make it a copy of the official data set")
