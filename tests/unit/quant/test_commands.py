@@ -47,9 +47,8 @@ def test_a_student_folder_that_packs(home, tmp_path, method):
         assert torch.equal(linear.weight, dequantize(*stored[name]))
     assert check_manifest(tmp_path / "student")["run"]["post_training"] == method
     baseline, student = ({p.name for p in folder.iterdir()} for folder in (home / "baseline", tmp_path / "student"))
-    assert (
-        student - baseline == {"manifest.json", "quantization.json", "quantization.safetensors"} and baseline <= student
-    )
+    own = {"manifest.json", "environment.json", "quantization.json", "quantization.safetensors"}
+    assert student - baseline == own and baseline <= student
     pack(tmp_path / "student", tmp_path / "packed")
     packed = load_model(tmp_path / "packed")
     for name, linear in decoder_linears(packed).items():
