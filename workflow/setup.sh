@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash workflow/setup.sh [test|lmms-eval|cluster|s3|kernels ...]: make .venv with the pipeline's pinned packages, and extras'
+# bash workflow/setup.sh [test|docs|lmms-eval|cluster|s3|kernels ...]: make .venv with the pipeline's pinned packages, and extras'
 # where named.
 # Safe to repeat: it installs only when the pins or the package's needs changed, or an extra is new.
 set -euo pipefail
@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 
 for extra in "$@"; do
   case "$extra" in
-    test | lmms-eval | cluster | s3 | kernels) ;;
-    *) echo "setup: no extra '$extra'; use test, lmms-eval, cluster, s3 or kernels" >&2; exit 2 ;;
+    test | docs | lmms-eval | cluster | s3 | kernels) ;;
+    *) echo "setup: no extra '$extra'; use test, docs, lmms-eval, cluster, s3 or kernels" >&2; exit 2 ;;
   esac
 done
 

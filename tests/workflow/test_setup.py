@@ -64,7 +64,7 @@ def test_it_installs_again_when_pins_change(checkout: Path) -> None:
 
 def test_an_unknown_extra_is_named(checkout: Path) -> None:
     done = subprocess.run(["bash", "workflow/setup.sh", "tests"], cwd=checkout, capture_output=True, text=True)
-    assert done.returncode == 2 and "no extra 'tests'; use test, lmms-eval, cluster, s3 or kernels" in done.stderr
+    assert done.returncode == 2 and "no extra 'tests'; use test, docs, lmms-eval, cluster, s3 or kernels" in done.stderr
 
 
 def test_pins_are_whole_and_name_no_local_build() -> None:

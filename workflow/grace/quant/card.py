@@ -102,6 +102,7 @@ def model_card(said: dict[str, Any], form: str, origin: Origin | None = None) ->
     """
     origin = origin or Origin()
     bits, group = said["bits"], said["group_size"]
+    snippets = _snippets(form)
     groups = f"groups of {group} along the input" if group > 0 else "one group per output"
     parts = [
         f"---\n{yaml.safe_dump(_front(form, origin), sort_keys=False)}---",
@@ -110,8 +111,7 @@ def model_card(said: dict[str, Any], form: str, origin: Origin | None = None) ->
         f"head, projector and vision tower are in 16 bits. Made by {METHODS.get(said['method'], said['method'])} "
         f"(grace-pipeline {__version__}, after GRACE, arXiv 2601.22709). Format: {FORMATS[form][0]}. "
         "It needs no code of ours.",
-        "## Ask it about an image",
-        *_snippets(form),
+        *(["## Ask it about an image", *snippets] if snippets else []),
         "## Limits",
         _limits(form, bits),
     ]
@@ -164,10 +164,12 @@ def _front(form: str, origin: Origin) -> dict[str, Any]:
 
 
 def _snippets(form: str) -> list[str]:
-    """Code that asks about an image, for every program that opens the format."""
+    """Code that asks about an image, for every program that is known to open the format."""
     if form == "gguf":
         return [_LLAMA.format(folder="FOLDER", question=_QUESTION)]
-    needs = {"pack-quantized": '"compressed-tensors>=0.15"', "awq": "gptqmodel", "gptq": "gptqmodel"}[form]
+    needs = {"pack-quantized": '"compressed-tensors>=0.15"', "awq": "gptqmodel", "gptq": "gptqmodel"}.get(form)
+    if needs is None:
+        return []
     shown = [_TRANSFORMERS.format(needs=needs, question=_QUESTION), _VLLM.format(question=_QUESTION)]
     if form == "pack-quantized":
         export = "In llama.cpp, after `grace export --packed FOLDER --format gguf --out GGUF`:\n\n"
@@ -220,8 +222,8 @@ def _limits(form: str, bits: int) -> str:
         "gguf": "llama.cpp rounds activations to 8 bits before each Q4_0 product and resizes images its own way, so answers "
         "can differ from the packed model's. It puts a CLIP tower's class token behind the patches (seen in build 11549), "
         "by which a LLaVA with such a tower sees its patches one place shifted; SigLIP and Qwen towers are exact.",
-    }[form]
-    return f"{said} It answers as the model it was made from does, with its errors and its biases; check what matters."
+    }.get(form, "")
+    return f"{said} It answers as the model it was made from does, with its errors and its biases; check what matters.".strip()
 
 
 def _score(value: float, error: float | None) -> str:

@@ -1,0 +1,144 @@
+"""Pages of the site that are made from the code when it is built: configuration, command line, results layout."""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from grace.config.sections import Changes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, make in (("configuration", configuration), ("command-line", command_line), ("results", results)):
+        files.append(File.generated(config, f"reference/{name}.md", content=make()))
+    return files
+
+
+def configuration() -> str:
+    """Every section of an experiment as a table."""
+    from grace.config.schema import Experiment
+
+    opening = (
+        "# Configuration\n\nEvery key of an experiment's YAML file, its values and its default. `grace config default` prints "
+        "the file with\nthese explanations beside the keys; an unknown key or a wrong value is an error that names it.\n"
+    )
+    return opening + "".join(_section("", Experiment))
+
+
+def _section(where: str, model: type[BaseModel]) -> Iterator[str]:
+    """One section's table, then those of the sections inside it."""
+    yield f"\n## {f'`{where}`' if where else 'The experiment'}\n\n{(model.__doc__ or '').strip()}\n\n"
+    yield "| key | values | default | meaning |\n|---|---|---|---|\n"
+    inner: dict[str, type[BaseModel]] = {}
+    for key, field in model.model_fields.items():
+        values = f"{_values(field.annotation)}{_bounds(field)}"
+        for part in _models(field.annotation):
+            if issubclass(part, Changes):
+                values = f"any keys of `{'finetune' if key == 'train' else key}`"
+            else:
+                inner[_place(where, key, field, part)] = part
+        yield f"| `{key}` | {values} | {_default(field)} | {_cell(field.description)} |\n"
+    for place, part in inner.items():
+        if part.__name__ not in ("Architecture", "Optimisation") or place in ("teacher.architecture", "finetune"):
+            yield from _section(place, part)
+
+
+def _place(where: str, key: str, field: FieldInfo, inner: type[BaseModel]) -> str:
+    """Where a section stands: `runs[]`, `recipes.NAME`, `data (source: files)`."""
+    kind = get_origin(field.annotation)
+    path = ".".join(filter(None, (where.split(" ")[0], key))) + {list: "[]", dict: ".NAME"}.get(kind, "")
+    several = len(_models(field.annotation)) > 1
+    return f"{path} (source: {get_args(inner.model_fields['source'].annotation)[0]})" if several else path
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"gt": "> ", "ge": "≥ ", "lt": "< ", "le": "≤ "}
+    bounds = [
+        f"{sign}{value:.3g}" if value < 2**31 else ""
+        for part in field.metadata
+        for name, sign in signs.items()
+        if (value := getattr(part, name, None)) is not None
+    ]
+    return ", ".join(["", *filter(None, bounds)])
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _values(annotation: Any) -> str:
+    """A type in the words of a configuration file."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Literal:
+        return " \\| ".join(f"`{part}`" for part in parts)
+    if kind in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_values(part) for part in parts))
+    if kind is list:
+        return f"list of {_values(parts[0])}"
+    if kind is dict:
+        return f"{_values(parts[1])} by name"
+    if hasattr(annotation, "__metadata__"):
+        return _values(parts[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}[annotation]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if isinstance(field.default, BaseModel) or (not field.default and isinstance(field.get_default(True), dict | list)):
+        return ""
+    return f"`{json.dumps(field.default)}`".replace('"', "")
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|")
+
+
+def command_line() -> str:
+    """Every subcommand with its flags, as typer writes them down."""
+    import typer
+    from typer.cli import get_docs_for_click
+
+    from grace.cli import app
+
+    command = typer.main.get_command(app)
+    with typer.Context(command, info_name="grace") as context:
+        text = get_docs_for_click(obj=command, ctx=context, name="grace", title="Command line")
+    return html.unescape(text)
+
+
+def results() -> str:
+    """What every rule makes, from the rules' own text."""
+    lines = [
+        "# Results layout\n\nWhat the workflow makes, rule by rule. A `manifest.json` stands for its folder: it lists every "
+        "file with its\nSHA-256. Wildcards: `experiment` is the key of that name, `recipe`, `precision` and `seed` come from "
+        "`runs`.\n"
+    ]
+    for path in sorted((ROOT / "rules").glob("*.smk")):
+        text = path.read_text()
+        heading = re.match(r"((?:#.*\n)+)", text)
+        lines.append(f"## `rules/{path.name}`\n")
+        lines += [line.removeprefix("#").strip() for line in heading[1].splitlines()] if heading else []
+        lines.append("\n| made | by rule | which calls |\n|---|---|---|")
+        for name, body in re.findall(r"(?m)^\s*rule (\w+):\n((?:(?!^\s*rule ).*\n?)*)", text):
+            made = re.search(r"\n? +output:\n((?: {8,}.*\n)+)", body)
+            called = re.search(r'"(?:torchrun[^"]*)?(grace [a-z]+(?: [a-z]+)?)"', body)
+            outputs = re.findall(r'"([^"]+)"', made[1]) if made else []
+            calls = f"`{called[1]}`" if called else ""
+            lines += [f"| `{_cell(output)}` | `{name}` | {calls} |" for output in outputs]
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The pages are true: their commands run, their messages are the code's, their picture is that of the imports."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rooms import PACKAGE, picture
+
+from grace.quant import card
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = [
+    pytest.param(line, id=f"{page.stem}: {line}")
+    for page in PAGES
+    for block in re.findall(r"<!-- run -->\n```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", RUN)
+def test_a_marked_command_runs(line, tmp_path):
+    program, *arguments = shlex.split(line, comments=True)
+    assert program.startswith(".venv/bin/")
+    if program.endswith("snakemake"):
+        # another process may hold the lock of this checkout, and a dry run needs none
+        arguments += ["--nolock"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name(Path(program).name), *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_commands_are_marked():
+    assert len(RUN) >= 5
+
+
+def _sentences() -> list[str]:
+    """Every text of the package with the values in it as `…`."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
+    return [_plain(text) for text in found]
+
+
+def _plain(text: str) -> str:
+    """One `…` for values that follow each other; what opens or closes a sentence may be put together elsewhere."""
+    return re.sub("…+", "…", text).strip(" …")
+
+
+def _said() -> list[str]:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    messages = [row[1] for row in re.findall(r"(?m)^\| (`+) ?(.+?) ?\1 (?:\(|\|)", page)]
+    return [message for message in messages if message != "Directory cannot be locked"]  # Snakemake's own
+
+
+@pytest.mark.parametrize("message", _said())
+def test_a_message_of_the_troubleshooting_page_is_one_of_the_code(message, sentences):
+    assert _plain(message) in sentences
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    return set(_sentences())
+
+
+def test_the_architecture_page_shows_the_imports():
+    page = (ROOT / "docs/architecture.md").read_text()
+    shown = re.search(r"<!-- rooms -->\n```mermaid\n(.*?)\n```", page, re.DOTALL)[1]
+    assert shown == picture(), "put tests/helpers/rooms.py's picture() into docs/architecture.md"
+
+
+@pytest.mark.parametrize("snippet", ["_TRANSFORMERS", "_VLLM"])
+def test_the_deploy_page_has_the_cards_code(snippet):
+    text = getattr(card, snippet).format(needs="", question=card._QUESTION).replace("FOLDER", "packed")
+    assert re.search(r"```python\n.*?```", text, re.DOTALL)[0] in (ROOT / "docs/deploy.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["method", "kernels", "decoding"])
+def test_a_design_page_is_short(page):
+    assert len((ROOT / f"docs/{page}.md").read_text().splitlines()) <= 100
+
+
+def test_the_readme_names_files_that_are_there():
+    """The site's own links are checked by its strict build."""
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links and not [link for link in links if not (ROOT / link).exists()]
