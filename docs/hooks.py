@@ -99,9 +99,12 @@ def _values(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if isinstance(field.default, BaseModel) or (not field.default and isinstance(field.get_default(True), dict | list)):
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
         return ""
-    return f"`{json.dumps(field.default)}`".replace('"', "")
+    if isinstance(value, dict) and value:
+        return ", ".join(f"`{name}`" for name in value)
+    return f"`{json.dumps(value)}`".replace('"', "")
 
 
 def _cell(text: str | None) -> str:
