@@ -18,7 +18,7 @@ from grace.files import check_manifest, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "workflow/experiments"
-ROWS = 6
+ROWS = 4
 CONVERSATIONS = 12
 RUNS = [{"recipes": ["finetune", "kd", "grace", "rtn", "awq", "gptq"], "precisions": ["int4"], "seeds": [0]}]
 # One process for many on a machine without GPUs, and as little of each stage as shows that it works.
@@ -42,7 +42,7 @@ def swapped(folder: Path, family: str, benchmarks: list[str]) -> dict:
     return {
         "data": {"sources": [{"path": str(mix), "images": str(images)}], "benchmarks": str(folder / "benchmarks")},
         **{role: {"pretrained": str(path)} for role, path in models.items()},
-        "evaluation": {"limit": ROWS},
+        "evaluation": {"limit": ROWS, "max_new_tokens": 4},
     }
 
 

@@ -219,6 +219,7 @@ def test_a_file_of_a_pretrained_folder_that_is_exchanged_is_fetched_again(tmp_pa
     for name in ("teacher", "student"):
         (tree.folder / "models" / name).mkdir(parents=True)
         (tree.folder / "models" / name / "model.safetensors").write_text(f"weights of {name}")
+        (tree.folder / "models" / name / "config.json").write_text('{"model_type": "llava"}')
     tree.edit(teacher={"pretrained": "models/teacher"}, student={"pretrained": "models/student"})
     goal = ["results/demo/teacher/model/manifest.json", "results/demo/students/baseline/bf16/seed0/model/manifest.json"]
     tree.snakemake("--quiet", "all", "--", *goal)
