@@ -1,7 +1,9 @@
 """The pages are true: their commands run, their messages are the code's, their picture is that of the imports."""
 
 import ast
+import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -93,3 +95,10 @@ def test_the_readme_names_files_that_are_there():
     """The site's own links are checked by its strict build."""
     links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_readme_has_the_demos_numbers():
+    readme, metrics = (ROOT / "README.md").read_text(), json.loads((ROOT / "results/demo/metrics.json").read_text())
+    program = runpy.run_path(str(ROOT / "docs/readme.py"))
+    assert len(program["rows"](metrics)) >= 6
+    assert program["written"](readme, metrics) == readme, "run `python docs/readme.py`"
