@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rooms import PACKAGE, picture
 
+from grace.cli import app
 from grace.quant import card
 
 ROOT = Path(__file__).parents[2]
@@ -102,3 +104,30 @@ def test_the_readme_has_the_demos_numbers():
     program = runpy.run_path(str(ROOT / "docs/readme.py"))
     assert len(program["rows"](metrics)) >= 6
     assert program["written"](readme, metrics) == readme, "run `python docs/readme.py`"
+
+
+def test_a_file_that_a_page_names_is_there():
+    """The log is left out: it speaks of its day."""
+    pattern = re.compile(r"(?<![\w/.])((?:tests|workflow|rules|docs|envs|profiles)/[\w./-]*\w)")
+    named = {(page.name, path) for page in PAGES if page.name != "log.md" for path in pattern.findall(page.read_text())}
+    examples = {"workflow/grace/models/families/NAME.py", "workflow/grace/distill/objectives/NAME.py"}
+    examples |= {"workflow/grace/quant/weighted.py", "workflow/grace/quant/byte_codes.py"}
+    lost = sorted(
+        (page, path)
+        for page, path in named - {(p, e) for p, _ in named for e in examples}
+        if not (ROOT / path).exists()
+    )
+    assert len(named) > 30 and not lost
+
+
+def test_a_subcommand_that_a_page_names_is_there():
+    command = typer.main.get_command(app)
+    lost = []
+    for page in PAGES:
+        for first, second in re.findall(
+            r"(?:`|bin/|^|\$ )grace ([a-z]+)(?: ([a-z]+))?", page.read_text(), re.MULTILINE
+        ):
+            group = command.commands.get(first)
+            if group is None or (second and hasattr(group, "commands") and second not in group.commands):
+                lost.append((page.name, first, second))
+    assert not lost
