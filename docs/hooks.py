@@ -121,7 +121,8 @@ def command_line() -> str:
     command = typer.main.get_command(app)
     with typer.Context(command, info_name="grace") as context:
         text = get_docs_for_click(obj=command, ctx=context, name="grace", title="Command line")
-    return html.unescape(text)
+    # the list of subcommands has their first words alone, and the page its own contents
+    return re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+\n", "", html.unescape(text))
 
 
 def results() -> str:
