@@ -223,6 +223,17 @@ def pack(model: Annotated[Path, typer.Option(help="quantised model folder")], ou
         pack_model(model, out)
 
 
+@app.command("import")
+def import_(
+    released: Annotated[Path, typer.Option(help="folder of a released GRACE checkpoint, with its codes")], out: Out
+) -> None:
+    """Pack a checkpoint that the authors of GRACE released, code by code."""
+    from grace.quant.import_release import import_release
+
+    with _job(out, folders=(released,), subcommand="import"):
+        import_release(released, out)
+
+
 @app.command()
 def export(
     packed: Annotated[Path, typer.Option(help="packed folder")],

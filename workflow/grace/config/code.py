@@ -8,6 +8,7 @@ a string, and whatever a module does when it is imported. Data files of a packag
 import hashlib
 import json
 from functools import cached_property
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class _Walk:
         self.waiting: list[str] = []
 
     def from_command(self, subcommand: str, chosen: tuple[str, ...]) -> dict[str, set[str]]:
-        name, function = self.locate(f"{COMMANDS}.{subcommand.replace('-', '_')}")
+        name = subcommand.replace("-", "_")
+        name, function = self.locate(f"{COMMANDS}.{name}{'_' * iskeyword(name)}")  # `import` is `import_` there
         if function is None:
             raise KeyError(f"no subcommand `{subcommand}`")
         self.follow(f"{name}.{function}")
