@@ -1,21 +1,35 @@
 """The batched runner against transformers' own `generate` and forward."""
 
+import io
+
 import pytest
 import torch
+from chat_models import blocks, talking_student
 from evaluate_models import make_image, model, processor, rows
-from transformers import BatchFeature, Qwen2VLImageProcessorPil
 
+from grace.data.batches import collate_prompts
+from grace.data.examples import Tokeniser
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
-from grace.evaluate.runner import Question, Runner
+from grace.evaluate.runner import Question, Runner, turns
+from grace.models import load_model, load_processor
 
 
 def questions(runner: Runner, count: int) -> list[Question]:
     made = []
     for row in rows(count):
         said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}]
-        made.append(Question(row["id"], runner.render(said), (row["image"]["bytes"],)))
+        made.append(Question(row["id"], turns(said), (row["image"]["bytes"],)))
     return made
+
+
+def ask(text: str, images: int = 1) -> tuple:
+    return turns([{"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}])
+
+
+def text_of(question: Question) -> str:
+    said = [{"role": m.role, "content": [{"type": p.type, "text": p.text} for p in m.content]} for m in question.prompt]
+    return processor().apply_chat_template(said, add_generation_prompt=True)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +43,7 @@ def test_answers_are_those_of_generate_alone(runner):
     for question, answer in zip(asked, found, strict=True):
         inputs = runner.processor(
             images=EncodedImage.from_bytes(question.id, *question.images).open(),
-            text=question.prompt,
+            text=text_of(question),
             return_tensors="pt",
             add_special_tokens=False,
         )
@@ -55,14 +69,14 @@ def test_neither_batch_nor_order_changes_an_answer(runner):
 
 
 def test_a_image_is_seen_once_and_memory_is_bounded(runner, monkeypatch):
-    monkeypatch.setattr("grace.evaluate.runner.FEATURE_BYTES", 3 * 4 * 32 * 4)  # three images
+    monkeypatch.setattr("grace.evaluate.sight.FEATURE_BYTES", 3 * 4 * 32 * 4)  # three images
     fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
     asked = questions(fresh, 12)
     forgetful = [answer.text for answer in fresh.answer(asked)]
-    assert len(fresh._features) <= 3
+    assert len(fresh.sight._seen) <= 3
     seen, opened = [], EncodedImage.open
     monkeypatch.setattr(EncodedImage, "open", lambda self: seen.append(self.data) or opened(self))
-    monkeypatch.setattr("grace.evaluate.runner.FEATURE_BYTES", 1 << 20)
+    monkeypatch.setattr("grace.evaluate.sight.FEATURE_BYTES", 1 << 20)
     fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
     assert [answer.text for answer in fresh.answer(asked)] == forgetful
     fresh.answer(asked)
@@ -80,53 +94,86 @@ def test_text_likelihood_is_that_of_the_full_forward(runner):
 
 def test_what_is_wrong_is_named(runner):
     with pytest.raises(GraceError, match=r"image of row-1: cannot be read"):
-        runner.answer([Question("row-1", "<bos> <image> <q> what <a>", (b"not an image",))])
+        runner.answer([Question("row-1", ask("what"), (b"not an image",))])
     with pytest.raises(GraceError, match=r"row-2: its prompt has 0 places"):
-        runner.answer([Question("row-2", "<bos> <q> what <a>", (make_image(1),))])
+        runner.answer([Question("row-2", ask("what", 0), (make_image(1),))])
     nameless = processor()
     nameless.chat_template = None
     with pytest.raises(GraceError, match="no chat template"):
         Runner(runner.model, nameless)
 
 
-class QwenProcessor:
-    """The image half of Qwen's processor, for one still a prompt: its class needs torchvision, for videos."""
-
-    def __init__(self, words) -> None:
-        self.image_processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=12544)
-        self.tokenizer, self.chat_template = words, "unused"
-
-    def __call__(self, text, images, **settings):
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
-        whole = [one.replace("<image>", " <image>" * n) for one, n in zip(text, counts, strict=True)]
-        inputs = self.tokenizer(whole, **settings)
-        kinds = (inputs["input_ids"] == 4).long()
-        return BatchFeature({**inputs, **pixels, "mm_token_type_ids": kinds})
+FOUR = ("llava-clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_qwen_answers_through_transformers_as_one_question_alone(version):
-    from infer_models import qwen
+@pytest.fixture(scope="module", params=FOUR)
+def family(request, tmp_path_factory):
+    """A model of every family in fp32, with its processor as this pipeline loads it."""
+    folder = talking_student(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    return load_model(folder, dtype=torch.float32), load_processor(folder)
 
-    made, words = qwen(version), processor().tokenizer
-    made.config.image_token_id, made.config.vision_start_token_id, made.config.vision_end_token_id = 4, 150, 151
-    made.generation_config.eos_token_id, made.generation_config.pad_token_id = 3, 0
-    runner = Runner(made, QwenProcessor(words), batch=3, max_new_tokens=4)
-    asked = [
-        Question(f"row-{i}", f"<bos> <image> <q> {'what is the blue ' * (i + 1)} <a>", (make_image(i),))
-        for i in range(5)
-    ]
-    for question, answer in zip(asked, runner.answer(asked), strict=True):
-        images = [EncodedImage.from_bytes(question.id, *question.images).open()]
-        inputs = runner.processor([question.prompt], images, return_tensors="pt", add_special_tokens=False)
-        out = made.generate(
-            **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-        new = out.sequences[0, inputs["input_ids"].shape[1] :]
-        logp = torch.stack(out.logits)[:, 0].log_softmax(-1)
-        assert answer.text == words.decode(new, skip_special_tokens=True).strip()
-        assert answer.logprob == pytest.approx(logp.gather(1, new[:, None]).sum().item(), abs=1e-3)
-        assert answer.entropy == pytest.approx(
-            torch.distributions.Categorical(logits=logp[0]).entropy().item(), abs=1e-3
-        )
+
+def png(width: int, height: int, seed: int) -> bytes:
+    kept = io.BytesIO()
+    blocks(64, seed).resize((width, height)).save(kept, "PNG")
+    return kept.getvalue()
+
+
+def mixed() -> list[Question]:
+    """Images of two sizes with many questions or one, several images, text before an image, text alone."""
+    wide, high, other = png(120, 70, 0), png(70, 110, 1), png(100, 100, 2)
+    texts = ("what is this?", "how many boots are there, two or no boots?", "a red shirt? yes or no", "image")
+    made = [Question(f"wide-{i}", ask(text), (wide,)) for i, text in enumerate(texts)]
+    made += [Question(f"high-{i}", ask(text), (high,)) for i, text in enumerate(texts[1:])]
+    made += [Question("alone", ask("yes?"), (other,)), Question("two", ask(texts[1], 2), (wide, high))]
+    late = [{"type": "text", "text": "look: "}, {"type": "image"}, {"type": "text", "text": " what?"}]
+    made += [Question("late", turns([{"role": "user", "content": late}]), (high,))]
+    return [*made, Question("text", ask("how many boots?", 0)), Question("more", ask("yes no", 0))]
+
+
+def by_generate(model, processor, question: Question, new_tokens: int):
+    images = [EncodedImage.from_bytes("image", image).open() for image in question.images]
+    inputs = collate_prompts(Tokeniser(processor), [(question.prompt, images)])
+    out = model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    return new, torch.stack(out.logits)[:, 0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_every_family_answers_as_generate_does_alone(family, batch):
+    model, processor = family
+    runner, asked = Runner(model, processor, batch=batch, max_new_tokens=5), mixed()
+    found = runner.answer(asked)
+    assert len({answer.logprob for answer in found}) == len(asked), "every question is another to the model"
+    for question, answer in zip(asked, found, strict=True):
+        new, logp = by_generate(model, processor, question, 5)
+        assert answer.text == processor.tokenizer.decode(new, skip_special_tokens=True).strip(), question.id
+        assert answer.logprob == pytest.approx(logp.gather(1, new[:, None]).sum().item(), abs=1e-3), question.id
+        entropy = torch.distributions.Categorical(logits=logp[0]).entropy().item()
+        assert answer.entropy == pytest.approx(entropy, abs=1e-3), question.id
+
+
+def test_what_prompts_begin_with_is_computed_once(family, monkeypatch):
+    model, processor = family
+    runner, rows = Runner(model, processor, batch=16, max_new_tokens=2), []
+    forward = runner.decoder.forward
+    monkeypatch.setattr(
+        runner.decoder, "forward", lambda **given: rows.append(given["inputs_embeds"].shape[:2]) or forward(**given)
+    )
+    image = png(200, 200, 3)
+    runner.answer([Question(str(i), ask("what is this"[: i + 1]), (image,)) for i in range(8)])
+    (once, shared), (each, rest), (_, step) = rows
+    assert (once, each, step) == (1, 8, 1) and rest < shared
+
+
+def test_a_text_that_spells_control_tokens_stays_text(family):
+    model, processor = family
+    runner = Runner(model, processor, max_new_tokens=2)
+    spelt = Question(
+        "spelt", ask(f"what {processor.image_token} is {processor.tokenizer.eos_token} this"), (png(90, 90, 4),)
+    )
+    (ids,) = runner._tokens([spelt])
+    assert ids.count(processor.image_token_id) == runner.tokeniser.visual_tokens(90, 90)
+    assert runner.answer([spelt])

@@ -14,7 +14,7 @@ from grace.config.schema import Cache, Method, Optimisation, Quantization
 from grace.data import load_prepared, prepare_examples
 from grace.data.conversations import SCHEMA, as_row
 from grace.errors import GraceError
-from grace.evaluate.runner import Question, Runner
+from grace.evaluate.runner import Question, Runner, turns
 from grace.files import read_json, whole_folder, write_json
 from grace.models import load_model, load_processor, output_head, vocabulary
 from grace.quant.commands import quantize
@@ -111,7 +111,7 @@ def test_questions_are_answered(home):
     model, processor = load_model(home / "student", torch.float32), load_processor(home / "student")
     runner = Runner(model, processor, batch=2, max_new_tokens=3)
     said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is this"}]}]
-    asked = [Question(str(n), runner.render(said), (picture(str(n), n).data,)) for n in range(3)]
+    asked = [Question(str(n), turns(said), (picture(str(n), n).data,)) for n in range(3)]
     together, alone = runner.answer(asked), [runner.answer([question])[0] for question in asked]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
 

@@ -16,6 +16,7 @@ from grace.benchmarks.items import MARK, Item, show
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import Benchmark
 from grace.benchmarks.scores import SCORES
+from grace.data.conversations import Message, Part
 from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner, Unaskable
 from grace.results.predictions import SCHEMA, RowsFailed, read_questions
@@ -27,7 +28,7 @@ def predictor(
     runner: Runner, settings, advance: Callable[[int], None]
 ) -> Callable[[Benchmark, Path, Spec], pd.DataFrame]:
     """What `grace evaluate` calls for each benchmark file."""
-    rendered = cache(lambda text: runner.render(_message(text)))
+    said = cache(_said)  # the same question is asked of many images
 
     def predict(entry: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
         limit, longest = settings.limit, settings.longest(entry.name)
@@ -43,7 +44,7 @@ def predictor(
                     failed.append((item.id, str(error)))
                     continue
                 tokens = longest or (spec.new_tokens if item.options else spec.new_tokens_open or spec.new_tokens)
-                question = Question(item.id, rendered(text), tuple(images), tokens, spec.image == "pad")
+                question = Question(item.id, said(text), tuple(images), tokens, spec.image == "pad")
                 asked.append((item, question))
             rows += _answered(runner, spec, asked, failed, advance)
         found = pd.DataFrame(rows, columns=SCHEMA.names)
@@ -54,13 +55,13 @@ def predictor(
     return predict
 
 
-def _message(text: str) -> list[dict]:
+def _said(text: str) -> tuple[Message, ...]:
     """One user turn; each `MARK` in the text is an image."""
-    parts: list[dict] = []
+    parts: list[Part] = []
     for place, piece in enumerate(text.split(MARK)):
-        parts += [{"type": "image"}] if place else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return [{"role": "user", "content": parts}]
+        parts += [Part("image")] if place else []
+        parts += [Part("text", piece)] if piece else []
+    return (Message("user", tuple(parts)),)
 
 
 def _chunks(items: Iterator[tuple[str, Item | str]], failed: list[tuple[str, str]]) -> Iterator[list[Item]]:

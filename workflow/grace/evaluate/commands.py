@@ -43,7 +43,7 @@ from grace.world import this_world
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
-PROTOCOL_CODE = "1"  # changes when this package asks equal questions otherwise
+PROTOCOL_CODE = "2"  # changes when this package asks equal questions otherwise
 _PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
 _INSTALL = {
     LM_EVAL: "pip install 'lm-eval>=0.4.13'",
@@ -197,6 +197,7 @@ def _asking(
 
     from grace.data import load_features
     from grace.evaluate.runner import Runner
+    from grace.infer.load import load_for_inference
     from grace.models import load_model, load_processor, vision_tower
     from grace.teacher.forward import check_sight_alone
 
@@ -204,7 +205,10 @@ def _asking(
     sizes = [task.spec.size for task in pending]
     total = sum(size if settings.limit is None else min(size, settings.limit) for size in sizes)
     with progress(f"evaluating {model}", total) if world.first else nullcontext(lambda steps: None) as advance:
-        loaded = load_model(model, device=str(world.device))
+        if world.device.type == "cuda":  # packed weights are decoded as they ship
+            loaded = load_for_inference(model, device=str(world.device))
+        else:
+            loaded = load_model(model)
         kept = load_features(data / "benchmarks" / FEATURES, vision_tower(loaded))
         processor = load_processor(model)
         check_sight_alone(loaded, processor)

@@ -23,8 +23,9 @@ from lm_eval.evaluator import evaluate
 from grace.benchmarks.extraction import Answer, normalise
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import LM_EVAL, Benchmark
+from grace.data.conversations import Message
 from grace.errors import GraceError
-from grace.evaluate.runner import Question, Runner
+from grace.evaluate.runner import Question, Runner, turns
 from grace.results.predictions import SCHEMA, read_questions
 
 IMAGE = "<image>"  # lm-eval's own placeholder
@@ -111,6 +112,7 @@ class RunnerLM(TemplateLM):
 
     Attributes:
         images: encoded image by question id; set before each task.
+        said: what was rendered, by its text: lm-eval hands texts around, and a text does not say what is control.
         answers: the last task's answers by `doc_id`, with what lm-eval does not keep.
     """
 
@@ -121,6 +123,7 @@ class RunnerLM(TemplateLM):
         self.runner, self.tokenizer, self.advance = runner, runner.tokenizer, advance
         self._render = cache(self._render)  # the same question is asked of many images
         self.images: Mapping[str, bytes] = {}
+        self.said: dict[str, tuple[Message, ...]] = {}
         self.answers: dict[int, Answer] = {}
 
     @property
@@ -152,7 +155,9 @@ class RunnerLM(TemplateLM):
             parts = [{"type": "text", "text": before}] if before else []
             parts += [{"type": "image"}] if image else []
             said.append({"role": role, "content": [*parts, {"type": "text", "text": after}]})
-        return self.runner.render(said)
+        text = self.runner.render(said)
+        self.said[text] = turns(said)
+        return text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of `requests`, each about one image, cut at the task's stop strings."""
@@ -163,7 +168,12 @@ class RunnerLM(TemplateLM):
                     f"lm-eval task {request.task_name}: has no images; this model generates about images only"
                 )
             name = request.args[2]["visual"][0]
-            questions.append(Question(name, request.args[0], (self.images[name],), request.args[1].get("max_gen_toks")))
+            if request.args[0] not in self.said:
+                raise GraceError(
+                    f"lm-eval task {request.task_name}: changes rendered prompts; run it with --apply_chat_template"
+                )
+            prompt, longest = self.said[request.args[0]], request.args[1].get("max_gen_toks")
+            questions.append(Question(name, prompt, (self.images[name],), longest))
         found = self.runner.answer(questions, self.advance)
         self.answers = {request.doc_id: answer for request, answer in zip(requests, found, strict=True)}
         texts = []

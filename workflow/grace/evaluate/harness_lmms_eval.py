@@ -32,7 +32,7 @@ from grace.errors import GraceError
 from grace.evaluate.ask import demo_items, judged
 from grace.evaluate.parquet_rows import ParquetRows
 from grace.evaluate.rows import read_items
-from grace.evaluate.runner import Question, Runner
+from grace.evaluate.runner import Question, Runner, turns
 from grace.results.predictions import SCHEMA, RowsFailed
 
 # importing lmms-eval lets the whole process read images that are cut short as if they were whole
@@ -84,7 +84,7 @@ class RunnerLMM(lmms):
                 f"lmms-eval task {task}: document {doc_id} has no readable image ({error}); mend that row"
             ) from error
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
-        prompt = self.runner.render([{"role": "user", "content": parts}])
+        prompt = turns([{"role": "user", "content": parts}])
         longest = self.longest or settings.get("max_new_tokens")
         return Question(f"{task}/{doc_id}", prompt, images, longest)
 

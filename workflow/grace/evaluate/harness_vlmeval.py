@@ -28,7 +28,7 @@ from grace.benchmarks.registry import VLMEVAL, Benchmark
 from grace.errors import GraceError
 from grace.evaluate.ask import demo_items, judged
 from grace.evaluate.rows import read_items
-from grace.evaluate.runner import Question, Runner
+from grace.evaluate.runner import Question, Runner, turns
 from grace.results.predictions import SCHEMA, RowsFailed, read_questions
 
 CHUNK = 512  # questions whose images are held at a time
@@ -88,7 +88,7 @@ def _model_class(base: type) -> type:
                 for part in message
             ]
             paths = [part["value"] for part in message if part["type"] == "image"]
-            prompt = self.runner.render([{"role": "user", "content": parts}])
+            prompt = turns([{"role": "user", "content": parts}])
             return Question(str(paths[:1]), prompt, tuple(Path(path).read_bytes() for path in paths), self.longest)
 
         def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:

@@ -13,14 +13,14 @@ from PIL import Image
 
 
 class Pixels:
-    """`pixel_values` of images, as `processor.image_processor` makes them."""
+    """What `processor.image_processor` makes of images: `pixel_values`, for Qwen also `image_grid_thw`."""
 
     def __init__(self, image_processor) -> None:
         self.image_processor = image_processor
         self._tables: dict[tuple[int, int], np.ndarray | None] = {}  # size -> [3, 256] float32, or None: no shortcut
 
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """RGB images to float32 [images, 3, height, width]."""
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """RGB images to what the model's vision side takes."""
         size = images[0].size
         if any(image.size != size for image in images):
             return self._slowly(images)
@@ -29,10 +29,10 @@ class Pixels:
         table = self._tables[size]
         if table is None:
             return self._slowly(images)
-        return torch.from_numpy(self._look_up(table, images))
+        return {"pixel_values": torch.from_numpy(self._look_up(table, images))}
 
-    def _slowly(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+    def _slowly(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        return dict(self.image_processor(images=list(images), return_tensors="pt"))
 
     @staticmethod
     def _look_up(table: np.ndarray, images: Sequence[Image.Image]) -> np.ndarray:
@@ -47,11 +47,11 @@ class Pixels:
         if width * height < 256:
             return None
         ramp = np.resize(np.arange(256, dtype=np.uint8), (height, width))
-        made = self._slowly([Image.fromarray(np.stack([ramp] * 3, axis=-1))]).numpy()
+        made = self._slowly([Image.fromarray(np.stack([ramp] * 3, axis=-1))])["pixel_values"].numpy()
         if made.shape != (1, 3, height, width):
             return None
         table = made.reshape(3, -1)[:, :256].copy()
-        same = np.array_equal(self._look_up(table, [image]), self._slowly([image]).numpy())
+        same = np.array_equal(self._look_up(table, [image]), self._slowly([image])["pixel_values"].numpy())
         return table if same else None
 
 

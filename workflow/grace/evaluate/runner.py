@@ -1,31 +1,34 @@
 """Answering many questions about images, greedily and in batches.
 
-A question costs one row of a batched prefill and one row of a few decoding steps. What would cost more is done once:
-an image is decoded, preprocessed and sent through the vision tower once however many questions it serves, and
-questions of equal length share a batch, so that little padding is computed. A question has one image, several or none;
-an image's features take the place of its `<image>` token exactly as in the model's own forward.
+A question costs a few tokens of prefill and a few decoding steps. What would cost more is done once: an image is
+decoded, preprocessed and sent through the vision tower once however many questions it serves, questions about it share a
+batch and what their prompts begin with, and batches hold questions of like length, so that little padding is computed.
+Decoding is `grace.infer`'s, for every family and for packed weights as they ship.
 """
 
 import hashlib
+import json
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import DynamicCache
 
 from grace.benchmarks.extraction import Answer
-from grace.data.images import EncodedImage
+from grace.data.conversations import Message, Part
+from grace.data.examples import Tokeniser
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
-from grace.evaluate.preprocess import Pixels, pad_to_square
+from grace.evaluate.sight import Sight, Unaskable
+from grace.infer.decode import CHECK_EVERY, Session
+from grace.infer.prefill import Prompt, follow, read
 from grace.models import decoder, image_token_id, output_head
 from grace.world import this_world
 
-FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
+__all__ = ["Question", "Runner", "Unaskable", "turns"]
+
+SLOTS = 64  # a session's length is a multiple, so that one serves many batches
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,14 @@ class Question:
 
     Attributes:
         id: names the row in messages.
-        prompt: text rendered by the chat template, up to where the answer begins, with a placeholder for each image.
-        images: the encoded images (JPEG or PNG) in the order of their placeholders; none for a question about text.
+        prompt: the conversation, the last turn the user's, with a part for each image (`turns` makes it).
+        images: the encoded images (JPEG or PNG) in the order of their parts; none for a question about text.
         new_tokens: longest answer; None: the runner's own.
         pad: whether images are first padded to squares of the processor's mean colour.
     """
 
     id: str
-    prompt: str
+    prompt: tuple[Message, ...]
     images: tuple[bytes, ...] = ()
     new_tokens: int | None = None
     pad: bool = False
@@ -54,28 +57,27 @@ class Question:
     @property
     def key(self) -> str:
         """A hash of all that is asked: prompt, images, longest answer."""
-        digest = hashlib.sha256(f"{self.new_tokens}\0{self.prompt}".encode())
+        said = [[message.role, [[part.type, part.text] for part in message.content]] for message in self.prompt]
+        digest = hashlib.sha256(json.dumps([self.new_tokens, said]).encode())
         for image in self.digests:
             digest.update(image)
         return digest.hexdigest()
 
 
-class Unaskable(GraceError):
-    """One question cannot be asked: `question` is its id, `reason` says why as in "row 3 has ..."."""
-
-    def __init__(self, message: str, question: str, reason: str) -> None:
-        super().__init__(message)
-        self.question, self.reason = question, reason
-
-    def __reduce__(self) -> tuple:
-        return Unaskable, (str(self), self.question, self.reason)  # it travels between processes
+def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """A conversation from messages as chat templates take them, their content a list of parts."""
+    return tuple(
+        Message(said["role"], tuple(Part(part["type"], part.get("text", "")) for part in said["content"]))
+        for said in messages
+    )
 
 
 class Runner:
     """Greedy answers of one model; also the likelihood of plain text under its decoder.
 
-    LLaVA is decoded here. Other families (Qwen2-VL, Qwen3-VL) go through their processor and transformers' own
-    `generate`, because only their forward knows how images and positions enter: slower, the same questions and files.
+    In exact arithmetic an answer does not depend on what shares its batch; in fp32 on a CPU sums differ in their last
+    bits, which only changes an answer where two tokens are equally likely to about 1e-6. The same questions, batch size
+    and number of processes give the same batches, and the same bits on the same machine.
 
     Args:
         model: a vision-language model in evaluation mode, on any device, in any dtype.
@@ -98,51 +100,34 @@ class Runner:
         max_new_tokens: int = 8,
         kept: Mapping[bytes, torch.Tensor] | None = None,
     ) -> None:
-        if not processor.chat_template:
-            raise GraceError("the processor has no chat template; save one beside it (chat_template.jinja)")
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.batch, self.max_new_tokens, self.pixels = batch, max_new_tokens, Pixels(processor.image_processor)
-        self.decoder, self.head, self.image_id = decoder(model), output_head(model), image_token_id(model)
+        self.tokeniser = Tokeniser(processor)
+        self.batch, self.max_new_tokens = batch, max_new_tokens
+        self.decoder, self.head = decoder(model), output_head(model)
+        if model.generation_config.eos_token_id is None:
+            model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         ends = model.generation_config.eos_token_id
-        ends = ends if ends is not None else self.tokenizer.eos_token_id
         self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
-        self.decoded_here = model.config.model_type == "llava"
-        self.kept = kept or {}
+        self.image = image_token_id(model)
+        self.sight = Sight(model, processor, kept or {})
         self.parts: Parts | None = None
         self.known: dict[str, Answer] = {}
         self.world = this_world()
-        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self._held = 0
+        self._session: Session | None = None
 
     def render(self, messages: list[dict]) -> str:
-        """A conversation in the chat template's own text, with the opening of the answer."""
+        """A conversation in the chat template's own text, with the opening of the answer; for people and logs."""
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered prompts; BOS is added only where the template has not written it (as transformers does)."""
-        bos = self.tokenizer.bos_token
-        written = bool(bos) and bool(texts) and texts[0].startswith(bos)
-        return self.tokenizer(list(texts), add_special_tokens=not written)["input_ids"]
 
     @torch.inference_mode()
     def answer(
         self, questions: Sequence[Question], advance: Callable[[int], None] = lambda steps: None
     ) -> list[Answer]:
         """Answer every question, in order; `advance(n)` is called whenever n more are done."""
-        prompts = self.encode([question.prompt for question in questions])
-        for question, ids in zip(questions, prompts, strict=True):
-            if ids.count(self.image_id) != len(question.images):
-                places = f"{ids.count(self.image_id)} places for {len(question.images)} images"
-                raise Unaskable(
-                    f"question {question.id}: its prompt has {places}; check the chat template, and that its text does not "
-                    "spell the model's image token",
-                    question.id,
-                    f"makes a prompt with {places}, because its text spells the model's image token or the chat template lacks it",
-                )
-        images = [question.digests for question in questions]
+        prompts = self._tokens(questions)
         alike = [(self._longest(question), bool(question.images)) for question in questions]  # may share a batch
-        order = sorted(range(len(questions)), key=lambda i: (alike[i], len(prompts[i]), images[i], i))
+        order = self._order(questions, prompts, alike)
         name = self._name(questions) if self.parts else ""
         kept = self.parts.read(name) if self.parts else {}
         kept |= {i: self.known[q.key] for i, q in enumerate(questions) if q.key in self.known} if self.known else {}
@@ -151,10 +136,9 @@ class Runner:
 
         def ask(rows: list[int]) -> list[Answer]:
             asked = [questions[i] for i in rows]
-            if self.decoded_here:
-                found = self._generate([prompts[i] for i in rows], self._look(asked), alike[rows[0]][0])
-            else:
-                found = self._by_transformers(asked, alike[rows[0]][0])
+            seen = self.sight(asked)
+            read = [Prompt(prompts[i], images) for i, images in zip(rows, seen, strict=True)]
+            found = self._generate(read, alike[rows[0]][0])
             if self.parts:
                 self.parts.add(name, rows, found)
             advance(len(rows) * self.world.size)
@@ -162,6 +146,35 @@ class Runner:
 
         answers |= self._together(self._batches(order, alike), ask, answers)
         return [answers[i] for i in range(len(questions))]
+
+    def _tokens(self, questions: Sequence[Question]) -> list[list[int]]:
+        """Token ids of every prompt, as training has them, visual tokens included."""
+        sizes = [self.sight.sizes(question) for question in questions]
+        for question in questions:
+            places = sum(part.type == "image" for message in question.prompt for part in message.content)
+            if places != len(question.images):
+                raise Unaskable(
+                    f"question {question.id}: its prompt has {places} places for {len(question.images)} images",
+                    question.id,
+                    f"makes a prompt with {places} places for {len(question.images)} images",
+                )
+        prompts = self.tokeniser.prompts([(q.prompt, own) for q, own in zip(questions, sizes, strict=True)])
+        for question, ids, own in zip(questions, prompts, sizes, strict=True):
+            if ids.count(self.image) != sum(self.tokeniser.visual_tokens(*size) for size in own):
+                reason = "spells the model's image token, which its tokenizer of whole words takes for an image"
+                raise Unaskable(f"question {question.id} {reason}; leave it out", question.id, reason)
+        return prompts
+
+    def _order(
+        self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], alike: Sequence[Any]
+    ) -> list[int]:
+        """Numbers of the questions: those alike together, about the same images together, then by length."""
+        groups: dict[Any, list[int]] = {}
+        for i, question in enumerate(questions):
+            groups.setdefault((alike[i], tuple(question.digests) or i), []).append(i)
+        length = {i: len(prompt) for i, prompt in enumerate(prompts)}
+        ordered = sorted(groups.values(), key=lambda rows: (alike[rows[0]], max(length[i] for i in rows), rows[0]))
+        return [i for rows in ordered for i in sorted(rows, key=lambda i: (length[i], i))]
 
     def _longest(self, question: Question) -> int:
         return question.new_tokens or self.max_new_tokens
@@ -202,117 +215,35 @@ class Runner:
             digest.update(question.key.encode())
         return digest.hexdigest()[:16]
 
-    def _look(self, questions: list[Question]) -> list[list[torch.Tensor]]:
-        """Visual features [visual tokens, d] of each question's images, each image computed once while remembered."""
-        wanted = {d: (q, image) for q in questions for d, image in zip(q.digests, q.images, strict=True)}
-        new = {digest: shown for digest, shown in wanted.items() if digest not in self._features}
-        here = {digest: self._features[digest] for digest in wanted if digest in self._features}
-        if new:
-            for digest, row in zip(new, self._project(new), strict=True):
-                here[digest] = self._features[digest] = row
-                self._held += row.nbytes
-            while self._held > FEATURE_BYTES:
-                self._held -= self._features.popitem(last=False)[1].nbytes
-        return [[here[digest] for digest in question.digests] for question in questions]
-
-    def _project(self, new: Mapping[bytes, tuple[Question, bytes]]) -> Iterable[torch.Tensor]:
-        """The visual features of images not seen yet, each [visual tokens, d]."""
-        if all(digest in self.kept for digest in new):
-            features = torch.stack([self.kept[digest] for digest in new])
-            return self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
-        images = [self._open(question, image) for question, image in new.values()]
-        pixels = self.pixels(images).to(self.model.device, self.model.dtype)
-        return self.model.get_image_features(pixels).pooler_output
-
-    def _open(self, question: Question, image: bytes) -> Image.Image:
-        """The decoded image, RGB, padded where that is asked."""
-        try:
-            opened = EncodedImage.from_bytes(question.id, image).open()
-        except GraceError as error:
-            raise Unaskable(str(error), question.id, "has an image that cannot be decoded") from error
-        return pad_to_square(opened, self.processor.image_processor.image_mean) if question.pad else opened
-
-    def _generate(self, prompts: list[list[int]], features: list[list[torch.Tensor]], new_tokens: int) -> list[Answer]:
-        """Greedy decoding of one batch: left-padded, so that every row's next token is in the last column."""
-        whole = [self._spread(prompt, shown) for prompt, shown in zip(prompts, features, strict=True)]
-        width = max(map(len, whole))
-        ids = torch.full((len(prompts), width), self.pad)
-        mask = torch.zeros((len(prompts), width), dtype=torch.int64)
-        for row, sequence in enumerate(whole):
-            ids[row, width - len(sequence) :] = torch.tensor(sequence)
-            mask[row, width - len(sequence) :] = 1
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        embedded = self.decoder.get_input_embeddings()(ids)  # [rows, width, d]
-        seen = [each for shown in features for each in shown]  # in the order of their places, row by row
-        if seen:
-            embedded[(ids == self.image_id) & (mask == 1)] = torch.cat(seen).to(embedded.dtype)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.decoder.config)
-        tokens, logprob, alive, entropy = [], torch.zeros(len(prompts), device=ids.device), None, None
-        padded = bool((mask == 0).any())
-        for step in range(new_tokens):
-            hidden = self.decoder(
-                inputs_embeds=embedded,
-                attention_mask=mask if padded else None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            logp = self.head(hidden).float().log_softmax(-1)  # [rows, vocab]
-            best, chosen = logp.max(-1)
-            if step == 0:
-                alive = torch.ones_like(chosen, dtype=torch.bool)
-                entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
-            logprob += torch.where(alive, best, 0.0)
+    def _generate(self, prompts: list[Prompt], new_tokens: int) -> list[Answer]:
+        """Greedy decoding of one batch."""
+        asked = len(prompts)
+        session = self._room(asked, max(len(prompt.ids) for prompt in prompts) + new_tokens)
+        prompts = prompts + prompts[-1:] * (session.batch - asked)
+        logp = read(session, prompts).log_softmax(-1)  # [rows, vocab]
+        entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
+        tokens, logprob = [], torch.zeros_like(session.logprob)
+        alive = torch.ones_like(logprob, dtype=torch.bool)
+        every = CHECK_EVERY.get(session.device.type, 1)
+        for step, chosen in enumerate(follow(session, new_tokens)):
+            logprob += torch.where(alive, session.logprob, 0.0)
             tokens.append(torch.where(alive, chosen, self.pad))
             alive &= ~torch.isin(chosen, self.ends)
-            if not alive.any():
+            if (step + 1) % every == 0 and not alive.any():
                 break
-            embedded = self.decoder.get_input_embeddings()(tokens[-1])[:, None]
-            positions = positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        return self._answers(torch.stack(tokens, 1), logprob, entropy)
+        return self._answers(torch.stack(tokens, 1)[:asked], logprob[:asked], entropy[:asked])
 
-    def _spread(self, prompt: list[int], shown: list[torch.Tensor]) -> list[int]:
-        """Token ids with each image's place repeated for every visual token."""
-        left, spread = iter(shown), []
-        for token in prompt:
-            spread += [token] * len(next(left)) if token == self.image_id else [token]
-        return spread
-
-    def _by_transformers(self, questions: list[Question], new_tokens: int) -> list[Answer]:
-        """One batch through the processor and `generate`, left-padded."""
-        self.tokenizer.padding_side = "left"
-        bos = self.tokenizer.bos_token
-        images = [self._open(question, image) for question in questions for image in question.images]
-        inputs = self.processor(
-            text=[question.prompt for question in questions],
-            images=images or None,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and questions[0].prompt.startswith(bos)),
-        ).to(self.model.device)
-        if images:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        made = self.model.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=self.pad,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = made.sequences[:, inputs["input_ids"].shape[1] :]  # [rows, steps]
-        alive = torch.ones_like(tokens[:, 0], dtype=torch.bool)
-        logprob, entropy = torch.zeros(len(questions), device=tokens.device), None
-        for step, logits in enumerate(made.logits):  # each [rows, vocab]
-            logp = logits.float().log_softmax(-1)
-            if entropy is None:
-                entropy = -torch.special.xlogy(logp.exp(), logp.exp()).sum(-1)
-            chosen = tokens[:, step]
-            logprob += torch.where(alive, logp.gather(1, chosen[:, None])[:, 0], 0.0)
-            alive &= ~torch.isin(chosen, self.ends)
-        return self._answers(tokens, logprob, entropy)
+    def _room(self, rows: int, length: int) -> Session:
+        """A session for at least `rows` sequences of `length` tokens; on a GPU, where making one takes long, kept."""
+        if self.model.device.type != "cuda":
+            return Session(self.model, rows, length, scored=True)
+        kept = self._session
+        if kept is None or kept.batch < rows or not length <= kept.length <= 2 * length:
+            self._session = None  # its memory goes before the next takes its own
+            del kept
+            length = -(-length // SLOTS) * SLOTS
+            self._session = kept = Session(self.model, rows, length, compile=False, scored=True)
+        return kept
 
     def _answers(self, tokens: torch.Tensor, logprob: torch.Tensor, entropy: torch.Tensor) -> list[Answer]:
         texts = self.tokenizer.batch_decode(tokens.cpu(), skip_special_tokens=True)

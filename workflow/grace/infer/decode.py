@@ -28,6 +28,10 @@ class Session:
         fused: whether to take the hand-fused step; None takes it on CUDA where the decoder is known to it.
         compile: on CUDA and without the fused step, whether to compile the step before capturing it.
         cache_bits: 16 keeps keys and values in the model's dtype; 8 as int8 codes, which the fused step alone reads.
+        scored: whether each step also writes its tokens' log-probabilities.
+
+    Attributes:
+        logprob: fp32 [batch], the log-probability of the last token (nats), where `scored`.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Session:
         fused: bool | None = None,
         compile: bool = True,
         cache_bits: int = 16,
+        scored: bool = False,
     ) -> None:
         self.model, self.batch, self.length = model, batch, length
         self.decoder, self.head = decoder(model), output_head(model)
@@ -59,14 +64,17 @@ class Session:
         self.position = torch.zeros(batch, **place)
         self.slot = torch.zeros((), **place)  # where the next key and value go
         self.first = torch.zeros(batch, **place)  # the first slot that is not padding
+        self.logprob = torch.zeros(batch, device=self.device)
+        self.scored = scored
         self.filled = 0  # what `slot` says, known without asking the device
         self.graph, step = None, self._step
         if fused:
             from grace.infer import llama_step  # here, because it imports triton
 
             self._step = step = llama_step.LlamaStep(
-                self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.first
-            )
+                self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.first,
+                self.logprob if scored else None,
+            )  # fmt: skip
         elif compile and self.device.type == "cuda":
             step = torch.compile(self._step, dynamic=False)
         if self.device.type == "cuda":
@@ -136,7 +144,10 @@ class Session:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.token.copy_(self.head(hidden[:, -1]).argmax(-1, keepdim=True))
+        logits = self.head(hidden[:, -1])
+        if self.scored:
+            self.logprob.copy_(best_logprob(logits))
+        self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.add_(1)
         self.slot.add_(1)
 
@@ -216,6 +227,12 @@ def takes_fused_step(model: nn.Module) -> bool:
     from grace.infer import llama_step  # here, because it imports triton
 
     return llama_step.knows(decoder(model))
+
+
+def best_logprob(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probability (nats) of the most likely token: fp32 [batch] from logits [batch, vocab]."""
+    logits = logits.float()
+    return logits.amax(-1) - logits.logsumexp(-1)
 
 
 def _has_grid_positions(model: nn.Module) -> bool:

@@ -49,6 +49,7 @@ class LlamaStep:
         position: int64 [batch], its position in the sequence.
         slot: int64 [], its place in the cache.
         first: int64 [batch], the first slot that is not padding.
+        logprob: fp32 [batch], replaced by the next token's log-probability, where it is wanted.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class LlamaStep:
         position: torch.Tensor,
         slot: torch.Tensor,
         first: torch.Tensor,
+        logprob: torch.Tensor | None = None,
     ) -> None:
+        self.logprob = logprob
         self.layers, self.norm, self.head = list(decoder.layers), decoder.norm, head
         self.table, self.cache = embedding.weight, cache
         self.token, self.position, self.slot, self.first = token.view(-1), position, slot, first
@@ -76,7 +79,11 @@ class LlamaStep:
             hidden = self.persistent(self.token, self.position, self.slot, self.first)
         else:
             hidden = self._layer_by_layer()
-        decode_step.argmax(skinny.linear(self.head, hidden), self.token, self.position, self.slot)
+        logits = skinny.linear(self.head, hidden)
+        if self.logprob is not None:
+            best = logits.float()
+            self.logprob.copy_(best.amax(-1) - best.logsumexp(-1))
+        decode_step.argmax(logits, self.token, self.position, self.slot)
 
     def _layer_by_layer(self) -> torch.Tensor:
         """The normed output of the last layer, [batch, d]."""
