@@ -91,7 +91,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
         ({"teacher__pretrained": "x"}, "`teacher`: give either `pretrained`, or both `architecture` and `train`"),
         ({"data__source": "dmo"}, "`data.source` must be `demo`, or `files`"),
         ({"data": {"source": "files", "sources": [{"path": "a", "images": "b"}]}}, "needs student.pretrained"),
-        ({"data": {"source": "llava"}}, "`data.source` `llava` is called `files` now"),
+        ({"data": {"source": "llava"}}, "`llava` is called `files` now"),
         ({"data": {"source": "files", "sources": []}}, "`data.sources` is []"),
         ({"data": {"source": "files", "sources": [{"path": "a", "wieght": 2}]}}, "did you mean `weight`?"),
         ({"data": {"source": "files", "sources": [{"path": "a", "weight": float("inf")}]}}, "`data.sources[0].weight`"),

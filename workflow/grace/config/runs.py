@@ -21,6 +21,7 @@ from grace.config.schema import (
     Quantization,
     Section,
 )
+from grace.config.sections import PostTraining
 
 
 class DataRun(Section):
@@ -55,7 +56,7 @@ class QuantizeRun(Section):
     """`grace quantize`: rounding without training."""
 
     family: str
-    post_training: Literal["rtn", "awq", "gptq"]
+    post_training: PostTraining
     scale: Literal["maxabs", "format", "best"] = "maxabs"
     bits: int
     quantization: Quantization

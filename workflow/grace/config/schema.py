@@ -25,6 +25,7 @@ from grace.config.sections import (
     Name,
     Optimisation,
     OptimisationChanges,
+    PostTraining,
     PrecisionName,
     Quantization,
     Resources,
@@ -45,7 +46,7 @@ FamilyName = Literal[*FAMILIES]  # pyright: ignore[reportInvalidTypeForm]
 class Recipe(Section):
     """What a student is trained with, or how it is rounded without training."""
 
-    post_training: Literal["rtn", "awq", "gptq"] | None = Field(None, description="round without training; null: train")
+    post_training: PostTraining | None = Field(None, description="round without training; null: train")
     scale: Literal["maxabs", "format", "best"] = Field(
         default="maxabs",
         description="of `rtn`: max|w| / Qp, max|w| / half the code range (compressed-tensors' own), or the best of 20",

@@ -27,6 +27,7 @@ DEMO_BENCHMARKS = (
 )  # fmt: skip
 """What the demo's data can be asked; all are made, so that adding one to `evaluation.benchmarks` trains nothing again."""
 
+PostTraining = Literal["rtn", "awq", "gptq"]  # roundings without training, by the names of their modules in grace.quant
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
