@@ -140,7 +140,7 @@ def test_models_seeds_and_benchmarks_of_one_side(results_folder, version):
     assert found.only == {
         "models only in A": ["kd int4 seed 0", "kd int4 seed 1"],
         "models only in B": ["fresh bf16 seed 0", "fresh bf16 seed 1"],
-        "benchmarks only in A": ["pairs"],
+        "benchmarks only in A": ["pairs of qat int4 seed 0, qat int4 seed 1"],
     }
 
 
