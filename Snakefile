@@ -49,7 +49,9 @@ if workflow.is_main_process:
 
 
 # What is not in place is said before the first job, all of it at once; a dry run says it too, and shows its plan.
-lacking = missing(plan.experiment, Path(plan.folder)) if workflow.is_main_process else []
+lacking = (
+    missing(plan.experiment, Path(plan.folder)) if workflow.is_main_process else []
+)
 for problem in lacking:
     print(f"not ready: {problem.sentence}", file=sys.stderr)
 
@@ -66,7 +68,6 @@ onstart:
         )
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
-
         from grace.cluster.again import again
         from grace.cluster.slurm import check_arrays, check_submission
 
@@ -87,7 +88,10 @@ onstart:
             raise WorkflowError(str(error)) from None
         kinds = {job.rule.name: job.resources.get("kind") for job in waiting}
         plan.again = lambda asked, attempt, kind, wildcards: again(
-            asked, attempt, [name for name in kinds if kinds[name] == kind], wildcards
+            asked,
+            attempt,
+            [name for name in kinds if kinds[name] == kind],
+            wildcards,
         )
 
 
