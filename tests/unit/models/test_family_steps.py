@@ -64,7 +64,7 @@ def test_the_cache_holds_a_gram_matrix_an_image_and_no_padded_row(home):
 
 
 def training(home, family, name, **change):
-    optimisation = Optimisation(steps=2, batch=3, micro_batch=1, learning_rate=1e-3, checkpoint_every=50)
+    optimisation = Optimisation(epochs=2, batch=3, micro_batch=1, learning_rate=1e-3, checkpoint_every=50)
     values = dict(family=family, compute_dtype="float32", seed=0, optimisation=optimisation, method=Method(), bits=4)
     write_json(home / f"{name}.json", TrainRun(**{**values, "quantization": WEIGHTS, **change}).model_dump())
     train(

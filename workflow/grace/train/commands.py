@@ -18,7 +18,7 @@ from grace.quant.checkpoint import name_as_published
 from grace.quant.opening import write_opening
 from grace.teacher.forward import check_examples, check_sight
 from grace.train.checkpoint import finish, finished, publish
-from grace.train.loop import Trainer, run_identity
+from grace.train.loop import Trainer, counted, run_identity
 from grace.train.objective import Objective
 from grace.world import World
 
@@ -123,12 +123,14 @@ def _train(
     model = _starting_model(parameters, processor, data, init, world)
     _check_weights(model, init)
     size = vocabulary(processor)
+    examples = load_prepared(data, vision_tower(model))
+    asked = sum(not example.caption for example in examples)
+    parameters = parameters.model_copy(update={"optimisation": counted(parameters.optimisation, asked)})
     objective = Objective(model, parameters, size)
     if cache is not None:
         from grace.train.distillation import Distillation, open_cache
 
         objective = Distillation(model, parameters, size, open_cache(cache, parameters, data, teacher))
-    examples = load_prepared(data, vision_tower(model))
     check_examples(examples, model, size)
     check_sight(model, processor, examples)
     objective.check(examples)

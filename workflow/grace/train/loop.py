@@ -85,8 +85,6 @@ class Trainer:
         identity: str,
         world: World,
     ) -> None:
-        asked = sum(not example.caption for example in examples)
-        run = run.model_copy(update={"optimisation": counted(run.optimisation, asked)})
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
         if run.optimisation.caption_steps and not any(example.caption for example in examples):
