@@ -11,7 +11,7 @@ from grace.data.batches import collate_prompts
 from grace.data.examples import Tokeniser
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
-from grace.evaluate.runner import Question, Runner, turns
+from grace.evaluate.runner import Question, Runner, Unaskable, turns
 from grace.models import load_model, load_processor
 
 
@@ -177,3 +177,18 @@ def test_a_text_that_spells_control_tokens_stays_text(family):
     (ids,) = runner._tokens([spelt])
     assert ids.count(processor.image_token_id) == runner.tokeniser.visual_tokens(90, 90)
     assert runner.answer([spelt])
+
+
+def test_workers_prepare_images_ahead_and_change_no_answer(family):
+    model, processor = family
+    asked = mixed()
+    plain, helped = (Runner(model, processor, batch=3, max_new_tokens=3) for _ in range(2))
+    helped.sight.workers = 2
+    helped.sight._look = None  # nothing is left to be looked at here
+    assert helped.answer(asked) == plain.answer(asked)
+    fresh = Runner(model, processor, batch=3, max_new_tokens=3)
+    fresh.sight.workers = 2
+    whole = png(90, 90, 5)
+    with pytest.raises(Unaskable, match="broken"):
+        fresh.answer([*asked, Question("broken", ask("what"), (whole[: len(whole) // 2],))])
+    assert fresh.answer(asked) == plain.answer(asked)

@@ -144,7 +144,10 @@ class Runner:
             advance(len(rows) * self.world.size)
             return found
 
-        answers |= self._together(self._batches(order, alike), ask, answers)
+        def before(batches: list[list[int]]) -> None:
+            self.sight.ahead([[questions[i] for i in rows] for rows in batches])
+
+        answers |= self._together(self._batches(order, alike), ask, answers, before)
         return [answers[i] for i in range(len(questions))]
 
     def _tokens(self, questions: Sequence[Question]) -> list[list[int]]:
@@ -189,12 +192,21 @@ class Runner:
         return batches
 
     def _together(
-        self, batches: list[list[int]], work: Callable[[list[int]], list], done: Mapping[int, Any]
+        self,
+        batches: list[list[int]],
+        work: Callable[[list[int]], list],
+        done: Mapping[int, Any],
+        before: Callable[[list[list[int]]], None] = lambda batches: None,
     ) -> dict[int, Any]:
-        """What `work` makes of each batch, by number; batches that are done are left out, others shared."""
+        """What `work` makes of each batch, by number; batches that are done are left out, others shared.
+
+        `before` is told what this process will work at.
+        """
         mine, failed = {}, None
         try:
-            for rows in self.world.dealt([rows for rows in batches if any(i not in done for i in rows)]):
+            dealt = list(self.world.dealt([rows for rows in batches if any(i not in done for i in rows)]))
+            before(dealt)
+            for rows in dealt:
                 mine |= dict(zip(rows, work(rows), strict=True))
         except Exception as error:  # raised in every process, or the others would wait for this one
             if self.world.size > 1 and not isinstance(error, GraceError):  # others' kinds may not travel

@@ -1,11 +1,13 @@
 """The images of questions as the decoder takes them: each opened and sent through the vision tower once."""
 
+import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
@@ -16,6 +18,7 @@ from grace.models.families import family_of
 if TYPE_CHECKING:
     from grace.evaluate.runner import Question
 
+MOST_WORKERS = 8  # each decodes some hundred images a second
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
 
 
@@ -30,19 +33,29 @@ class Unaskable(GraceError):
         return Unaskable, (str(self), self.question, self.reason)  # it travels between processes
 
 
+Prepared = tuple[tuple[bytes, ...], dict[str, torch.Tensor] | Unaskable]
+
+
 class Sight:
     """What a model's vision side makes of images.
 
     Args:
         kept: what the frozen tower makes of images, bf16 [n, d] by SHA-256, where that was kept.
+        workers: processes that decode and preprocess images ahead of the model; None: by the machine.
     """
 
-    def __init__(self, model: Any, processor: Any, kept: Mapping[bytes, torch.Tensor]) -> None:
+    def __init__(
+        self, model: Any, processor: Any, kept: Mapping[bytes, torch.Tensor], workers: int | None = None
+    ) -> None:
         self.model, self.kept = model, kept
+        if workers is None:  # on a CPU the model itself wants every core
+            workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) - 1) if model.device.type == "cuda" else 0
+        self.workers = workers
         self.family, self.pixels = family_of(processor), Pixels(processor.image_processor)
         self.mean = processor.image_processor.image_mean
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
         self._held = 0
+        self._prepared: Iterator[Prepared] = iter(())
 
     def sizes(self, question: "Question") -> list[tuple[int, int]]:
         """Height and width of each image as the model is shown it, from the headers alone."""
@@ -63,13 +76,41 @@ class Sight:
             found.append((height, width))
         return found
 
+    def ahead(self, batches: Sequence[Sequence["Question"]]) -> None:
+        """Let the workers prepare the images of these batches, which are asked next and in this order."""
+        self._prepared = iter(())
+        if not self.workers or self.kept:
+            return
+        known, wanted = set(self._seen), []
+        for questions in batches:
+            new = {d: (q, i) for q in questions for d, i in zip(q.digests, q.images, strict=True) if d not in known}
+            known |= new.keys()
+            wanted.append(new)
+        if any(wanted):
+            loader = DataLoader(
+                _Images(self, wanted),  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=min(self.workers, len(wanted)),
+                prefetch_factor=1,
+                multiprocessing_context="fork",  # the workers see the images that are here; the model they leave alone
+            )
+            self._prepared = iter(loader)
+
     def __call__(self, questions: Sequence["Question"]) -> list[list[Seen]]:
         """What is seen of each question's images, each image looked at once while it is remembered."""
         wanted = {d: (q, image) for q in questions for d, image in zip(q.digests, q.images, strict=True)}
         here = {digest: self._seen[digest] for digest in wanted if digest in self._seen}
-        new = {digest: shown for digest, shown in wanted.items() if digest not in here}
+        found: dict[bytes, Seen] = {}
+        digests, pixels = next(self._prepared, ((), {}))
+        if isinstance(pixels, Unaskable):
+            raise pixels
+        if digests:
+            found = dict(zip(digests, see(self.model, pixels), strict=True))
+        new = {digest: shown for digest, shown in wanted.items() if digest not in here and digest not in found}
         if new:
-            for digest, seen in zip(new, self._look(new), strict=True):
+            found |= dict(zip(new, self._look(new), strict=True))
+        if found:
+            for digest, seen in found.items():
                 here[digest] = self._seen[digest] = seen
                 self._held += seen.nbytes
             while self._held > FEATURE_BYTES:
@@ -82,7 +123,11 @@ class Sight:
             features = torch.stack([self.kept[digest] for digest in new])
             projected = self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
             return [Seen(each) for each in projected]
-        return see(self.model, self.pixels([self._open(question, image) for question, image in new.values()]))
+        return see(self.model, self.prepare(new))
+
+    def prepare(self, new: Mapping[bytes, tuple["Question", bytes]]) -> dict[str, torch.Tensor]:
+        """What the vision side takes of images: decoded, padded where that is asked, resized."""
+        return self.pixels([self._open(question, image) for question, image in new.values()])
 
     def _open(self, question: "Question", image: bytes) -> Image.Image:
         """The decoded image, RGB, padded where that is asked."""
@@ -91,3 +136,20 @@ class Sight:
         except GraceError as error:
             raise Unaskable(str(error), question.id, "has an image that cannot be decoded") from error
         return pad_to_square(opened, self.mean) if question.pad else opened
+
+
+class _Images:
+    """What the workers make: by number of a batch, the digests of its new images and what the model takes of them."""
+
+    def __init__(self, sight: Sight, wanted: Sequence[Mapping[bytes, tuple["Question", bytes]]]) -> None:
+        self.sight, self.wanted = sight, wanted
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitem__(self, number: int) -> Prepared:
+        new = self.wanted[number]
+        try:
+            return tuple(new), self.sight.prepare(new) if new else {}
+        except Unaskable as error:  # an exception of several arguments does not travel between processes
+            return (), error
