@@ -10,7 +10,7 @@ TORCH_CPU = Backend(
     name="torch int4 (CPU)",
     serves=lambda n, k, group, dtype: cpu.serves(n, k, group, dtype),
     prepare=lambda codes, scales, dtype: (cpu.pack(codes), cpu.scales_and_zeros(scales), group_of(codes, scales)),
-    product=lambda x, prepared: cpu.product(x, *prepared),
+    product=lambda x, prepared: cpu.product(x, prepared[0], prepared[1], prepared[2]),
 )
 DEQUANTISE = Backend(
     name="dequantise, then dense",

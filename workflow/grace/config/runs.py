@@ -29,7 +29,7 @@ class DataRun(Section):
 
     data: DemoData | FilesData
     benchmarks: list[str]
-    family: str | None = Field(None, description="of the models that data of your own is read for")
+    family: str | None = Field(default=None, description="of the models that data of your own is read for")
 
 
 class TrainRun(Section):
@@ -38,7 +38,7 @@ class TrainRun(Section):
     family: str
     compute_dtype: Literal["float32", "bfloat16"]
     architecture: Architecture | None = Field(
-        None, description="make the model from scratch in this shape; null: start from --init"
+        default=None, description="make the model from scratch in this shape; null: start from --init"
     )
     seed: int
     optimisation: Optimisation
@@ -47,9 +47,11 @@ class TrainRun(Section):
     rcka: bool = False
     controller: bool = False
     method: Method = Method()
-    bits: int | None = Field(None, description="width of the decoder's weights; null: bf16")
+    bits: int | None = Field(default=None, description="width of the decoder's weights; null: bf16")
     quantization: Quantization = Quantization()
-    outliers: bool = Field(False, description="apply the function-preserving outlier transform to the starting weights")
+    outliers: bool = Field(
+        default=False, description="apply the function-preserving outlier transform to the starting weights"
+    )
 
 
 class QuantizeRun(Section):
@@ -110,6 +112,8 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
         )
     chosen = config.recipes[recipe]
     if chosen.post_training:
+        if bits is None:
+            raise ValueError("a recipe that rounds has no bf16 student")
         return QuantizeRun(
             family=config.family,
             post_training=chosen.post_training,

@@ -143,7 +143,7 @@ def predict(
         try:
             task = type("Task", (LocalTask,), {"rows": rows})(config=config, model_name="grace")
             model.task_dict = {name: task.dataset}
-            results = evaluate(
+            results: Any = evaluate(
                 model, {name: task}, limit=limit, bootstrap_iters=0, cli_args=about, process_docs_parallel=1
             )
         except KeyError as error:

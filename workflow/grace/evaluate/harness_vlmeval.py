@@ -9,6 +9,9 @@ No LLM judges: `exact_matching`, with which an answer that cannot be read is wro
 `vlmevalkit` of this package reads and scores them, and every score is held against VLMEvalKit's own.
 """
 
+# VLMEvalKit is a checkout that is found at run time.
+# pyright: reportMissingImports=false
+
 import base64
 import os
 import ssl

@@ -58,7 +58,7 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def use_packed_attention(model: nn.Module) -> None:
+def use_packed_attention(model: Any) -> None:
     """Let the decoder of a vision-language model attend within the sequences of packed rows; its tower stays as it is."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -244,7 +244,7 @@ def _rendered(tokenizer: Any, template: str, shape: Shape, prompt: bool) -> tupl
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=prompt,
-                **names,
+                **cast(Any, names),  # typed as the function's other arguments
             )
     except GraceError:
         raise

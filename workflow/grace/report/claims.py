@@ -71,7 +71,7 @@ def claims_of(results: Results) -> list[Claim]:
         return precision.upper().replace("-OUTLIERS", " under outliers")
 
     bf16, plain = at.get((GRACE, "bf16")), at.get(("none", "bf16"))
-    wanted = [(GROUND, "The teacher is above the bf16 student", TEACHER, BASELINE, 1, ("1", "3"))]
+    wanted: list[tuple] = [(GROUND, "The teacher is above the bf16 student", TEACHER, BASELINE, 1, ("1", "3"))]
     wanted += [(GROUND, f"Rounding hurts at {name(p)}", at.get(("rtn", p)), BASELINE, -1, ("12",)) for p in quantised]
     wanted += [
         (GROUND, f"QAT recovers what rounding loses at {name(p)}", at.get(("none", p)), at.get(("rtn", p)), 1, ("2",))
