@@ -10,13 +10,13 @@ TORCH_CPU = Backend(
     name="torch int4 (CPU)",
     serves=lambda n, k, group, dtype: cpu.serves(n, k, group, dtype),
     prepare=lambda codes, scales, dtype: (cpu.pack(codes), cpu.scales_and_zeros(scales), group_of(codes, scales)),
-    product=lambda x, prepared: cpu.product(x, prepared[0], prepared[1], prepared[2]),
+    product=lambda x, prepared: cpu.product(x, *prepared),
 )
 DEQUANTISE = Backend(
     name="dequantise, then dense",
     serves=lambda n, k, group, dtype: k % group == 0,
     prepare=lambda codes, scales, dtype: (codes, scales),
-    product=lambda x, prepared: torch.nn.functional.linear(x, dequantise(*prepared, x.dtype)),
+    product=lambda x, prepared: torch.nn.functional.linear(x, dequantise(prepared[0], prepared[1], x.dtype)),
 )
 
 

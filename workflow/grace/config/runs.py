@@ -103,6 +103,7 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
     if recipe == "baseline":
         if config.student.pretrained is not None:
             raise ValueError("a pretrained baseline is fetched, not trained")
+        assert config.student.train is not None, "a model without `pretrained` has `train`"
         return TrainRun(
             family=config.family,
             compute_dtype=config.compute_dtype,
@@ -143,6 +144,8 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
 
 def teacher_run(config: Experiment) -> TrainRun:
     """The frozen parameters of a teacher that is trained here."""
+    if config.teacher.train is None:
+        raise ValueError("a pretrained teacher is fetched, not trained")
     return TrainRun(
         family=config.family,
         compute_dtype=config.compute_dtype,

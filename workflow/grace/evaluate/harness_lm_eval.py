@@ -160,7 +160,7 @@ class RunnerLM(TemplateLM):
         self.said[text] = turns(said)
         return text
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of `requests`, each about one image, cut at the task's stop strings."""
         questions = []
         for request in requests:

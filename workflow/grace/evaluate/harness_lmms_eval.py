@@ -159,7 +159,9 @@ def predict(
             extracted, score = judged(spec, item, answer.text)
             metric = next(metric for metric in aggregations if metric in sample)
             theirs = _score(sample[metric], aggregations[metric])
-            if abs(theirs - score) > 1e-9 and extracted:  # where nothing can be read, lmms-eval may guess
+            if (
+                score is not None and abs(theirs - score) > 1e-9 and extracted
+            ):  # where nothing can be read, lmms-eval may guess
                 raise GraceError(
                     f"{path}: row {item.id}: lmms-eval scores {answer.text!r} {theirs:g}, the protocol here {score:g}; "
                     "report it, with the version of lmms-eval"

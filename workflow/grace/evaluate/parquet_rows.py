@@ -77,8 +77,8 @@ class ParquetRows:
             )
             self._held, self._start, self._next = None, 0, 0
         while self._held is None or row >= self._next:
-            self._held = next(self._batches)
-            self._start, self._next = self._next, self._next + self._held.num_rows
+            held = self._held = next(self._batches)
+            self._start, self._next = self._next, self._next + held.num_rows
         return self._held.slice(row - self._start, 1).to_pylist()[0]
 
 

@@ -239,12 +239,12 @@ def _rendered(tokenizer: Any, template: str, shape: Shape, prompt: bool) -> tupl
         with within(
             SECONDS, f"the chat template takes more than {SECONDS:.0f} s; use the template of the model's family"
         ):
-            texts, spans = render_jinja_template(
+            texts, spans = cast(Any, render_jinja_template)(  # its types have no template's own names
                 [messages],
                 chat_template=template,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=prompt,
-                **cast(Any, names),  # typed as the function's other arguments
+                **names,
             )
     except GraceError:
         raise

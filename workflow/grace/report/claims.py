@@ -134,8 +134,8 @@ def measured(results: Results) -> list[Measured]:
     ours = [(row, record) for row, record in rows if row.precision == "int4" and record["cache"] == 16]
     if ours:
         _, record = max(ours, key=lambda each: (row_role(results.experiment, each[0]) == GRACE, each[1]["batch"]))
-        dense = dense_beside(rows, record)
-        for text, what, key, paper in _SAVINGS if dense is not None else ():
+        dense = dense_beside(rows, record) or {}
+        for text, what, key, paper in _SAVINGS if dense else ():
             value = record[key] / dense[key]
             reached = value >= paper if paper > 1 else value <= paper
             on = f"{value:.2f} on {record['device']}, batch {int(record['batch'])}"
