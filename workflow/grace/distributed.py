@@ -5,6 +5,8 @@ directly, so they stay whole on every process and their gradients are summed by 
 by the global batch's count, so gradients are summed, never averaged.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,7 +26,7 @@ def join_world() -> World:
         torch.cuda.set_device(world.device)
         # a run that is killed and started again ends with the same bits: no sums in the order of arrival
         torch.use_deterministic_algorithms(True)  # only warned, flash attention would stay as it is
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False  # a property that its stub lacks
     if world.size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
     return world

@@ -16,7 +16,7 @@ DEQUANTISE = Backend(
     name="dequantise, then dense",
     serves=lambda n, k, group, dtype: k % group == 0,
     prepare=lambda codes, scales, dtype: (codes, scales),
-    product=lambda x, prepared: torch.nn.functional.linear(x, dequantise(*prepared, x.dtype)),
+    product=lambda x, prepared: torch.nn.functional.linear(x, dequantise(prepared[0], prepared[1], x.dtype)),
 )
 
 

@@ -4,6 +4,9 @@ gemlite, humming-kernels and bitsandbytes are used where they are installed; eac
 in its own layout. bitsandbytes multiplies another 4-bit format (NF4), so it is compared with its own weights.
 """
 
+# The packages of an extra need not be here.
+# pyright: reportMissingImports=false
+
 import importlib.util
 import json
 import sys

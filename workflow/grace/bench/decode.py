@@ -79,7 +79,7 @@ class _Run:
 
     def prepare(self, image: Image.Image, batch: int, new_tokens: int) -> None:
         """Make the session of one batch size, warm it up, and account for its memory."""
-        self.session = None  # frees the last batch size's cache first
+        self.session: Session | None = None  # frees the last batch size's cache first
         self.prefill, self.step = [], []
         self.inputs = build_prompts(self.model.processor, [(image, QUESTION)] * batch)
         length = self.inputs["input_ids"].shape[1] + new_tokens
@@ -94,11 +94,13 @@ class _Run:
     @torch.inference_mode()
     def measure(self, new_tokens: int) -> None:
         """One prefill and `new_tokens` - 1 steps."""
+        session = self.session
+        assert session is not None, "prepare makes the session"
         start = self._now()
-        self.session.prefill(self.inputs)
+        session.prefill(self.inputs)
         first = self._now()
         for _ in range(new_tokens - 1):
-            self.session.step()
+            session.step()
         self.prefill.append(first - start)
         self.step.append((self._now() - first) / max(new_tokens - 1, 1))
 
@@ -130,4 +132,5 @@ def model_name(folder: Path) -> str:
     if "students" in parts:
         after = parts[len(parts) - parts[::-1].index("students") :]
         return "/".join(after[:-1]) or after[-1]
-    return parts[-2] if parts[-1] in ("model", "packed") and len(parts) > 1 else parts[-1]
+    last = parts[-1]
+    return parts[-2] if last in ("model", "packed") and len(parts) > 1 else last

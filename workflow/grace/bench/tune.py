@@ -13,6 +13,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,7 +125,8 @@ def _kernel(tile: Tile, shape: Shape, rows: int) -> tuple:
 
 
 def _compile(job: tuple) -> None:
-    (out, inputs), rows, group, dtype, tile, with_bias, ptx = (*job, False, True)[:7]
+    whole: tuple[Any, ...] = (*job, False, True)
+    (out, inputs), rows, group, dtype, tile, with_bias, ptx = whole[:7]
     zeros = partial(torch.zeros, dtype=dtype, device="cuda")
     packed = pack(torch.zeros(out, inputs, dtype=torch.int8, device="cuda"), zeros(out, inputs // group))
     try:

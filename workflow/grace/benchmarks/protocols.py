@@ -9,6 +9,7 @@ Prompts are Jinja templates over `question`, `hint`, `options` (pairs of letter 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grace.benchmarks.registry import BENCHMARKS, Benchmark, benchmark
 from grace.errors import GraceError
@@ -361,7 +362,7 @@ def chosen(protocol: str | list[str] | Mapping[str, str | list[str]] | None, har
     return names
 
 
-def unknown(protocol: object) -> list[str]:
+def unknown(protocol: str | list[str] | Mapping[str, Any] | None) -> list[str]:
     """Names of protocols or benchmarks in a config that there are none of."""
     if protocol is None:
         return []

@@ -12,6 +12,7 @@ tasks themselves pin none.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from grace.errors import GraceError
 
@@ -67,7 +68,12 @@ class Benchmark:
     extraction: str = ""
 
 
-def _harnesses(lmms: str, kit: str, lmms_data: str, kit_md5: str) -> dict[str, Mapping[str, str]]:
+class _Harnesses(TypedDict):
+    tasks: Mapping[str, str]
+    revision: Mapping[str, str]
+
+
+def _harnesses(lmms: str, kit: str, lmms_data: str, kit_md5: str) -> _Harnesses:
     """Task ids and revisions of both harnesses; an empty one is left out."""
     tasks = {LMMS_EVAL: lmms, VLMEVAL: kit}
     copies = {LMMS_EVAL: lmms_data, VLMEVAL: f"md5 {kit_md5}" if kit_md5 else ""}

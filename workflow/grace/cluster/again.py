@@ -27,7 +27,8 @@ def limits() -> dict[str | None, Limits]:
         runtime, mem_mb = _minutes(time), int(memory.rstrip("+")) if memory.rstrip("+").isdigit() else None
         for key in [name.rstrip("*"), *([None] if name.endswith("*") else [])]:
             before = found.get(key)
-            largest = mem_mb if before is None or None in (mem_mb, before.mem_mb) else max(mem_mb, before.mem_mb)
+            others = before.mem_mb if before is not None else None
+            largest = mem_mb if mem_mb is None or others is None else max(mem_mb, others)
             found[key] = Limits(runtime, largest)
     return found
 

@@ -26,7 +26,10 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
     code, said = _asked("scontrol", "show", "config")
     if code:
         raise GraceError(f"scontrol: Slurm does not answer ({said}); see `scontrol ping`, then try again")
-    settings = dict(map(str.strip, line.split("=", 1)) for line in said.splitlines() if "=" in line)
+    settings = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition("=") for line in said.splitlines() if "=" in line)
+    }
     storage = settings.get("AccountingStorageType", "")
     if status_command == "sacct" and storage in ("", "(null)", "accounting_storage/none"):
         raise GraceError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from grace.config.schema import Experiment
 from grace.config.yaml_file import read_yaml
@@ -60,7 +61,7 @@ def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {**one, **both}
 
 
-def _sentence(problem: dict[str, Any]) -> str:
+def _sentence(problem: ErrorDetails) -> str:
     """One pydantic problem as a sentence with its fix."""
     kind, said, value = problem["type"], problem["msg"], problem["input"]
     path, annotation, about = _walk(problem["loc"])

@@ -22,7 +22,7 @@ from grace.config.runs import (
     teacher_run,
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
-from grace.config.sections import DEMO_BENCHMARKS, Section
+from grace.config.sections import DEMO_BENCHMARKS, Job, Section
 from grace.files import read_json
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
@@ -161,7 +161,8 @@ class Plan:
         """What a student starts from: another recipe's bf16 student, the baseline of its seed, or the one that was fetched."""
         start = self.experiment.recipes[wildcards.recipe].start
         if start:
-            return f"{self.student(*start.split('/'), wildcards.seed)}/model/manifest.json"
+            recipe, precision = start.split("/")
+            return f"{self.student(recipe, precision, wildcards.seed)}/model/manifest.json"
         fetched = self.experiment.student.pretrained is not None
         seed = self.experiment.baseline_seeds[0] if fetched else wildcards.seed
         return f"{self.student('baseline', 'bf16', seed)}/model/manifest.json"
@@ -272,11 +273,11 @@ class Plan:
 
     # What a job may use.
 
-    def threads(self, job: str) -> int:
+    def threads(self, job: Job) -> int:
         """Processor cores of one such job."""
         return self._asked(job).cpus
 
-    def resources(self, job: str) -> dict[str, Any]:
+    def resources(self, job: Job) -> dict[str, Any]:
         """Kind, memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
 
         What a job that is sent again (`retries` in the Slurm profile) asks for, `again` says.
@@ -308,7 +309,7 @@ class Plan:
         """What the `attempt`-th try of such a job asks for; on a cluster the Snakefile puts one here that asks it."""
         return asked.model_copy(update={"mem_mb": attempt * asked.mem_mb, "runtime": attempt * asked.runtime})
 
-    def _asked(self, job: str) -> Resources:
+    def _asked(self, job: Job) -> Resources:
         return self.experiment.resources.get(job, Resources())
 
 

@@ -120,7 +120,9 @@ def _columns(path: Path, asked: Spec, limit: int | None) -> Iterator[str]:
         except (OSError, pa.ArrowException) as error:
             yield f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); copy the data set again"
             return
-    wanted = {"question": ("question",)} | ({} if asked.hidden else {"answer": ANSWERS})
+    wanted: dict[str, tuple[str, ...]] = {"question": ("question",)}
+    if not asked.hidden:
+        wanted["answer"] = ANSWERS
     if asked.rows == "with_image":
         wanted["image"] = IMAGES
     for about, names in wanted.items():

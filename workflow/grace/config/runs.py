@@ -29,7 +29,7 @@ class DataRun(Section):
 
     data: DemoData | FilesData
     benchmarks: list[str]
-    family: str | None = Field(None, description="of the models that data of your own is read for")
+    family: str | None = Field(default=None, description="of the models that data of your own is read for")
 
 
 class TrainRun(Section):
@@ -38,7 +38,7 @@ class TrainRun(Section):
     family: str
     compute_dtype: Literal["float32", "bfloat16"]
     architecture: Architecture | None = Field(
-        None, description="make the model from scratch in this shape; null: start from --init"
+        default=None, description="make the model from scratch in this shape; null: start from --init"
     )
     seed: int
     optimisation: Optimisation
@@ -47,9 +47,11 @@ class TrainRun(Section):
     rcka: bool = False
     controller: bool = False
     method: Method = Method()
-    bits: int | None = Field(None, description="width of the decoder's weights; null: bf16")
+    bits: int | None = Field(default=None, description="width of the decoder's weights; null: bf16")
     quantization: Quantization = Quantization()
-    outliers: bool = Field(False, description="apply the function-preserving outlier transform to the starting weights")
+    outliers: bool = Field(
+        default=False, description="apply the function-preserving outlier transform to the starting weights"
+    )
 
 
 class QuantizeRun(Section):
@@ -101,6 +103,7 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
     if recipe == "baseline":
         if config.student.pretrained is not None:
             raise ValueError("a pretrained baseline is fetched, not trained")
+        assert config.student.train is not None, "a model without `pretrained` has `train`"
         return TrainRun(
             family=config.family,
             compute_dtype=config.compute_dtype,
@@ -110,6 +113,8 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
         )
     chosen = config.recipes[recipe]
     if chosen.post_training:
+        if bits is None:
+            raise ValueError("a recipe that rounds has no bf16 student")
         return QuantizeRun(
             family=config.family,
             post_training=chosen.post_training,
@@ -139,6 +144,8 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
 
 def teacher_run(config: Experiment) -> TrainRun:
     """The frozen parameters of a teacher that is trained here."""
+    if config.teacher.train is None:
+        raise ValueError("a pretrained teacher is fetched, not trained")
     return TrainRun(
         family=config.family,
         compute_dtype=config.compute_dtype,

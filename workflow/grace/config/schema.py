@@ -3,7 +3,7 @@
 No torch and no transformers in here: Snakemake imports it for every dry run.
 """
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -40,13 +40,16 @@ __all__ = [
     "Optimisation", "Quantization", "Recipe", "Resources", "Runs", "Section",
 ]  # fmt: skip
 
-FamilyName = Literal[*FAMILIES]  # pyright: ignore[reportInvalidTypeForm]
+if TYPE_CHECKING:
+    FamilyName = str  # a type checker knows no literal that is computed
+else:
+    FamilyName = Literal[*FAMILIES]
 
 
 class Recipe(Section):
     """What a student is trained with, or how it is rounded without training."""
 
-    post_training: PostTraining | None = Field(None, description="round without training; null: train")
+    post_training: PostTraining | None = Field(default=None, description="round without training; null: train")
     scale: Literal["maxabs", "format", "best"] = Field(
         default="maxabs",
         description="of `rtn`: max|w| / Qp, max|w| / half the code range (compressed-tensors' own), or the best of 20",
@@ -58,17 +61,19 @@ class Recipe(Section):
     constants: dict[str, float] = Field(
         default_factory=dict, description="constants of the distillation objective's own, by the names in its file"
     )
-    rcka: bool = Field(False, description="align the visual tokens by relational CKA")
-    controller: bool = Field(False, description="let the information-bottleneck controller set beta")
+    rcka: bool = Field(default=False, description="align the visual tokens by relational CKA")
+    controller: bool = Field(default=False, description="let the information-bottleneck controller set beta")
     start: str | None = Field(
         default=None,
         description="trained recipe whose bf16 student of the same seed this one starts from, as in grace/bf16; null: the "
         "baseline",
         pattern=r"^[^/]+/bf16$",
     )
-    label: str | None = Field(None, description="name in tables; null: the recipe's own name")
-    method: MethodChanges = Field(MethodChanges(), description="constants of `method` that this recipe changes")
-    train: OptimisationChanges = Field(OptimisationChanges(), description="keys of `finetune` that this recipe changes")
+    label: str | None = Field(default=None, description="name in tables; null: the recipe's own name")
+    method: MethodChanges = Field(default=MethodChanges(), description="constants of `method` that this recipe changes")
+    train: OptimisationChanges = Field(
+        default=OptimisationChanges(), description="keys of `finetune` that this recipe changes"
+    )
 
     @field_validator("kd")
     @classmethod
@@ -129,17 +134,19 @@ class Experiment(Section):
     """One experiment, from images to tables."""
 
     experiment: Name = Field(description="name of the experiment and of its folder under results/")
-    family: FamilyName = Field("llava", description="model family of teacher and student")
+    family: FamilyName = Field(default="llava", description="model family of teacher and student")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16",
+        default="bfloat16",
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
     )
     data: Annotated[DemoData | FilesData, Field(discriminator="source", description="images and conversations")]
     teacher: Model = Field(description="the large model that is learned from")
     student: Model = Field(description="the small model: its bf16 baseline is where every recipe starts")
-    cache: Cache = Field(Cache(), description="what is kept of the teacher, so that it never runs inside training")
-    method: Method = Field(Method(), description="GRACE's own constants, under the paper's names")
-    quantization: Quantization = Field(Quantization(), description="how decoder weights become integers")
+    cache: Cache = Field(
+        default=Cache(), description="what is kept of the teacher, so that it never runs inside training"
+    )
+    method: Method = Field(default=Method(), description="GRACE's own constants, under the paper's names")
+    quantization: Quantization = Field(default=Quantization(), description="how decoder weights become integers")
     finetune: Optimisation = Field(description="training of every student recipe, starting from the baseline")
     recipes: dict[Name, Recipe] = Field(
         default_factory=lambda: dict(STANDARD),
@@ -148,10 +155,12 @@ class Experiment(Section):
     )
     runs: list[Runs] = Field(min_length=1, description="the students that the tables are made of")
     baseline_seeds: list[Seed] = Field(
-        [0], min_length=1, description="seeds of the baseline; a run's seed starts from the baseline of that seed"
+        default=[0],
+        min_length=1,
+        description="seeds of the baseline; a run's seed starts from the baseline of that seed",
     )
     evaluation: Evaluation = Field(description="which questions are asked, and how")
-    bench: Bench = Field(Bench(), description="the kernel and decoding benchmarks")
+    bench: Bench = Field(default=Bench(), description="the kernel and decoding benchmarks")
     resources: dict[Job, Resources] = Field(
         default_factory=dict, description="per kind of job: what it asks of the machine or the cluster"
     )

@@ -41,30 +41,35 @@ class Section(BaseModel):
 class DemoData(Section):
     """Images composed from real garments, digits and textures; nothing is downloaded."""
 
-    source: Literal["demo"] = Field("demo", description="demo: made here; files: files of your own")
-    images: PositiveInt = Field(4000, description="training images")
+    source: Literal["demo"] = Field(default="demo", description="demo: made here; files: files of your own")
+    images: PositiveInt = Field(default=4000, description="training images")
     questions_per_image: PositiveInt = Field(
-        12, description="questions asked of each training image, in one conversation"
+        default=12, description="questions asked of each training image, in one conversation"
     )
-    development_questions: PositiveInt = Field(200, description="questions per benchmark in the development split")
-    benchmark_questions: PositiveInt = Field(1000, description="questions per benchmark in the test split")
-    seed: Seed = Field(0, description="seed of the images and questions")
+    development_questions: PositiveInt = Field(
+        default=200, description="questions per benchmark in the development split"
+    )
+    benchmark_questions: PositiveInt = Field(default=1000, description="questions per benchmark in the test split")
+    seed: Seed = Field(default=0, description="seed of the images and questions")
 
 
 class Source(Section):
     """One file, or folder of files, with conversations."""
 
     path: str = Field(description="JSON, JSONL or Parquet file, or folder of Parquet or of `datasets`")
-    images: str | None = Field(None, description="folder that the records' image paths start from")
+    images: str | None = Field(default=None, description="folder that the records' image paths start from")
     format: Literal["auto", "llava", "sharegpt4v", "openai", "cauldron"] = Field(
-        "auto", description="how a record holds its conversation; auto: seen from its keys"
+        default="auto", description="how a record holds its conversation; auto: seen from its keys"
     )
     weight: float = Field(
-        1.0, gt=0, le=1000, description="how often each conversation stands in the mix: 2 twice, 0.5 a drawn half"
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="how often each conversation stands in the mix: 2 twice, 0.5 a drawn half",
     )
-    limit: PositiveInt | None = Field(None, description="take only the first so many records")
+    limit: PositiveInt | None = Field(default=None, description="take only the first so many records")
     links_into: list[str] = Field(
-        [], description="folders outside `images` that symbolic links inside it may lead into"
+        default=[], description="folders outside `images` that symbolic links inside it may lead into"
     )
 
 
@@ -74,16 +79,16 @@ class FilesData(Section):
     source: Literal["files"] = Field(description="demo: made here; files: files of your own")
     sources: list[Source] = Field(min_length=1, description="what the mix is made of")
     max_length: PositiveInt | None = Field(
-        2048, description="longest conversation in tokens; longer ones lose their last turns, or are left out"
+        default=2048, description="longest conversation in tokens; longer ones lose their last turns, or are left out"
     )
-    min_pixels: PositiveInt = Field(1, description="an image with fewer pixels makes its record a bad one")
+    min_pixels: PositiveInt = Field(default=1, description="an image with fewer pixels makes its record a bad one")
     max_pixels: int = Field(
-        64_000_000, ge=1, le=178_000_000, description="so does one with more, seen before it is decoded"
+        default=64_000_000, ge=1, le=178_000_000, description="so does one with more, seen before it is decoded"
     )
-    max_bad: Fraction = Field(0.01, description="largest share of bad records; they are left out and listed")
-    seed: Seed = Field(0, description="seed of the mix's order")
+    max_bad: Fraction = Field(default=0.01, description="largest share of bad records; they are left out and listed")
+    seed: Seed = Field(default=0, description="seed of the mix's order")
     benchmarks: str | None = Field(
-        None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
+        default=None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
     )
 
     @model_validator(mode="after")
@@ -100,9 +105,9 @@ class Architecture(Section):
     intermediate_size: PositiveInt = Field(description="width of its feed-forward layers")
     layers: PositiveInt = Field(description="decoder layers")
     heads: PositiveInt = Field(description="attention heads; each takes an even, equal share of the width")
-    init_std: PositiveFloat = Field(0.08, description="standard deviation of the initial weights")
-    embedding_std: PositiveFloat = Field(0.3, description="standard deviation of the initial word embeddings")
-    rope_theta: PositiveFloat = Field(1e5, description="base of the rotary embedding's wavelengths")
+    init_std: PositiveFloat = Field(default=0.08, description="standard deviation of the initial weights")
+    embedding_std: PositiveFloat = Field(default=0.3, description="standard deviation of the initial word embeddings")
+    rope_theta: PositiveFloat = Field(default=1e5, description="base of the rotary embedding's wavelengths")
 
     @model_validator(mode="after")
     def _even_heads(self) -> "Architecture":
@@ -116,18 +121,21 @@ class Architecture(Section):
 class Optimisation(Section):
     """How long and how fast a model is trained."""
 
-    steps: PositiveInt | None = Field(None, description="optimiser steps; or give `epochs`")
-    epochs: PositiveFloat | None = Field(None, description="times that every conversation is seen; or give `steps`")
-    batch: PositiveInt = Field(16, description="conversations per optimiser step, over all processes")
-    micro_batch: PositiveInt = Field(16, description="conversations per forward pass of one process")
+    steps: PositiveInt | None = Field(default=None, description="optimiser steps; or give `epochs`")
+    epochs: PositiveFloat | None = Field(
+        default=None, description="times that every conversation is seen; or give `steps`"
+    )
+    batch: PositiveInt = Field(default=16, description="conversations per optimiser step, over all processes")
+    micro_batch: PositiveInt = Field(default=16, description="conversations per forward pass of one process")
     learning_rate: PositiveFloat = Field(description="peak learning rate of the weights")
-    warmup: Fraction = Field(0.03, description="share of the steps in which the learning rate rises")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's weight decay")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's smoothing of squared gradients")
-    clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
-    checkpoint_every: PositiveInt = Field(500, description="steps between resumable checkpoints")
+    warmup: Fraction = Field(default=0.03, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(default=1e-3, ge=0, description="AdamW's weight decay")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's smoothing of squared gradients")
+    clip: PositiveFloat = Field(default=1.0, description="largest norm of the gradient")
+    checkpoint_every: PositiveInt = Field(default=500, description="steps between resumable checkpoints")
     nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="a loss that is NaN or infinite: stop with the records named, or skip the step and count"
+        default="stop",
+        description="a loss that is NaN or infinite: stop with the records named, or skip the step and count",
     )
     pass_tokens: PositiveInt | None = Field(
         default=None,
@@ -139,9 +147,11 @@ class Optimisation(Section):
         description="with pass_tokens on a GPU: share of a layer's activations that the backward pass finds, and does "
         "not compute again",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass to save memory"
+    )
     caption_steps: int = Field(
-        0, ge=0, description="first steps, on captions alone (models made from scratch learn to see from them)"
+        default=0, ge=0, description="first steps, on captions alone (models made from scratch learn to see from them)"
     )
 
     @model_validator(mode="after")
@@ -172,10 +182,12 @@ class Optimisation(Section):
 class Model(Section):
     """A model: either made here (`architecture` and `train`) or fetched (`pretrained`)."""
 
-    pretrained: str | None = Field(None, description="folder or hub id of a pretrained model; null: train one here")
-    revision: str | None = Field(None, description="hub revision of `pretrained`")
-    architecture: Architecture | None = Field(None, description="shape of the model made here")
-    train: Optimisation | None = Field(None, description="training of the model made here")
+    pretrained: str | None = Field(
+        default=None, description="folder or hub id of a pretrained model; null: train one here"
+    )
+    revision: str | None = Field(default=None, description="hub revision of `pretrained`")
+    architecture: Architecture | None = Field(default=None, description="shape of the model made here")
+    train: Optimisation | None = Field(default=None, description="training of the model made here")
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -189,32 +201,32 @@ class Cache(Section):
     """What is kept of the teacher so that it never runs inside training."""
 
     format: Literal["hidden", "hidden-int8", "sampled"] = Field(
-        "hidden", description="how the teacher's logits are kept"
+        default="hidden", description="how the teacher's logits are kept"
     )
-    shards: PositiveInt = Field(2, description="independent parts, each a job of its own")
+    shards: PositiveInt = Field(default=2, description="independent parts, each a job of its own")
     audit: Fraction = Field(
-        0.001, description="share of the records also kept in full precision, to measure the cache's error"
+        default=0.001, description="share of the records also kept in full precision, to measure the cache's error"
     )
 
 
 class Method(Section):
     """GRACE's own constants, under the paper's names."""
 
-    temperature: PositiveFloat = Field(2.0, description="T of the distillation")
+    temperature: PositiveFloat = Field(default=2.0, description="T of the distillation")
     logits_dtype: Literal["float32", "model"] = Field(
         default="float32",
         description="what both models' logits are rounded to in the loss; `model`: the head's dtype, half the memory",
     )
-    alpha: float = Field(1.0, ge=0, description="weight of the target-class part (TCKD)")
-    beta_dkd: float = Field(4.0, ge=0, description="weight of the non-target part (NCKD)")
-    omega: float = Field(3.0, ge=0, description="weight of the relational CKA loss")
-    omega_warmup: Fraction = Field(0.1, description="share of the steps in which omega rises linearly from 0")
-    tau: float = Field(3.0, description="the controller's budget for the distillation loss")
-    eta: PositiveFloat = Field(0.003, description="the controller's step size")
-    beta_init: float = Field(0.5, ge=0, description="first weight of the distillation loss")
-    beta_min: float = Field(0.1, ge=0, description="its lower bound")
-    beta_max: float = Field(1.0, ge=0, description="its upper bound")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="smoothing of the loss that the controller reads")
+    alpha: float = Field(default=1.0, ge=0, description="weight of the target-class part (TCKD)")
+    beta_dkd: float = Field(default=4.0, ge=0, description="weight of the non-target part (NCKD)")
+    omega: float = Field(default=3.0, ge=0, description="weight of the relational CKA loss")
+    omega_warmup: Fraction = Field(default=0.1, description="share of the steps in which omega rises linearly from 0")
+    tau: float = Field(default=3.0, description="the controller's budget for the distillation loss")
+    eta: PositiveFloat = Field(default=0.003, description="the controller's step size")
+    beta_init: float = Field(default=0.5, ge=0, description="first weight of the distillation loss")
+    beta_min: float = Field(default=0.1, ge=0, description="its lower bound")
+    beta_max: float = Field(default=1.0, ge=0, description="its upper bound")
+    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="smoothing of the loss that the controller reads")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Method":
@@ -226,36 +238,40 @@ class Method(Section):
 class Quantization(Section):
     """How decoder weights become integers."""
 
-    group_size: Literal[16, 32, 64, 128, 256] = Field(128, description="weights along the input that share a scale")
-    scale_lr_factor: PositiveFloat = Field(10.0, description="learning rate of the scales over that of the weights")
-    calibration: PositiveInt = Field(128, description="training conversations that AWQ and GPTQ look at")
-    outlier_every: PositiveInt = Field(32, description="the outlier transform scales one channel in so many")
-    outlier_factor: PositiveFloat = Field(16.0, description="by this factor")
+    group_size: Literal[16, 32, 64, 128, 256] = Field(
+        default=128, description="weights along the input that share a scale"
+    )
+    scale_lr_factor: PositiveFloat = Field(
+        default=10.0, description="learning rate of the scales over that of the weights"
+    )
+    calibration: PositiveInt = Field(default=128, description="training conversations that AWQ and GPTQ look at")
+    outlier_every: PositiveInt = Field(default=32, description="the outlier transform scales one channel in so many")
+    outlier_factor: PositiveFloat = Field(default=16.0, description="by this factor")
 
 
 class Evaluation(Section):
     """How predictions are made."""
 
     benchmarks: list[Name] = Field(min_length=1, description="names in the benchmark registry")
-    batch: PositiveInt = Field(128, description="questions per forward pass")
+    batch: PositiveInt = Field(default=128, description="questions per forward pass")
     max_new_tokens: PositiveInt | dict[Name, PositiveInt] | None = Field(
-        None, description="longest answer in tokens, for all benchmarks or by name; null: the protocol's"
+        default=None, description="longest answer in tokens, for all benchmarks or by name; null: the protocol's"
     )
-    limit: PositiveInt | None = Field(None, description="only the first so many questions of each benchmark")
+    limit: PositiveInt | None = Field(default=None, description="only the first so many questions of each benchmark")
     protocol: str | list[str] | dict[Name, str | list[str]] | None = Field(
-        None,
+        default=None,
         description="how the paper's benchmarks are asked and scored [lmms-eval | vlmevalkit | llava-1.5 | grace-release], "
         "for all or by name; of several the first is in the tables; null: the registry's choice",
     )
     harness: Literal["grace", "lm-eval", "lmms-eval", "vlmeval"] = Field(
-        "lm-eval",
+        default="lm-eval",
         description="whose code asks and scores: grace (any protocol), or a harness's own (its own protocol)",
     )
     language: list[str] = Field(
-        [], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
+        default=[], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
     )
     vlmeval_checkout: str | None = Field(
-        None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
+        default=None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
     )
 
     @model_validator(mode="after")
@@ -280,14 +296,16 @@ class Evaluation(Section):
 class Bench(Section):
     """The kernel and decoding benchmarks."""
 
-    recipe: Name = Field("grace", description="recipe whose packed students are timed, beside the bf16 baseline")
-    precisions: list[PrecisionName] = Field(["int4"], min_length=1, description="at which precisions")
-    rows: list[PositiveInt] = Field(
-        [1, 2, 4, 8, 16, 32, 64, 128], description="M: activation rows of the kernel benchmark"
+    recipe: Name = Field(
+        default="grace", description="recipe whose packed students are timed, beside the bf16 baseline"
     )
-    batches: list[PositiveInt] = Field([1, 8], description="batch sizes of the decoding benchmark")
-    new_tokens: PositiveInt = Field(32, description="tokens decoded per sequence")
-    repeats: PositiveInt = Field(5, description="timed repetitions; the median is reported")
+    precisions: list[PrecisionName] = Field(default=["int4"], min_length=1, description="at which precisions")
+    rows: list[PositiveInt] = Field(
+        default=[1, 2, 4, 8, 16, 32, 64, 128], description="M: activation rows of the kernel benchmark"
+    )
+    batches: list[PositiveInt] = Field(default=[1, 8], description="batch sizes of the decoding benchmark")
+    new_tokens: PositiveInt = Field(default=32, description="tokens decoded per sequence")
+    repeats: PositiveInt = Field(default=5, description="timed repetitions; the median is reported")
 
 
 Job = Literal[
@@ -303,13 +321,15 @@ TRAININGS = ("train_teacher", "train_baseline", "finetune", "distil")  # kinds o
 class Resources(Section):
     """What one job asks of the machine or the cluster."""
 
-    cpus: PositiveInt = Field(1, description="processor cores, and threads of its arithmetic")
-    mem_mb: PositiveInt = Field(3000, description="memory in MB")
-    gpus: int = Field(0, ge=0, description="GPUs of each machine")
-    nodes: PositiveInt = Field(1, description="machines that share one training, on a cluster")
-    runtime: PositiveInt = Field(60, description="longest run in minutes, on a cluster")
-    partition: str | None = Field(None, description="Slurm partition; null: the profile's or the cluster's default")
-    account: str | None = Field(None, description="Slurm account; null: the profile's or the cluster's default")
+    cpus: PositiveInt = Field(default=1, description="processor cores, and threads of its arithmetic")
+    mem_mb: PositiveInt = Field(default=3000, description="memory in MB")
+    gpus: int = Field(default=0, ge=0, description="GPUs of each machine")
+    nodes: PositiveInt = Field(default=1, description="machines that share one training, on a cluster")
+    runtime: PositiveInt = Field(default=60, description="longest run in minutes, on a cluster")
+    partition: str | None = Field(
+        default=None, description="Slurm partition; null: the profile's or the cluster's default"
+    )
+    account: str | None = Field(default=None, description="Slurm account; null: the profile's or the cluster's default")
 
 
 class Changes(Section):
@@ -323,17 +343,18 @@ class Changes(Section):
         return {key: value for key, value in whole(self).items() if value is not None}
 
 
-def _changes(section: type[Section], name: str) -> type[Changes]:
+def _changes(section: type[Section]) -> type[Changes]:
     """`section` with every key optional, under the same checks."""
-    keys: dict[str, Any] = {
-        key: (
-            Annotated[(field.annotation, Field(description=field.description), *field.metadata)] | None,
-            Field(None, description=field.description),
-        )
-        for key, field in section.model_fields.items()
-    }
-    return create_model(name, __base__=Changes, __doc__=f"Keys of {section.__name__} that a recipe changes.", **keys)
+    keys: dict[str, Any] = {}
+    for key, field in section.model_fields.items():
+        checked: Any = Annotated[(field.annotation, Field(description=field.description), *field.metadata)]
+        keys[key] = (checked | None, Field(default=None, description=field.description))
+    return create_model(f"{section.__name__}Changes", __base__=Changes, **keys)
 
 
-MethodChanges = _changes(Method, "MethodChanges")
-OptimisationChanges = _changes(Optimisation, "OptimisationChanges")
+class MethodChanges(_changes(Method)):
+    """Keys of Method that a recipe changes."""
+
+
+class OptimisationChanges(_changes(Optimisation)):
+    """Keys of Optimisation that a recipe changes."""

@@ -1,7 +1,7 @@
 """Which conversations make which optimiser step, and the tensors a model takes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL.Image import Image
@@ -38,9 +38,14 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which a GPU copies while it computes."""
-        tokens = (tensor.pin_memory() for tensor in (self.input_ids, self.attention_mask, self.labels))
-        pixels = {name: value.pin_memory() for name, value in self.pixels.items()}
-        return Batch(*tokens, pixels, self.keys, self.ids, self.packed and self.packed.pin_memory())
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            attention_mask=self.attention_mask.pin_memory(),
+            labels=self.labels.pin_memory(),
+            pixels={name: value.pin_memory() for name, value in self.pixels.items()},
+            packed=self.packed and self.packed.pin_memory(),
+        )
 
     def place(self, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the forward pass puts these rows and columns of `input_ids`."""
@@ -84,8 +89,8 @@ def collate(examples: Sequence[Example], processor) -> Batch:
     shown = [example for example in examples if example.images]
     if not shown:
         pixels = {}
-    elif all(example.features is not None for example in shown):
-        pixels = {"vision_features": torch.cat([example.features for example in shown])}
+    elif len(features := [example.features for example in shown if example.features is not None]) == len(shown):
+        pixels = {"vision_features": torch.cat(features)}
     else:
         images = [image.open() for example in shown for image in example.images]
         pixels = dict(processor.image_processor(images=images, return_tensors="pt"))

@@ -175,7 +175,7 @@ def _sorted(pile: Path) -> pa.Table:
 def _groups(rows: pa.Table) -> Iterator[pa.Table]:
     """Row groups of bounded size, for readers hold at least one in memory."""
     images = rows["images"].combine_chunks()
-    encoded = pc.fill_null(pc.binary_length(images.flatten().field("bytes")), 0).to_numpy()
+    encoded = pc.fill_null(pc.call_function("binary_length", [images.flatten().field("bytes")]), 0).to_numpy()
     ends = np.cumsum(pc.fill_null(images.value_lengths(), 0).to_numpy())
     until = np.r_[0, np.cumsum(encoded)][ends]  # bytes of the images up to each row
     start = 0

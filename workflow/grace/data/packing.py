@@ -32,8 +32,13 @@ class PackedRow:
 
     def pin_memory(self) -> "PackedRow":
         """The same row in page-locked memory."""
-        tensors = (t.pin_memory() for t in (self.input_ids, self.position_ids, self.offsets, self.starts))
-        return PackedRow(*tensors, self.longest)
+        return PackedRow(
+            self.input_ids.pin_memory(),
+            self.position_ids.pin_memory(),
+            self.offsets.pin_memory(),
+            self.starts.pin_memory(),
+            self.longest,
+        )
 
 
 def pack_row(

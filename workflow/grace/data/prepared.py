@@ -67,7 +67,7 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
         "keys": torch.tensor([list(bytes.fromhex(e.key)) for e in examples], dtype=torch.uint8),
     }
     about = {"conversations": sha256(folder / "train.parquet")}
-    if features:
+    if vision is not None and features:
         tensors["features"] = torch.cat(features)
         about["tower"] = tower_hash(vision)
     with whole_file(folder / FILE) as part:
@@ -139,6 +139,8 @@ def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]
     counts = [len(images) for _, images, _ in rows]
     seen = features.split(counts) if features is not None else [None] * len(rows)
     return [
-        Example(name, *parts, caption, images, feature)
-        for (name, images, caption), *parts, feature in zip(rows, keys, ids, labels, seen, strict=True)
+        Example(name, key, own_ids, own_labels, caption, images, feature)
+        for (name, images, caption), key, own_ids, own_labels, feature in zip(
+            rows, keys, ids, labels, seen, strict=True
+        )
     ]

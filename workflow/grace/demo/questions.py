@@ -8,6 +8,7 @@ that it gives away (`tells`).
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from grace.demo.vocabulary import (
 )  # fmt: skip
 
 _COLOURS = tuple(COLOURS)
-Fact = tuple[str, object]
+Fact = tuple[str, Any]
 
 
 @dataclass(frozen=True)

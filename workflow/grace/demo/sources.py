@@ -41,7 +41,8 @@ class Sources:
 def _package_file(package: str, *parts: str) -> Path:
     # Found without importing the package: scikit-learn's import alone takes over a second.
     spec = importlib.util.find_spec(package)
-    path = Path(next(iter(spec.submodule_search_locations)), *parts) if spec else None
+    places = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(places)), *parts) if places else None
     if path is None or not path.is_file():
         raise GraceError(f"{path or package}: the demo's images need it; run `pip install --force-reinstall {package}`")
     return path

@@ -8,6 +8,7 @@ closing norm) name each cell's object, colour, sharpness and place; they are thr
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,6 +163,7 @@ def tower(out: Path, steps: int = 6000, seed: int = 0) -> dict[str, float]:
             advance(1, f"loss {loss.item():.3f}")
     accuracy = cell_accuracy(model, "development", seed)
     with whole_folder(out, steps=steps, seed=seed, held_out_accuracy=accuracy) as folder:
-        model.tower.to(torch.bfloat16).save_pretrained(folder)
+        tower: Any = model.tower  # transformers' decorator hides the signature of `to`
+        tower.to(torch.bfloat16).save_pretrained(folder)
     checkpoint.unlink(missing_ok=True)
     return accuracy

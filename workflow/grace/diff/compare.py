@@ -51,8 +51,9 @@ def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> D
         raise GraceError(
             f"{a} and {b}: no model was asked the same questions in both; compare versions with equal benchmarks"
         )
-    changed = [change for change in found.changes if change.comparison is not None]
-    for change, p in zip(changed, holm([change.comparison.p_questions for change in changed]), strict=True):
+    changed = [(change, change.comparison) for change in found.changes if change.comparison is not None]
+    corrected = holm([comparison.p_questions for _, comparison in changed])
+    for (change, _), p in zip(changed, corrected, strict=True):
         change.p = float(p)
     found.flips = _flips(found)
     found.settings, found.environment = settings(a, b), environment(a, b)
@@ -86,7 +87,7 @@ def _compare_row(
     shared = [name for name in manifests[1][0] if name in names[0] & names[1]]
     if all(_same_bytes(folders, benchmark) for benchmark in shared):
         changes = [_unchanged(row, seeds, benchmark, manifests[1]) for benchmark in shared]
-        pairs = None
+        pairs = []
     else:
         compared = [_compare_benchmark(found, reader, folders, row, seeds, benchmark) for benchmark in shared]
         compared = [each for each in compared if each is not None]
@@ -135,7 +136,7 @@ def _compare_benchmark(
         found.only.setdefault("benchmarks whose questions all differ", []).append(f"{row} {benchmark}")
         return None
     points = np.stack([p[place] for (_, p), place in zip((*before, *after), both.places, strict=True)])
-    pair = tuple(Scores(side, both.images, seeds) for side in (points[: len(seeds)], points[len(seeds) :]))
+    pair = Scores(points[: len(seeds)], both.images, seeds), Scores(points[len(seeds) :], both.images, seeds)
     change = Change(
         row, benchmark, seeds, float(pair[0].values.mean()), float(pair[1].values.mean()), len(both.samples),
         both.added, both.removed, both.reworded, both.redefined,
@@ -145,10 +146,8 @@ def _compare_benchmark(
         change.comparison = compare([pair[1]], [pair[0]])
         found.flipped += int(moved.sum())
         found.moved[row, benchmark] = [
-            Moved(seed, *sides, both.samples[at], both.targets[at], (new[at] - old[at]) / 100)
-            for seed, sides, at, old, new in zip(
-                seeds, zip(*paths, strict=True), moved, pair[0].values, pair[1].values, strict=True
-            )
+            Moved(seed, a, b, both.samples[at], both.targets[at], (new[at] - old[at]) / 100)
+            for seed, a, b, at, old, new in zip(seeds, *paths, moved, pair[0].values, pair[1].values, strict=True)
         ]
     return change, pair
 
@@ -204,9 +203,12 @@ def diff(
     else:
         to_terminal(found)
     if fail_on_regression and found.regressions:
-        worst = min(found.regressions, key=lambda change: change.comparison.difference)
+        worst, drop = min(
+            ((each, each.comparison.difference) for each in found.regressions if each.comparison is not None),
+            key=lambda pair: pair[1],
+        )
         raise GraceError(
-            f"{b}: {len(found.regressions)} significant drops against {a}, the largest {worst.comparison.difference:.1f} "
+            f"{b}: {len(found.regressions)} significant drops against {a}, the largest {drop:.1f} "
             f"points ({worst.row} on {worst.benchmark}); mend it, or run without --fail-on-regression"
         )
     return found

@@ -27,7 +27,7 @@ def summary(found: Difference) -> str:
     changed = [change for change in found.changes if change.comparison is not None]
     if not changed:
         return f"All {len(found.changes)} comparisons have identical scores."
-    gains = sum(change.p < ALPHA and change.comparison.difference > 0 for change in changed)
+    gains = sum(each.p < ALPHA and each.comparison is not None and each.comparison.difference > 0 for each in changed)
     return (
         f"{len(changed)} of {len(found.changes)} comparisons changed: {gains} significant gains, "
         f"{len(found.regressions)} significant drops, {found.flipped:,} answers flipped."

@@ -73,10 +73,11 @@ def _from_git(top: Path, commit: str, below: str, target: Path) -> None:
     with tarfile.open(fileobj=io.BytesIO(_git(top, "archive", commit, "--", below))) as archive:
         for member in archive.getmembers():
             name = member.name.removeprefix(f"{below}/")
-            if member.isfile() and _light(name):
+            content = archive.extractfile(member) if member.isfile() and _light(name) else None
+            if content is not None:
                 path = target / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(archive.extractfile(member).read())
+                path.write_bytes(content.read())
 
 
 def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -> None:

@@ -43,8 +43,10 @@ def cross_entropy_from_hidden(
         if logits.is_cuda:
             from grace.kernels.gated_dkd import loss_rows_ as fused_rows_
 
-            off = dict(mode="none", temperature=1.0, alpha=0.0, beta_dkd=0.0)
-            return RowLosses(*fused_rows_(logits, None, labels[part], weights, gates=None, **off))
+            fused = fused_rows_(
+                logits, None, labels[part], weights, gates=None, mode="none", temperature=1.0, alpha=0.0, beta_dkd=0.0
+            )
+            return RowLosses(*fused)
         ce, gradient = cross_entropy_rows(at_least_fp32(logits), labels[part], weights[0])
         logits.copy_(gradient)
         return RowLosses(ce, torch.zeros_like(ce), torch.zeros_like(ce))

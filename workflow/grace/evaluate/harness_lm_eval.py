@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -159,7 +160,7 @@ class RunnerLM(TemplateLM):
         self.said[text] = turns(said)
         return text
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of `requests`, each about one image, cut at the task's stop strings."""
         questions = []
         for request in requests:
@@ -237,7 +238,7 @@ def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame, max_new_toke
     """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`."""
     task = build_task(benchmark, rows, max_new_tokens)
     lm.images = dict(zip(rows["id"], rows["image"], strict=True))
-    results = evaluate(
+    results: Any = evaluate(
         lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0
     )
     samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])

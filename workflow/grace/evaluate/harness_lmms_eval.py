@@ -143,7 +143,7 @@ def predict(
         try:
             task = type("Task", (LocalTask,), {"rows": rows})(config=config, model_name="grace")
             model.task_dict = {name: task.dataset}
-            results = evaluate(
+            results: Any = evaluate(
                 model, {name: task}, limit=limit, bootstrap_iters=0, cli_args=about, process_docs_parallel=1
             )
         except KeyError as error:
@@ -159,7 +159,9 @@ def predict(
             extracted, score = judged(spec, item, answer.text)
             metric = next(metric for metric in aggregations if metric in sample)
             theirs = _score(sample[metric], aggregations[metric])
-            if abs(theirs - score) > 1e-9 and extracted:  # where nothing can be read, lmms-eval may guess
+            if (
+                score is not None and abs(theirs - score) > 1e-9 and extracted
+            ):  # where nothing can be read, lmms-eval may guess
                 raise GraceError(
                     f"{path}: row {item.id}: lmms-eval scores {answer.text!r} {theirs:g}, the protocol here {score:g}; "
                     "report it, with the version of lmms-eval"

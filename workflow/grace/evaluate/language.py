@@ -9,7 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -119,7 +119,7 @@ def score_text(runner: "Runner", task: str, limit: int | None) -> tuple[pd.DataF
     name = _content(task).task if own else task
     try:
         manager = TaskManager(include_path=str(Path(task).parent) if own else None, include_defaults=not own)
-        results = evaluate(RunnerLM(runner), manager.load([name]), limit=limit, bootstrap_iters=0)
+        results: Any = evaluate(RunnerLM(runner), manager.load([name]), limit=limit, bootstrap_iters=0)
     except GraceError as error:
         raise GraceError(f"evaluation.language: {task}: {error}") from error
     except Exception as error:  # lm-eval and datasets raise their own kinds for a name, a file or a download

@@ -46,7 +46,8 @@ class ParquetRows:
         if not self.rows:
             raise GraceError(f"{path}: has no rows; copy the data set again")
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._held, self._start, self._next = None, 0, 0
+        self._held: pa.RecordBatch | None = None
+        self._start, self._next = 0, 0
 
     @property
     def features(self) -> dict[str, None]:
@@ -75,9 +76,9 @@ class ParquetRows:
                 batch for file in self.files for batch in file.iter_batches(batch_size=ROWS, columns=self.shown)
             )
             self._held, self._start, self._next = None, 0, 0
-        while row >= self._next:
-            self._held = next(self._batches)
-            self._start, self._next = self._next, self._next + self._held.num_rows
+        while self._held is None or row >= self._next:
+            held = self._held = next(self._batches)
+            self._start, self._next = self._next, self._next + held.num_rows
         return self._held.slice(row - self._start, 1).to_pylist()[0]
 
 

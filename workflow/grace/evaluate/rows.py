@@ -121,8 +121,9 @@ def _tsv(path: Path) -> Iterator[dict[str, Any]]:
             raise GraceError(f"{path}: column question is missing; make it a copy of the official data set")
         for row in part.to_dict("records"):
             raw = {str(name): None if pd.isna(value) else value for name, value in row.items()}
-            if raw.get("image") in held:
-                raw["image"] = held[raw["image"]]
+            image = raw.get("image")
+            if image in held:
+                raw["image"] = held[image]
             yield raw
 
 

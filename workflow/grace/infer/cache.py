@@ -1,5 +1,7 @@
 """A static key-value cache in 16 bits or in 8."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
@@ -14,7 +16,8 @@ def make_cache(
     text = config.get_text_config()
     cache = StaticCache(config=config, max_cache_len=length)
     if bits == 8:
-        cache.layers = [Int8Layer(max_cache_len=length) for _ in cache.layers]
+        layers: list[Any] = [Int8Layer(max_cache_len=length) for _ in cache.layers]
+        cache.layers = layers
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache.early_initialization(batch, text.num_key_value_heads, width, dtype, device)
     return cache
@@ -26,6 +29,9 @@ class Int8Layer(StaticLayer):
     For prompts: `update` returns the keys and values that it was given, unrounded, so that nothing but the codes stays.
     Decoding steps read and write the codes themselves (`grace.kernels.decode_attention`).
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states.to(torch.int8), value_states.to(torch.int8))

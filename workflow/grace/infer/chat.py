@@ -99,7 +99,7 @@ def _kept(session: Session, inputs: dict, new_tokens: int, tokens: list[int]) ->
         yield tokens[-1]
 
 
-def _positions(network: torch.nn.Module) -> int:
+def _positions(network: Any) -> int:
     return network.config.get_text_config().max_position_embeddings
 
 
@@ -142,8 +142,9 @@ def chat(
         _check_question(question)
     pixels = [open_image(image) for image in images]
     check_model(Path(model))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal lacks is no reason to stop
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # a letter that the terminal lacks is no reason to stop
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = load_for_inference(model, device=device)
     talk = Conversation(network, load_processor(model), new_tokens, waiting=pixels)

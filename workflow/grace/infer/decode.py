@@ -7,6 +7,7 @@ is captured once in a graph and replayed; on a CPU the very same function runs a
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class Session:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         batch: int,
         length: int,
         fused: bool | None = None,
@@ -163,7 +164,8 @@ class Session:
             ) from error
 
     def _reset(self) -> None:
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.cumulative_length.zero_()  # old keys need no erasing: the mask hides what a prompt has not written
         self.slot.zero_()
         self.first.zero_()
@@ -220,7 +222,7 @@ def generate(model: nn.Module, inputs: Mapping[str, torch.Tensor], new_tokens: i
     return torch.stack(list(stream(session, inputs, new_tokens)), dim=1)
 
 
-def takes_fused_step(model: nn.Module) -> bool:
+def takes_fused_step(model: Any) -> bool:
     """Whether a `Session` of this model, on its device, takes the hand-fused step: it alone reads an 8-bit cache."""
     if model.get_input_embeddings().weight.device.type != "cuda":
         return False
@@ -235,12 +237,12 @@ def best_logprob(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(-1) - logits.logsumexp(-1)
 
 
-def _has_grid_positions(model: nn.Module) -> bool:
+def _has_grid_positions(model: Any) -> bool:
     """Whether positions have time, height and width, as in Qwen2-VL and Qwen3-VL."""
     return hasattr(model.model, "get_rope_index")
 
 
-def _positions(model: nn.Module, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def _positions(model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """Positions of the prompt, padding at 0: [batch, tokens], or [3, batch, tokens] with time, height and width."""
     if _has_grid_positions(model) and "image_grid_thw" in inputs:
         positions, _ = model.model.get_rope_index(
@@ -254,6 +256,6 @@ def _positions(model: nn.Module, inputs: dict[str, torch.Tensor], mask: torch.Te
     return positions.expand(3, -1, -1) if _has_grid_positions(model) else positions
 
 
-def _end_tokens(model: nn.Module) -> list[int]:
+def _end_tokens(model: Any) -> list[int]:
     ends = model.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -5,6 +5,8 @@ between them (rotary embeddings, norms of queries and keys). So the first of the
 the others' share for them to pick up, and the layers' own code stays as transformers wrote it. Inference only.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ class Share(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Hand over the outputs [..., out]; `x` was multiplied by the first linear of the group."""
         ready, self.ready = self.ready, None
+        assert ready is not None, "the group's first linear comes before its others"
         return ready
 
 
@@ -67,11 +70,11 @@ def stack(linears: list[nn.Linear]) -> nn.Linear:
     return fused
 
 
-def fuse_dense(decoder: nn.Module) -> None:
+def fuse_dense(decoder: Any) -> None:
     """Fuse the dense linears of every layer of `decoder` in place; layers of another shape are left alone."""
     for layer in decoder.layers:
         for part, names in GROUPS.items():
             parent = getattr(layer, part, None)
-            linears = [getattr(parent, name, None) for name in names]
-            if all(isinstance(linear, nn.Linear) for linear in linears):
+            linears = [each for name in names if isinstance(each := getattr(parent, name, None), nn.Linear)]
+            if parent is not None and len(linears) == len(names):
                 install(parent, names, stack(linears), [linear.out_features for linear in linears])

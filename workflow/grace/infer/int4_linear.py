@@ -51,6 +51,9 @@ class Int4Linear(nn.Module):
             weight, scales = cpu.pack(codes), cpu.scales_and_zeros(scales)
         else:
             weight = pack_int4(codes) if self.in_features % 8 == 0 else codes
+        self.weight: torch.Tensor
+        self.scales: torch.Tensor
+        self.bias: torch.Tensor | None
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", None if bias is None else bias.to(device=device, dtype=dtype))

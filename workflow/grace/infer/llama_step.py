@@ -5,10 +5,11 @@ against them. Prefill, and every decoder that `knows` refuses, run transformers'
 whose layers are plain enough takes all of them in one launch instead (`persistent_step`).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 
 from grace.infer import persistent_step
 from grace.infer.fuse import Fused
@@ -23,7 +24,7 @@ STATIC_ROPE = {"default", "linear", "llama3", "yarn", "mrope"}  # rotary frequen
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
-def knows(decoder: nn.Module) -> bool:
+def knows(decoder: Any) -> bool:
     """Whether `LlamaStep` computes what this decoder, its linears joined by `grace.infer.fuse`, does."""
     config = decoder.config
     rope = getattr(config, "rope_parameters", None) or {}
@@ -54,8 +55,8 @@ class LlamaStep:
 
     def __init__(
         self,
-        decoder: nn.Module,
-        embedding: nn.Module,
+        decoder: Any,
+        embedding: nn.Embedding,
         head: nn.Module,
         cache: StaticCache,
         token: torch.Tensor,
@@ -102,18 +103,19 @@ class LlamaStep:
             hidden = decode_step.add_norm(x, following.weight, following.variance_epsilon, delta=out)
         return hidden
 
-    def _attend(self, attention: nn.Module, qkv: torch.Tensor, cached: StaticLayer) -> torch.Tensor:
+    def _attend(self, attention: Any, qkv: torch.Tensor, cached: Any) -> torch.Tensor:
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
         return attend(
             qkv, cached.keys, cached.values, self.first, self.cos, self.sin, self.position, self.slot, attention.scaling,
             steps=(cached.key_steps, cached.value_steps) if cached.keys.dtype == torch.int8 else None,
-            gains=tuple(norm.weight for norm in norms) or None,
+            gains=(norms[0].weight, norms[1].weight) if norms else None,
             eps=norms[0].variance_epsilon if norms else 0.0,
         )  # fmt: skip
 
 
-def rotary_table(rotary: nn.Module, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(rotary: Any, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of positions 0, 1, ...: each [positions, D] in `dtype`, both halves alike."""
     place = torch.arange(positions, device=rotary.inv_freq.device, dtype=torch.float32)
     angle = torch.outer(place, rotary.inv_freq.float()).repeat(1, 2)
-    return tuple((f(angle) * rotary.attention_scaling).to(dtype) for f in (torch.cos, torch.sin))
+    cos, sin = ((f(angle) * rotary.attention_scaling).to(dtype) for f in (torch.cos, torch.sin))
+    return cos, sin

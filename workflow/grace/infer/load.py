@@ -5,6 +5,7 @@ import warnings
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,7 +54,7 @@ def load_for_inference(
             model = load_model(folder, dtype=dtype)
             if fuse:
                 fuse_dense(decoder(model))
-        return model.to(device).eval().requires_grad_(False)
+        return cast(Any, model).to(device).eval().requires_grad_(False)
     except torch.cuda.OutOfMemoryError as error:
         raise GraceError(
             f"{folder}: does not fit into the memory of {device}; use a GPU with more memory, or a packed folder"
@@ -136,8 +137,8 @@ def _swap(model: nn.Module, dtype: torch.dtype, device: str, fuse: bool) -> None
     for layer in decoder(model).layers:
         for part, names in GROUPS.items():
             parent = getattr(layer, part, None)
-            linears = [getattr(parent, name, None) for name in names]
-            if fuse and all(_is_packed(linear) for linear in linears):
+            linears: list[Any] = [getattr(parent, name, None) for name in names]
+            if fuse and parent is not None and all(_is_packed(linear) for linear in linears):
                 install(
                     parent, names, _int4(linears, dtype, device), [linear.weight_packed.shape[0] for linear in linears]
                 )
@@ -154,7 +155,7 @@ def _is_packed(module: nn.Module | None) -> bool:
     return module is not None and "weight_packed" in module._parameters
 
 
-def _int4(linears: list[nn.Module], dtype: torch.dtype, device: str) -> Int4Linear:
+def _int4(linears: list[Any], dtype: torch.dtype, device: str) -> Int4Linear:
     """One layer from the packed parameters of one or several linears, outputs one after the other."""
     codes = torch.cat([unpack_int4(linear.weight_packed.data) for linear in linears])
     scales = torch.cat([linear.weight_scale.data for linear in linears])

@@ -1,12 +1,11 @@
 """All layers of one sequence's step in one launch, where model and GPU allow it: `grace.kernels.decode_layers`."""
 
 import warnings
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.decode_attention import LOG2_E
@@ -32,9 +31,7 @@ class PersistentLayers:
         cos, sin: of every position, [positions, D].
     """
 
-    def __init__(
-        self, decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache, cos: torch.Tensor, sin: torch.Tensor
-    ) -> None:
+    def __init__(self, decoder: Any, embedding: torch.Tensor, cache: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
         layers, device = list(decoder.layers), embedding.device
         _, heads, self.length, width = cache.layers[0].keys.shape
         qkv, o, _, down = _linears(layers[0])
@@ -92,7 +89,7 @@ def prepare(
     return layers
 
 
-def serves(decoder: nn.Module, embedding: torch.Tensor, cache: StaticCache) -> bool:
+def serves(decoder: Any, embedding: torch.Tensor, cache: Any) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its GPU, over this cache.
 
     It takes a Hopper GPU, bf16, one sequence, at most 16 heads for each key-value head, and INT4 linears in groups of
@@ -150,12 +147,12 @@ def constants(
     }  # fmt: skip
 
 
-def _linears(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+def _linears(layer: Any) -> tuple[Any, Any, Any, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     return attention.q_proj.linear, attention.o_proj, mlp.gate_proj.linear, mlp.down_proj
 
 
-def _norms(layer: nn.Module) -> list[nn.Module]:
+def _norms(layer: Any) -> list[Any]:
     """Of a layer's input and its MLP's, and of queries and keys where it has them."""
     attention = layer.self_attn
     heads = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
@@ -171,7 +168,7 @@ def _plain(linear: nn.Module) -> bool:
     )
 
 
-def _addresses(layer: nn.Module, kept: StaticLayer) -> list[int]:
+def _addresses(layer: nn.Module, kept: Any) -> list[int]:
     """A layer's line of the kernel's table: see `decode_ring.FIELDS`. What the layer lacks is zero, and never read."""
     linears = _linears(layer)
     packed = [t for linear in linears for t in (linear.weight, linear.scales)]
@@ -191,5 +188,6 @@ def stages(pads: tuple[int, ...], shared: int) -> int:
     return min(STAGES, left // _kernel().STAGE_BYTES)
 
 
-def _kernel() -> ModuleType | None:
+def _kernel() -> Any:
+    """The kernel's module; None where Triton has no Gluon, and `serves` refuses."""
     return gluon("decode_layers")

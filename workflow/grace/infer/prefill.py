@@ -9,7 +9,7 @@ stands between tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class Prompt:
     images: Sequence[Seen] = field(default=())
 
 
-def see(model: nn.Module, pixels: dict[str, torch.Tensor]) -> list[Seen]:
+def see(model: Any, pixels: dict[str, torch.Tensor]) -> list[Seen]:
     """What the vision side makes of images, from what the image processor makes of them."""
     place = {"device": model.device}
     inputs = {
@@ -90,7 +90,8 @@ def read(session: Session, prompts: Sequence[Prompt]) -> torch.Tensor:
     with session._memory():
         if rest < width:
             _copy_shared(session, prompts, places, shared, width - rest, first)
-        for layer in session.cache.layers:
+        layers: list[Any] = session.cache.layers
+        for layer in layers:
             layer.cumulative_length.fill_(width - rest)
         at = torch.arange(width - rest, width, device=device).unsqueeze(1)  # [S, 1]: slots of the tokens computed now
         seen = (session.slots <= at) & (session.slots >= first[:, None, None]) | (session.slots == at)
@@ -117,7 +118,7 @@ def _positions(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     ids = torch.tensor([list(prompt.ids)])
     pixels = {}
     if prompt.images and prompt.images[0].grid is not None:
-        pixels = {"image_grid_thw": torch.stack([image.grid.cpu() for image in prompt.images])}
+        pixels = {"image_grid_thw": torch.stack([cast(torch.Tensor, image.grid).cpu() for image in prompt.images])}
     found = family_of(model).positions(model, ids, torch.ones_like(ids), pixels)
     return found[:, 0] if found.dim() == 3 else found
 
@@ -155,7 +156,8 @@ def _copy_shared(
         group[rows] = number
     source = (torch.arange(slots, device=session.device) - first.unsqueeze(1)).clamp(0, width - 1)  # [batch, slots]
     group = group.to(session.device).unsqueeze(1)
-    for layer, own in zip(session.cache.layers, cache.layers, strict=True):
+    layers: list[Any] = list(zip(session.cache.layers, cache.layers, strict=True))
+    for layer, own in layers:
         layer.keys[:, :, :slots] = own.keys.transpose(1, 2)[group, source].transpose(1, 2)
         layer.values[:, :, :slots] = own.values.transpose(1, 2)[group, source].transpose(1, 2)
 

@@ -1,6 +1,7 @@
 """A LLaVA made from scratch: a pretrained vision tower, a new projector and a new Llama decoder."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -36,7 +37,7 @@ def build_llava(shape: Architecture, processor, tower: str | Path, seed: int) ->
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(processor.image_token),
+        image_token_index=tokenizer.convert_tokens_to_ids(processor.image_token),
         image_seq_length=side * side,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -47,7 +48,7 @@ def build_llava(shape: Architecture, processor, tower: str | Path, seed: int) ->
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
         # Beside visual tokens a word of the other weights' size would drown in the first attention layer's output.
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=shape.embedding_std)
+        torch.nn.init.normal_(cast(torch.Tensor, model.get_input_embeddings().weight), std=shape.embedding_std)
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
@@ -68,7 +68,7 @@ def load_model(
     if "quantization_config" in config:
         more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
+        model, loaded = cast(Any, AutoModelForImageTextToText).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,

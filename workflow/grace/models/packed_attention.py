@@ -6,7 +6,7 @@ product attention on its own. transformers' decoders call it by the name `PACKED
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def packed_attention(
             k, v = (part[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for part in (k, v))
         at, longest = packed_offsets, packed_longest
         mixed = varlen_attn(q, k, v, at, at, longest, longest, scale=scaling, window_size=(-1, 0))
-        return mixed[None], None
+        return cast(torch.Tensor, mixed)[None], None
     grouped, offsets, parts = query.shape[1] != key.shape[1], packed_offsets.tolist(), []
     for begin, end in pairwise(offsets):
         if end > begin:
@@ -58,7 +58,7 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def use_packed_attention(model: nn.Module) -> None:
+def use_packed_attention(model: Any) -> None:
     """Let the decoder of a vision-language model attend within the sequences of packed rows; its tower stays as it is."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

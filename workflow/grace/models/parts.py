@@ -9,12 +9,12 @@ from grace.models.families import family_of
 from grace.models.families.base import DECODER, LAYERS
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: nn.Module) -> Any:
     """The language model without its head: a stack of decoder layers that ends in a norm."""
     return model.get_submodule(DECODER)
 
 
-def output_head(model: nn.Module) -> nn.Linear:
+def output_head(model: Any) -> nn.Linear:
     """The projection from the last hidden state to the vocabulary; weight [rows, d], rows that only pad included."""
     return model.get_output_embeddings()
 
@@ -31,7 +31,7 @@ def head_weight(model: nn.Module, size: int) -> torch.Tensor:
     return weight if len(weight) == size else weight[:size]
 
 
-def image_token_id(model: nn.Module) -> int:
+def image_token_id(model: Any) -> int:
     """The id that stands for one visual token in `input_ids`."""
     return model.config.image_token_id
 

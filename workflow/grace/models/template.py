@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -239,7 +239,7 @@ def _rendered(tokenizer: Any, template: str, shape: Shape, prompt: bool) -> tupl
         with within(
             SECONDS, f"the chat template takes more than {SECONDS:.0f} s; use the template of the model's family"
         ):
-            texts, spans = render_jinja_template(
+            texts, spans = cast(Any, render_jinja_template)(  # its types have no template's own names
                 [messages],
                 chat_template=template,
                 return_assistant_tokens_mask=True,

@@ -141,7 +141,7 @@ class Results:
         if record is not None:
             self._add_record(step, record)
             gpus = _gpus(step.environment)
-            step.gpu_hours = round(gpus * step.seconds / 3600, 4) if gpus else None
+            step.gpu_hours = round(gpus * step.seconds / 3600, 4) if gpus and step.seconds is not None else None
         return step
 
     def _add_record(self, step: Step, record: dict[str, Any]) -> None:

@@ -115,8 +115,8 @@ class _Drawing:
             return
         step = self.chain[given.path]
         twin = self.jobs.get((step.rule, step.log)) if step.log else None
-        if given.path in self.drawn or twin:
-            above = "above" if given.path in self.drawn else f"by the same job as {escape(_shown(twin))}"
+        above = "above" if given.path in self.drawn else f"by the same job as {escape(_shown(twin))}" if twin else ""
+        if above:
             branch.add(f"{escape(_shown(given.path))}  {_short(given.sha256)}{mark}  ({above})")
         else:
             self._fill(branch.add(self._head(step) + mark), given.path)
@@ -152,9 +152,9 @@ class _Drawing:
 
     def _environment(self, branch: Tree, step: Step) -> None:
         """In full once; afterwards only what differs from the first."""
-        about = dict(flatten(step.environment)) if step.environment else None
-        if about is None:
+        if not step.environment:
             return
+        about = dict(flatten(step.environment))
         if self.environment is None:
             self.environment = about
             code, hardware = step.environment["code"], step.environment["hardware"]

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from grace.config.runs import QuantizeRun
 from grace.files import read_json, whole_folder
@@ -61,6 +62,6 @@ def _round_with_activations(
     method = {"awq": awq, "gptq": gptq}[parameters.post_training]
     rule = partial(method.round_layer, bits=parameters.bits, group_size=settings.group_size)
     layers = round_model(model, batches, rule)
-    model.cpu().to(torch.bfloat16).save_pretrained(folder)
+    cast(Any, model).cpu().to(torch.bfloat16).save_pretrained(folder)  # transformers hides the signature of `to`
     copy_companions(init, folder)
     save_quantization(folder, layers, parameters.bits, settings.group_size, parameters.post_training)

@@ -126,11 +126,12 @@ def _add_info(writer: GGUFWriter, model: PackedModel, name: str, entry: _Entry) 
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, kind)
         return
     shape: tuple[int, ...] = model.tensors.spec(entry.key).shape
+    rows = shape[0]
     if len(shape) > 1:
-        rows, width = shape[0], 2 * shape[1]
+        width = 2 * shape[1]
         writer.add_tensor_info(name, (rows, width), np.dtype(np.uint8), rows * width, GGMLQuantizationType.BF16)
     else:
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * rows)
 
 
 def _verify(model: PackedModel, plan: dict[str, _Entry], path: Path) -> None:

@@ -71,7 +71,7 @@ def claims_of(results: Results) -> list[Claim]:
         return precision.upper().replace("-OUTLIERS", " under outliers")
 
     bf16, plain = at.get((GRACE, "bf16")), at.get(("none", "bf16"))
-    wanted = [(GROUND, "The teacher is above the bf16 student", TEACHER, BASELINE, 1, ("1", "3"))]
+    wanted: list[tuple] = [(GROUND, "The teacher is above the bf16 student", TEACHER, BASELINE, 1, ("1", "3"))]
     wanted += [(GROUND, f"Rounding hurts at {name(p)}", at.get(("rtn", p)), BASELINE, -1, ("12",)) for p in quantised]
     wanted += [
         (GROUND, f"QAT recovers what rounding loses at {name(p)}", at.get(("none", p)), at.get(("rtn", p)), 1, ("2",))
@@ -134,8 +134,8 @@ def measured(results: Results) -> list[Measured]:
     ours = [(row, record) for row, record in rows if row.precision == "int4" and record["cache"] == 16]
     if ours:
         _, record = max(ours, key=lambda each: (row_role(results.experiment, each[0]) == GRACE, each[1]["batch"]))
-        dense = dense_beside(rows, record)
-        for text, what, key, paper in _SAVINGS if dense is not None else ():
+        dense = dense_beside(rows, record) or {}
+        for text, what, key, paper in _SAVINGS if dense else ():
             value = record[key] / dense[key]
             reached = value >= paper if paper > 1 else value <= paper
             on = f"{value:.2f} on {record['device']}, batch {int(record['batch'])}"

@@ -19,7 +19,9 @@ class Family:
         """A less B in one column, on `seeds` (none: all that both have); computed once however many tables need it."""
         key = (a, b, column, seeds or _both(self.results, a, b))
         if key not in self.known:
-            self.known[key] = compare(*(parts_of(self.results, row, column, key[-1]) for row in (a, b)))
+            self.known[key] = compare(
+                parts_of(self.results, a, column, key[-1]), parts_of(self.results, b, column, key[-1])
+            )
         return self.known[key]
 
     def show(self, a: Row, b: Row, column: str, seeds: tuple[int, ...] = ()) -> Comparison:

@@ -1,7 +1,7 @@
 """metrics.json: the numbers that `dvc metrics diff` compares between two versions."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from grace.files import write_json
 from grace.report.claims import findings
@@ -48,7 +48,8 @@ def metrics(results: Results) -> dict[str, Any]:
     if results.kernel is not None:
         speedup = results.kernel.groupby(["backend", "m"])["speedup"].median()
         kernel: dict[str, Any] = {}
-        for (backend, m), value in speedup.items():
+        for key, value in speedup.items():
+            backend, m = cast("tuple[str, int]", key)
             kernel.setdefault(backend, {})[f"m{int(m)}"] = _significant(value)
         found["kernel_speedup"] = kernel
     return found

@@ -126,6 +126,7 @@ class Results:
             # by name, not by who was read first: the bootstrap draws images in the order of these numbers
             images = pd.util.hash_array(frame["image_id"].astype(str).to_numpy(dtype=object))
         seeds = ("teacher",) if row == TEACHER else self.seeds[row]  # its seed is nobody else's
+        assert images is not None, "a row has a seed"
         return Scores(np.stack(values), images, seeds)
 
     def _check_protocol(self, row: Row, seed: int, benchmark: str, protocol: str) -> None:

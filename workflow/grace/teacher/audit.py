@@ -104,6 +104,7 @@ def _loss_error(
             leaf = logits.detach().double().requires_grad_()
             value = loss(leaf, record, cache.batch([record.key]), head, weights)
             value.backward()
+            assert leaf.grad is not None, "a leaf has its gradient after backward"
             gradients[which] += leaf.grad.float().T @ record.states
             values.append(value.item())
         exact_sums.append(values[0])
@@ -146,6 +147,7 @@ def _cached(
     if targets.sampled is not None:
         terms = sampled_terms(logits, targets.sampled, record.labels, weights[0])
     else:
+        assert targets.hidden is not None, "a cache that samples nothing keeps hidden states"
         teacher = (targets.hidden.float() @ head.T).double()
         terms = gated_dkd_terms(logits, teacher, record.labels, weights[0])[:2]
     return _weighted(*terms, targets.gates, weights)

@@ -81,7 +81,7 @@ def check_sight_alone(model: nn.Module, processor: Any) -> None:
 
 
 @torch.inference_mode()
-def check_sight(model: nn.Module, processor: Any, examples: Sequence[Example]) -> None:
+def check_sight(model: Any, processor: Any, examples: Sequence[Example]) -> None:
     """Refuse a model whose answers do not depend on its image: exchange one, and the logits must change.
 
     A forward that does not know an argument may swallow it without a word, and would train blind. The first example
@@ -148,7 +148,7 @@ def see(model: nn.Module, processor: Any, examples: Sequence[Example]) -> Iterat
             yield index, Seen(own, asked, [next(visual) for _ in examples[index].images])
 
 
-def _forward(model: nn.Module, batch: Batch, image: int) -> tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]:
+def _forward(model: Any, batch: Batch, image: int) -> tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]:
     """States [tokens, d] and labels [tokens] of the supervised positions, and each image's visual tokens [n, d]."""
     inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, batch.pixels)
     outputs = model.model(**inputs, use_cache=False, output_hidden_states=True)

@@ -84,6 +84,7 @@ class MasterAdamW:
     @staticmethod
     def _accumulate(master: torch.Tensor, parameter: nn.Parameter) -> None:
         """Add a micro-batch's gradient, in whatever dtype, to the master's in fp32; autograd keeps nothing."""
+        assert parameter.grad is not None, "called once the gradient is accumulated"
         gradient = local(parameter.grad)
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None

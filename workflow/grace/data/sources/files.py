@@ -65,10 +65,6 @@ def _open_folder(path: Path) -> Files:
     return Files(files, lambda: _parquet(files), lambda: _parquet_rows(files))
 
 
-def _constant(name: str) -> float:
-    return float(name)
-
-
 def _characters(path: Path) -> Iterator[str]:
     """The file's text in blocks, UTF-8 with or without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()

@@ -61,7 +61,8 @@ class Llava(Family):
         if isinstance(images, CLIPImageProcessorPil | LlavaImageProcessorPil):
             kept = images.to_dict()
             kept.pop("image_processor_type", None)
-            images = LlavaImageProcessorPil(**{**kept, "do_pad": True})
+            settings: dict[str, Any] = {**kept, "do_pad": True}
+            images = LlavaImageProcessorPil(**settings)
         about = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
         model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         patch = about.get("patch_size") or model.get("vision_config", {}).get("patch_size")
@@ -92,7 +93,7 @@ class Llava(Family):
             return dict(pixels)
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        projected = list(model.model.multi_modal_projector(pixels["vision_features"]))
+        projected: Any = list(model.model.multi_modal_projector(pixels["vision_features"]))
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=projected)}}
 
     def vision_tower(self, model: Any) -> Any:

@@ -7,6 +7,7 @@ first IMAGES questions, so that they say more than one image can. Runs each mode
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -146,7 +147,7 @@ def _finding(results: Results, what: str, compared: dict[Row, np.ndarray]) -> st
         return f"{what} to the teacher: {said}"
     (before, after), ours = compared.values(), list(compared)[1]
     gap = (after - before)[np.isfinite(after - before)]
-    if len(gap) < 2 or np.ptp(gap) == 0 or stats.ttest_1samp(gap, 0).pvalue >= ALPHA:
+    if len(gap) < 2 or np.ptp(gap) == 0 or cast(Any, stats.ttest_1samp(gap, 0)).pvalue >= ALPHA:
         word = "as near to the teacher's as the baseline's is, within noise"
     else:
         word = f"{'nearer to' if gap.mean() > 0 else 'farther from'} the teacher's than the baseline's is"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from html import unescape
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from grace.report.paper import DEMO, label
 from grace.results.read import Results, Row
@@ -48,7 +49,8 @@ def style() -> Iterator:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "Agg", **_STYLE}):
+    settings: dict[Any, Any] = {**matplotlib.rcParamsDefault, "backend": "Agg", **_STYLE}
+    with matplotlib.rc_context(settings):
         yield pyplot
         pyplot.close("all")
 
@@ -120,6 +122,7 @@ def place_labels(axis, points: Sequence[tuple[float, float]], texts: Sequence[st
                 best = (clash, drawn)
             else:
                 drawn.remove()
+        assert best is not None, "there are places to try"
         box = best[1].get_window_extent()
         taken.append((box.x0, box.y0, box.x1, box.y1))
 

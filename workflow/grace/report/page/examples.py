@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -56,13 +57,13 @@ def examples(results: Results) -> list[Example]:
         asked = [row for row in rows if results.has(row, benchmark)]
         if not asked or not _path(results, benchmark).is_file():  # partial results
             continue
-        frames = {
+        frames: dict[Any, Any] = {
             row: results.predictions(row, results.seeds[row][0], benchmark).set_index("sample_id") for row in asked
         }
         scores = pd.DataFrame({row: frame["score"] for row, frame in frames.items()})
         split = scores.index[scores.nunique(axis=1) > 1]
         chosen = list(split[:PER_BENCHMARK]) or list(scores.index[:1])
-        about = read_benchmark(results, benchmark, ["image", "question"]).loc[chosen]
+        about: Any = read_benchmark(results, benchmark, ["image", "question"]).loc[chosen]
         for sample in chosen:
             answers = [
                 (

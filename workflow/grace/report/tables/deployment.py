@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 
@@ -100,7 +101,8 @@ def _weights(results: Results, row: Row, part: str) -> tuple[float, float]:
 def _kernel_lines(kernel: pd.DataFrame) -> list[Line]:
     """Per backend and number of activation rows: the median speed-up over the dense product of the same run."""
     lines = []
-    for (backend, device, m), part in kernel.groupby(["backend", "device", "m"], sort=True):
+    for key, part in kernel.groupby(["backend", "device", "m"], sort=True):
+        backend, device, m = cast("tuple[str, str, int]", key)
         error = part["relative_error"].max() if "relative_error" in part else None
         run = f"{part['shape'].nunique()} shapes, {device}" + (
             "" if error is None else f"; largest relative error {error:.1e}"

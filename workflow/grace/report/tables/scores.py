@@ -60,7 +60,9 @@ def on_shared_seeds(results: Results, groups: list[Group]) -> list[Group]:
     for reference in {group.reference for group in groups}:
         together = [group for group in groups if group.reference == reference]
         rows = {row for group in together for row in group.rows} | {reference}
-        has_seeds = {row: frozenset(results.seeds[row]) for row in rows if row not in (TEACHER, None)}
+        has_seeds: dict[Row | None, frozenset[int]] = {
+            row: frozenset(results.seeds[row]) for row in rows if row is not None and row != TEACHER
+        }
         if not has_seeds:
             continue
         limit = has_seeds.get(reference, frozenset().union(*has_seeds.values()))
@@ -92,6 +94,7 @@ def score_table(results: Results, name: str, title: str, number_: str, groups: l
             for a, b in list(pairwise(_order(results, group, column)))[:2]:
                 tests.show(a, b, column, group.seeds)
         for row in _held(results, group):
+            assert group.reference is not None, "rows are held against a reference"
             tests.show(row, group.reference, AVERAGE, group.seeds)
     adjusted = tests.adjusted()
     headings = [*(heading(results, column) for column in columns), "Δ average", "detectable Δ"]
