@@ -31,6 +31,12 @@ def write(place, meanwhile=lambda: None):
         meanwhile()
 
 
+def test_reports_read_tables_beside_frozen_parameters(tmp_path):
+    (tmp_path / "kernel.csv").write_text("rows,seconds\n1,2\n")
+    with job(tmp_path / "out.md", files=(tmp_path / "kernel.csv",), subcommand="report-tables"):
+        (tmp_path / "out.md").write_text("made")
+
+
 def test_a_result_replaces_the_old_one(place):
     write(place)
     assert (place / "old/made").is_file() and not (place / "old/kept").exists()

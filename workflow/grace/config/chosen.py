@@ -26,7 +26,7 @@ def distillation(kd: str) -> list[str]:
 
 def chosen_by(path: Path) -> list[str]:
     """`chosen` of a file of frozen parameters; nothing where it holds no such job's."""
-    values = read_json(path)
+    values = read_json(path) if path.suffix == ".json" else None
     kinds: dict[str, type[Section]] = {"data": DataRun, "evaluation": EvaluateRun, "optimisation": TrainRun}
     kind = next((kind for key, kind in kinds.items() if isinstance(values, dict) and key in values), None)
     return chosen(kind.model_validate(values)) if kind and "experiment" not in values else []
