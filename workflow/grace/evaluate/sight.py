@@ -16,7 +16,7 @@ from grace.infer.prefill import Seen, see
 from grace.models.families import family_of
 
 if TYPE_CHECKING:
-    from grace.evaluate.runner import Question
+    from grace.evaluate.question import Question
 
 MOST_WORKERS = 8  # each decodes some hundred images a second
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images

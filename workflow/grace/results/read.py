@@ -75,6 +75,12 @@ class Results:
         metric = self.metrics[benchmark]
         return metric if metric in SAID and benchmark not in self.imitations else "mean"
 
+    def questions_file(self, benchmark: str) -> Path | None:
+        """The benchmark's file, where it is here and in this pipeline's own layout: questions with their images."""
+        path = self.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+        wanted = {"id", "image", "image_id", "question", "answer"}
+        return path if path.is_file() and wanted <= set(pq.read_schema(path).names) else None
+
     @cached_property
     def imitations(self) -> frozenset[str]:
         """Benchmarks that stand for another one."""

@@ -59,8 +59,8 @@ def _lacking(results: Results) -> str | None:
     rows = shown_models(results)
     if TEACHER not in rows or len(rows) < 2:
         return f"{results.folder.name}: the models of the teacher and of a student are not here"
-    if not (results.folder / "data" / "benchmarks" / f"{results.benchmarks[0]}.parquet").is_file():
-        return f"{results.folder.name}: the images of {results.benchmarks[0]} are not here"
+    if results.questions_file(results.benchmarks[0]) is None:
+        return f"{results.folder.name}: no questions of {results.benchmarks[0]} with images in this pipeline's own layout are here"
     return None
 
 

@@ -55,7 +55,7 @@ def examples(results: Results) -> list[Example]:
     found = []
     for benchmark in results.benchmarks:
         asked = [row for row in rows if results.has(row, benchmark)]
-        if not asked or not _path(results, benchmark).is_file():  # partial results
+        if not asked or results.questions_file(benchmark) is None:  # partial results, or an official file
             continue
         frames: dict[Any, Any] = {
             row: results.predictions(row, results.seeds[row][0], benchmark).set_index("sample_id") for row in asked
