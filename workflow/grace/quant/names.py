@@ -50,6 +50,11 @@ def decoder_part(key: str) -> DecoderPart | None:
     return DecoderPart(int(found[1]), found[2], found[3])
 
 
+def in_decoder_layer(key: str) -> bool:
+    """Whether a file's key, of a plain or a packed tensor, lies in one of the decoder's layers."""
+    return re.search(r"(?:^|\.)layers\.\d+\.", key) is not None and not _VISION.search(key)
+
+
 def quantised_module(key: str) -> str | None:
     """The module name in memory where `key` is the weight of a linear that is quantised, else None."""
     part = decoder_part(key)

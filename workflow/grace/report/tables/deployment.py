@@ -86,6 +86,8 @@ def _part(results: Results, row: Row, part: str) -> Path:
 
 def _weights(results: Results, row: Row, part: str) -> tuple[float, float]:
     """MiB of a folder's weights: all, and those of the decoder's layers; from the headers of its safetensors files."""
+    from grace.quant.names import in_decoder_layer
+
     every = layers = 0
     for path in sorted(_part(results, row, part).glob("model*.safetensors")):
         with path.open("rb") as file:
@@ -94,7 +96,7 @@ def _weights(results: Results, row: Row, part: str) -> tuple[float, float]:
             if name != "__metadata__":
                 size = tensor["data_offsets"][1] - tensor["data_offsets"][0]
                 every += size
-                layers += size if "language_model" in name and ".layers." in name else 0
+                layers += size if in_decoder_layer(name) else 0
     return every / 2**20, layers / 2**20
 
 
