@@ -93,8 +93,12 @@ class Experiment:
         self.folder = folder
         self.config = json.loads((folder / "config" / "experiment.json").read_text())
         self.names = tuple(self.config["evaluation"]["benchmarks"])
-        self.recipes: dict[str, str] = {}  # role -> recipe; where two share one, the first that changes no constants
-        for name, about in sorted(self.config["recipes"].items(), key=lambda item: self._changes(item[1])):
+        self.recipes: dict[
+            str, str
+        ] = {}  # role -> recipe; where two share one, the first run that changes no constants
+        run = {name for runs in self.config["runs"] for name in runs["recipes"]}
+        recipes = self.config["recipes"].items()
+        for name, about in sorted(recipes, key=lambda item: (item[0] not in run, self._changes(item[1]))):
             self.recipes.setdefault(role(about), name)
 
     @staticmethod

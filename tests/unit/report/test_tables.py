@@ -304,7 +304,9 @@ def test_decoding_tables_of_before_there_was_a_choice_of_cache(results_folder, t
 
 
 def test_roles():
-    named = {name: role(recipe) for name, recipe in experiment().recipes.items()}
+    config = experiment()
+    run = {name for runs in config.runs for name in runs.recipes}
+    named = {name: role(recipe) for name, recipe in config.recipes.items() if name in run}
     assert named == {
         "rtn": "rtn", "awq": "awq", "qat": "none", "kd": "kd", "gdkd": "gdkd", "rcka": "rcka", "ib": "ib", "grace": "grace",
     }  # fmt: skip

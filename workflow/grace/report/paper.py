@@ -46,13 +46,16 @@ def role(recipe: Recipe) -> str:
 
 
 def roles(experiment: Experiment) -> dict[str, str]:
-    """Role of every recipe. Where two share one, it goes to the first that changes no constants, and the others are
-    `variant`: the paper has one GRACE, not a sweep."""
+    """Role of every recipe. Where two share one, it goes to the first that is run and changes no constants, and the others
+    are `variant`: the paper has one GRACE, not a sweep."""
+    run = {name for runs in experiment.runs for name in runs.recipes}
+
+    def order(item: tuple[str, Recipe]) -> tuple[bool, bool]:
+        name, recipe = item
+        return name not in run, bool(recipe.method or recipe.train or recipe.constants or recipe.scale != "maxabs")
+
     found: dict[str, str] = {}
-    for name, recipe in sorted(
-        experiment.recipes.items(),
-        key=lambda item: bool(item[1].method or item[1].train or item[1].constants or item[1].scale != "maxabs"),
-    ):
+    for name, recipe in sorted(experiment.recipes.items(), key=order):
         meant = role(recipe)
         found[name] = "variant" if meant in found.values() else meant
     return found
