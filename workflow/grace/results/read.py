@@ -75,9 +75,13 @@ class Results:
         metric = self.metrics[benchmark]
         return metric if metric in SAID and benchmark not in self.imitations else "mean"
 
+    def benchmark_path(self, benchmark: str) -> Path:
+        """Where the benchmark's file lies, if it is here."""
+        return self.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+
     def questions_file(self, benchmark: str) -> Path | None:
         """The benchmark's file, where it is here and in this pipeline's own layout: questions with their images."""
-        path = self.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+        path = self.benchmark_path(benchmark)
         wanted = {"id", "image", "image_id", "question", "answer"}
         return path if path.is_file() and wanted <= set(pq.read_schema(path).names) else None
 

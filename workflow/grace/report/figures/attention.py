@@ -67,7 +67,7 @@ def _lacking(results: Results) -> str | None:
 def questions(results: Results) -> pd.DataFrame:
     """The first questions, each about another image: id, question, answer, image bytes; first one the teacher has right."""
     benchmark = results.benchmarks[0]
-    path = results.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
+    path = results.benchmark_path(benchmark)
     try:
         frame = pq.read_table(path, columns=["id", "image", "image_id", "question", "answer"]).to_pandas()
     except FileNotFoundError:

@@ -1,7 +1,6 @@
 """Example questions with their image and what each model said."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -36,13 +35,9 @@ def shown_rows(results: Results) -> list[Row]:
     return [*first, *ours, *others][:MODELS]
 
 
-def _path(results: Results, benchmark: str) -> Path:
-    return results.folder / "data" / "benchmarks" / f"{benchmark}.parquet"
-
-
 def read_benchmark(results: Results, benchmark: str, columns: list[str]) -> pd.DataFrame:
     """Columns of a benchmark file, indexed by `id`; a `GraceError` where the file is missing."""
-    path = _path(results, benchmark)
+    path = results.benchmark_path(benchmark)
     try:
         return pq.read_table(path, columns=["id", *columns]).to_pandas().set_index("id")
     except FileNotFoundError:
