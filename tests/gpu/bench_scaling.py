@@ -1,21 +1,27 @@
-"""GRACE steps on 1, 2, 4 and 8 GPUs of one host: the same global batch (strong scaling), and the same per GPU (weak).
+"""GRACE steps on several GPUs of one host: the same global batch (strong scaling), and the same per GPU (weak).
 
     python tests/gpu/bench_scaling.py --out scaling.json                       # as many GPUs as there are
-    python tests/gpu/bench_scaling.py --out scaling.json --shape tiny          # CPU processes over gloo: losses alone
+    python tests/gpu/bench_scaling.py --out two.json --processes 1 2 --scaling strong --seconds 340 \\
+        --sharding step layer step,bf16 pass layer,prefetch2                   # which way of sharding is best
+    python tests/gpu/bench_scaling.py --out tiny.json --shape tiny --batch 8   # CPU processes over gloo: losses alone
 
-Each point is a torchrun of its own with the trainer of `bench_step.py`; decoder layers are sharded by FSDP2. The table printed
-last has tokens/s, the speed over one GPU per GPU, MFU over the GEMM rate measured beside it, memory, and the largest relative
-difference of a loss from one GPU's with the same batch. Beside --out a PNG shows both curves. Exits with status 1 if losses
-differ by more than bf16's noise.
+Each number of processes is a torchrun of its own with the trainer of `bench_step.py`; it tries every --sharding on a model of
+its own. A sharding is `layer`, `pass` or `step` (how long layers stay gathered), with `,bf16` where gradients are summed in
+bf16 instead of fp32 and `,prefetchN` where N layers are gathered ahead by order. After --seconds nothing new is begun; --out is
+written after every point. The table has tokens/s, the speed over one GPU, MFU over the GEMM rate measured beside it, passes per
+step (an odd number of rows leaves a GPU idle for one), memory, and the largest relative difference of a loss from one GPU's with
+the same batch. Beside --out a PNG shows both curves. Exits with status 1 if losses differ by more than bf16's noise.
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,95 +29,156 @@ import bench_step
 import torch
 
 from grace.bench.machine import describe
-from grace.distributed import join_world
+from grace.distributed import Sharding, join_world
 
 NOISE = 5e-3  # relative, of a loss in bf16 after a few steps
 
 
-def work(shape: bench_step.Shape, steps: int, out: Path) -> None:
-    """One process of a run; the first writes what was found."""
+def sharding(text: str) -> Sharding:
+    """`layer`, `pass` or `step`, then any of `bf16` and `prefetchN`, with commas between."""
+    gathered, *rest = text.split(",")
+    prefetch = [int(part.removeprefix("prefetch")) for part in rest if part.startswith("prefetch")]
+    unknown = [part for part in rest if part != "bf16" and not part.startswith("prefetch")]
+    if gathered not in ("layer", "pass", "step") or unknown:
+        raise argparse.ArgumentTypeError(f"{text}: write layer, pass or step, then ,bf16 and ,prefetchN")
+    return Sharding(gathered, "bf16" not in rest, *prefetch)
+
+
+def work(shape: bench_step.Shape, arguments: argparse.Namespace) -> None:
+    """One process of a run; the first writes what was found of every sharding after each."""
+    begun = time.monotonic()
     world = join_world()
-    rate = bench_step.gemm_rate(world.device)
-    model = bench_step.build_model(shape, world.device)
+    device = world.device
+    rate = bench_step.gemm_rate(device)
     examples = bench_step.build_examples(shape, 2 * shape.batch)
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
-        cache = bench_step.build_cache(Path(scratch) / "cache", shape, examples, world.device)
-        found = bench_step.run_recipe("GRACE", model, shape, examples, cache, steps, world, Path(scratch))
+        cache = bench_step.build_cache(Path(scratch) / "cache", shape, examples, device)
+        for way in arguments.sharding:
+            if found and world.agreed(time.monotonic() - begun > arguments.seconds):
+                break
+            start = time.monotonic()
+            model = bench_step.build_model(shape, device)
+            row = bench_step.run_recipe(
+                "GRACE", model, shape, examples, cache, arguments.steps, world, Path(scratch), arguments.warm,
+                apart=0, sharding=way,
+            )  # fmt: skip
+            about = {"sharding": asdict(way), "gemm_flop_s": rate, "whole_s": time.monotonic() - start}
+            found.append(row | about)
+            if world.first:
+                arguments.out.write_text(json.dumps(found))
+            del model
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         world.barrier()
-    if world.first:
-        out.write_text(json.dumps(found | {"gemm_flop_s": rate}))
     if world.size > 1:
         torch.distributed.destroy_process_group()
 
 
-def run(processes: int, shape: str, batch: int, steps: int) -> dict[str, Any]:
-    """The result of a torchrun of so many processes with so many conversations a step."""
+def run(processes: int, batch: int, seconds: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a torchrun of so many processes with so many conversations a step found, one entry a sharding."""
+    ways = [",".join(flags(way)) for way in (arguments.sharding if processes > 1 else arguments.sharding[:1])]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += [__file__, "--out", str(out), "--shape", shape, "--steps", str(steps), "--worker", str(batch)]
-        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+        command += [__file__, "--out", str(out), "--shape", arguments.shape, "--worker", "--batch", str(batch)]
+        command += ["--steps", str(arguments.steps), "--warm", str(arguments.warm), "--seconds", str(seconds)]
+        subprocess.run([*command, "--sharding", *ways], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         return json.loads(out.read_text())
 
 
+def flags(way: Sharding) -> list[str]:
+    """What `sharding` reads back."""
+    return [way.gathered, *([] if way.fp32_sums else ["bf16"]), *([f"prefetch{way.prefetch}"] if way.prefetch else [])]
+
+
 def draw(points: list[dict[str, Any]], path: Path) -> None:
-    """Tokens/s by GPUs, both kinds of scaling, with the ideal line."""
+    """Tokens/s by GPUs, both kinds of scaling, the best sharding of each, with the ideal line."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.6))
-    one = points[0]["tokens_per_second"]
+    one = next(p["tokens_per_second"] for p in points if p["gpus"] == points[0]["gpus"]) / points[0]["gpus"]
+    counts = sorted({p["gpus"] for p in points})
     for kind, marker in (("strong", "o"), ("weak", "s")):
-        own = [p for p in points if p["gpus"] == 1 or p["scaling"] == kind]
-        axes.plot([p["gpus"] for p in own], [p["tokens_per_second"] for p in own], marker=marker, label=kind)
-    most = max(p["gpus"] for p in points)
-    axes.plot([1, most], [one, one * most], color="0.6", linestyle=":", label="ideal")
+        best: dict[int, float] = {}
+        for p in points:
+            if p["gpus"] == 1 or p["scaling"] == kind:
+                best[p["gpus"]] = max(best.get(p["gpus"], 0.0), p["tokens_per_second"])
+        axes.plot(list(best), list(best.values()), marker=marker, label=kind)
+    axes.plot([1, counts[-1]], [one, one * counts[-1]], color="0.6", linestyle=":", label="ideal")
     axes.set(xlabel="GPUs", ylabel="tokens per second", xscale="log", yscale="log")
-    axes.set_xticks([p["gpus"] for p in points], [str(p["gpus"]) for p in points])
+    axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
+def point(found: dict[str, Any], count: int, scaling: str, batch: int) -> dict[str, Any]:
+    """A line of the table, before it is compared with one GPU."""
+    speed = sum(found["tokens"]) / (sum(found["steps_ms"]) / 1e3)
+    rate = found["gemm_flop_s"] * count
+    return {
+        "gpus": count, "scaling": scaling, "sharding": found["sharding"], "batch": batch, "tokens_per_second": speed,
+        "mfu": speed * found["flops_per_token"] / rate if rate else None, "steps_ms": found["steps_ms"],
+        "passes": found["passes"], "peak_gib": found["peak_gib"], "reserved_gib": found["reserved_gib"],
+        "gemm_tflop_s": found["gemm_flop_s"] / 1e12, "losses": found["losses"], "whole_s": found["whole_s"],
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--shape", choices=bench_step.SHAPES, default="llava15-7b")
+    parser.add_argument("--batch", type=int, help="conversations a step; default: the shape's")
     parser.add_argument("--steps", type=int, default=3, help="timed optimiser steps")
+    parser.add_argument("--warm", type=int, default=2, help="steps before them")
     parser.add_argument(
         "--processes", type=int, nargs="*", help="how many; default: 1, 2, 4, 8 as far as there are GPUs"
     )
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--scaling", choices=("strong", "weak"), nargs="+", default=["strong", "weak"])
+    parser.add_argument("--sharding", type=sharding, nargs="+", default=[Sharding()], help="ways to try")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    begun = time.monotonic()
     shape = bench_step.SHAPES[arguments.shape]
+    shape = replace(shape, batch=arguments.batch or shape.batch)
     if arguments.worker:
-        work(replace(shape, batch=arguments.worker), arguments.steps, arguments.out)
+        work(shape, arguments)
         return 0
     cuda = torch.cuda.is_available()
     there = torch.cuda.device_count() if cuda else 4
     counts = arguments.processes or [n for n in (1, 2, 4, 8) if n <= there]
-    points, losses = [], {}
-    for count in counts:
-        for scaling in ("strong", "weak") if count > 1 else ("strong",):
-            batch = shape.batch * (count if scaling == "weak" else 1)
-            found = run(count, arguments.shape, batch, arguments.steps)
-            reference = losses.setdefault(batch, found["losses"])
-            apart = max(abs(a / b - 1) for a, b in zip(reference, found["losses"], strict=True))
-            rate = found["gemm_flop_s"] * count
-            speed = found["tokens_per_second"]
-            points.append(
-                {
-                    "gpus": count, "scaling": scaling, "batch": batch, "tokens_per_second": speed,
-                    "efficiency": speed / count / (points[0]["tokens_per_second"] if points else speed),
-                    "mfu": speed * found["flops_per_token"] / rate if rate else None, "peak_gib": found["peak_gib"],
-                    "losses_apart": apart if scaling == "strong" else None,
-                }
-            )  # fmt: skip
-            print(json.dumps(points[-1]), flush=True)
+    points: list[dict[str, Any]] = []
+    references: dict[int, dict[str, Any]] = {}
     about = {"shape": arguments.shape, **describe(torch.device("cuda" if cuda else "cpu"))}
-    arguments.out.write_text(json.dumps({"points": points, "about": about}, indent=2) + "\n")
+    for count in counts:
+        for scaling in arguments.scaling if count > 1 else ["strong"]:
+            left = arguments.seconds - (time.monotonic() - begun)
+            if left < 0:
+                continue
+            batch = shape.batch * (count if scaling == "weak" else 1)
+            for found in run(count, batch, left, arguments):
+                new = point(found, count, scaling, batch)
+                if scaling == "strong":
+                    one = references.setdefault(batch, new)
+                    new["speed_up"] = new["tokens_per_second"] / one["tokens_per_second"]
+                    pairs = zip(one["losses"], new["losses"], strict=True)
+                    new["losses_apart"] = max(abs(a / b - 1) for a, b in pairs)
+                points.append(new)
+                print(json.dumps(new), flush=True)
+            arguments.out.write_text(json.dumps({"points": points, "about": about}, indent=2) + "\n")
+    for new in points:
+        mfu = f"{new['mfu']:.3f}" if new["mfu"] else "-"
+        print(
+            f"{new['gpus']} GPUs {new['scaling']} {','.join(flags(Sharding(**new['sharding'])))}: "
+            f"{new['tokens_per_second']:,.0f} tokens/s, x{new.get('speed_up', float('nan')):.3f}, MFU {mfu}, "
+            f"{new['peak_gib']:.1f} GiB, losses apart {new.get('losses_apart', float('nan')):.1e}"
+        )
     draw(points, arguments.out.with_suffix(".png"))
-    return int(any((point["losses_apart"] or 0) > NOISE for point in points))
+    return int(any(new.get("losses_apart", 0.0) > NOISE for new in points))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from grace.config.schema import Method, Optimisation, Quantization
 from grace.data import Example
 from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
-from grace.distributed import join_world
+from grace.distributed import Sharding, join_world
 from grace.files import sha256
 from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
@@ -88,6 +88,7 @@ SHAPES = {
     "tiny-qwen": Shape(64, 128, 2, 4, 512, VIT_TINY, 96, (24, 48), 16, 32, 8, 96, 2),
 }
 START = 1  # tokens before an image
+WHOLE = Sharding()
 RECIPES = {
     "plain": {},
     "GRACE": dict(kd="gated", rcka=True, controller=True, bits=4),
@@ -235,13 +236,12 @@ class Stopwatch:
 
 def run_recipe(
     name: str, model: PreTrainedModel, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int,
-    world: World, scratch: Path, **change: object,
+    world: World, scratch: Path, warm: int = 2, apart: int = 1, sharding: Sharding = WHOLE, **change: object,
 ) -> dict:  # fmt: skip
-    """`steps` timed optimiser steps after 2 of warm-up, then one taken apart.
+    """`steps` timed optimiser steps after `warm` of warm-up, then, where `apart` is 1, one taken apart.
 
     `change` are other values of `optimisation`.
     """
-    warm, apart = 2, 1
     wanted: dict = dict(batch=shape.batch, micro_batch=2, learning_rate=1e-6, checkpoint_every=10**6,
                         pass_tokens=shape.pass_tokens) | change  # fmt: skip
     optimisation = Optimisation(steps=warm + steps + apart, **wanted)
@@ -256,34 +256,40 @@ def run_recipe(
     processor = build_processor(shape)
     size = vocabulary(processor)
     objective = Distillation(model, run, size, cache) if run.kd != "none" else Objective(model, run, size)
-    trainer = Trainer(model, processor, examples, run, objective, log, scratch / "checkpoints", "bench", world)
+    where = scratch / "checkpoints"
+    trainer = Trainer(model, processor, examples, run, objective, log, where, "bench", world, sharding)
+    rounds: list[int] = []
     watches: list[Stopwatch] = []
     peaks: list[float] = []
     plain_step = trainer._step
 
-    def step(number: int, *rest) -> dict | None:
+    def step(number: int, chosen: list[Example], *rest) -> dict | None:
+        rounds.append(sum(1 for _ in trainer._cuts(chosen)))
         if number == warm + steps:
             peaks.append(trainer.meter.memory_gib())
             watches.extend([Stopwatch(trainer.objective, "backward", world.device),
                             Stopwatch(trainer.optimizer, "step", world.device)])  # fmt: skip
-        return plain_step(number, *rest)
+        return plain_step(number, chosen, *rest)
 
     trainer._step = step
     trainer.train()
     trainer.optimizer.let_go()
+    peaks.append(trainer.meter.memory_gib())
     if not world.first:
         return {}
     entries = [json.loads(line) for line in log.read_text().splitlines()]
     log.unlink()
     timed = entries[warm : warm + steps]
-    backward, optimise = watches
+    taken = {}
+    if apart:
+        taken = {"forward_backward_ms": 1e3 * watches[0].seconds, "optimiser_ms": 1e3 * watches[1].seconds}
     last = {key: entries[-1][key] for key in ("loss", "ce", "kd", "rcka", "beta", "grad_norm") if key in entries[-1]}
     per_token = [entry["seconds"] / entry["tokens"] for entry in timed]
     return {
         "recipe": name, "tokens_per_second": 1 / median(per_token),
         "step_ms": 1e3 * median(entry["seconds"] for entry in timed), "steps_ms": [1e3 * e["seconds"] for e in timed],
-        "flops_per_token": trainer.meter.flops_per_token, "forward_backward_ms": 1e3 * backward.seconds / apart,
-        "optimiser_ms": 1e3 * optimise.seconds / apart, "peak_gib": peaks[0],
+        "tokens": [entry["tokens"] for entry in timed], "passes": rounds[warm : warm + steps],
+        "flops_per_token": trainer.meter.flops_per_token, **taken, "peak_gib": peaks[0],
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
         "losses": [entry["loss"] for entry in entries], "last": last,
     }  # fmt: skip

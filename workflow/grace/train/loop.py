@@ -20,7 +20,7 @@ from grace.config.runs import TrainRun
 from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packing import fill_rows
-from grace.distributed import shard
+from grace.distributed import Sharding, keep_gathered, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
@@ -71,6 +71,7 @@ class Trainer:
         log: gets one JSON line per optimiser step.
         checkpoints: folder for resumable checkpoints, outside the rule's outputs.
         identity: what a checkpoint must agree with (`run_identity`).
+        sharding: of the decoder over several processes.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Trainer:
         checkpoints: Path,
         identity: str,
         world: World,
+        sharding: Sharding = Sharding(),  # noqa: B008  (it is frozen)
     ) -> None:
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
@@ -101,7 +103,8 @@ class Trainer:
             model.gradient_checkpointing_enable()
         matrices = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim > 1)
         self.meter = Meter(matrices, world.device, world.size)
-        shard(model, world)
+        shard(model, world, sharding)
+        self.kept_gathered = world.size > 1 and sharding.gathered == "step"
         self.optimizer = MasterAdamW(model, run.optimisation, run.bits, run.quantization, world)
         self.objective = objective
         self.skipped = self.in_a_row = 0  # steps that were not applied, as their loss was not finite
@@ -185,7 +188,11 @@ class Trainer:
         totals = self.objective.totals(chosen, step)
         cuts = list(self._cuts(chosen))
         try:
-            each = [self.objective.backward(*next(feed), totals, micro.share) for micro in cuts]
+            each = []
+            for left, micro in zip(reversed(range(len(cuts))), cuts, strict=True):
+                if self.kept_gathered:
+                    keep_gathered(self.model, left > 0)
+                each.append(self.objective.backward(*next(feed), totals, micro.share))
         except torch.OutOfMemoryError as error:
             short = str(error).splitlines()[0]
         else:
