@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grace.data import Batch
+from grace.data.packed import packed_row
 from grace.data.packing import OFFSETS_STEP, fill_rows, pack_row
 from grace.models import forward_inputs
 from grace.models.packed_attention import PACKED, use_packed_attention
-from grace.train.packed import packed_row
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=20)
 

@@ -28,7 +28,7 @@ from grace.errors import GraceError
 from grace.files import check_manifest, read_json, whole_folder, write_json, write_manifest
 from grace.models import load_model, load_processor
 from grace.teacher.commands import finish, info, verify, write
-from grace.teacher.forward import check_examples, plan
+from grace.teacher.forward import check_examples, plan, plan_rows
 from grace.teacher.identity import expected
 from grace.teacher.reader import TeacherCache
 from grace.teacher.writer import audited_records
@@ -215,6 +215,30 @@ def test_audited_records_are_few_but_never_none():
 def test_a_record_that_is_not_there_is_said_so_before_training(home):
     with pytest.raises(GraceError, match="hidden: no record of the conversation with key ffff"):
         TeacherCache.open(home / "hidden").check_keys(["ff" * 32])
+
+
+@pytest.mark.parametrize("tokens", [4096, 60])
+def test_packed_rows_write_the_same_records(home, tmp_path, seen, tokens):
+    """One row of everything, and rows of one or two conversations; both by the truth, not by the padded cache."""
+    run = run_file(tmp_path, cache=Cache(shards=2, audit=0.3, pass_tokens=tokens))
+    write(run, home / "teacher", home / "data", tmp_path / "hidden")
+    finish(run, home / "teacher", home / "data", tmp_path / "hidden")
+    cache = TeacherCache.open(tmp_path / "hidden")
+    for key, truth in seen.items():
+        target = cache.batch([key])
+        assert torch.allclose(target.hidden.float(), truth.states, atol=0.02, rtol=0.01)
+        assert torch.allclose(target.gates.double(), gates_of(truth.logits), atol=1e-5)
+        rows = torch.nn.functional.normalize(truth.visual, dim=1)
+        assert torch.allclose(target.grams[0].double(), rows @ rows.T, atol=0.01)
+
+
+def test_packed_rows_hold_every_conversation_once_and_are_not_overfull():
+    lengths = [5, 90, 30, 31, 7, 200, 1] * 50
+    examples = [SimpleNamespace(input_ids=torch.zeros(length)) for length in lengths]
+    rows = list(plan_rows(examples, 100))
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 100 or len(row) == 1 for row in rows)
+    assert len(rows) < 1.1 * sum(min(length, 100) for length in lengths) / 100
 
 
 def test_batches_are_of_like_length_and_bounded():

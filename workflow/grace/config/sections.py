@@ -204,6 +204,11 @@ class Cache(Section):
         default="hidden", description="how the teacher's logits are kept"
     )
     shards: PositiveInt = Field(default=2, description="independent parts, each a job of its own")
+    pass_tokens: PositiveInt | None = Field(
+        default=None,
+        description="tokens of one forward pass of the teacher over conversations laid end to end, by layers that are "
+        "compiled on a GPU; null: padded batches",
+    )
     audit: Fraction = Field(
         default=0.001, description="share of the records also kept in full precision, to measure the cache's error"
     )

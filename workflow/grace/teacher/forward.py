@@ -16,12 +16,15 @@ from grace.data import Batch, Conversation, EncodedImage, Example, collate
 from grace.data.batches import image_runs
 from grace.data.conversations import asked_and_answered
 from grace.data.examples import IGNORED, Tokeniser
+from grace.data.packed import packed_row
+from grace.data.packing import fill_rows
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
 from grace.teacher.prefetch import ahead
 
 TOKENS_AT_ONCE = 8192  # padded tokens of one forward pass
+ROWS_TOGETHER = 64  # packed rows that are filled from the same conversations
 
 
 @dataclass
@@ -81,11 +84,14 @@ def check_sight_alone(model: nn.Module, processor: Any) -> None:
 
 
 @torch.inference_mode()
-def check_sight(model: Any, processor: Any, examples: Sequence[Example]) -> None:
+def check_sight(model: Any, processor: Any, examples: Sequence[Example], pass_tokens: int | None = None) -> None:
     """Refuse a model whose answers do not depend on its image: exchange one, and the logits must change.
 
     A forward that does not know an argument may swallow it without a word, and would train blind. The first example
     with an image and a label is asked with the image as it is and with its negative.
+
+    Args:
+        pass_tokens: as `see` takes it.
 
     Raises:
         GraceError: no logit changes, or the forward cannot take the image.
@@ -93,13 +99,13 @@ def check_sight(model: Any, processor: Any, examples: Sequence[Example]) -> None
     shown = next((example for example in examples if example.images and supervised_tokens(example)), None)
     if shown is None:
         return
-    batch = collate([shown], processor)
+    batch = _prepared(model, processor, [shown], pass_tokens)
     negative = {name: -value if value.is_floating_point() else value for name, value in batch.pixels.items()}
-    rows, columns, _ = batch.supervised()
+    rows, columns = batch.place(*batch.supervised()[:2])
     logits = []
     for pixels in (batch.pixels, negative):
         try:
-            inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, pixels)
+            inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, pixels, batch.packed)
             states = model.model(**inputs, use_cache=False).last_hidden_state
         except (ValueError, TypeError, RuntimeError) as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -134,13 +140,33 @@ def plan(examples: Sequence[Example], tokens: int = TOKENS_AT_ONCE) -> list[list
     return batches
 
 
+def plan_rows(examples: Sequence[Example], capacity: int) -> Iterator[list[int]]:
+    """Indices of `examples` that share a packed row of `capacity` tokens; neighbours stay near each other."""
+    lengths = [len(example.input_ids) for example in examples]
+    begin = total = 0
+    for end, length in enumerate(lengths, 1):
+        total += length
+        if total >= ROWS_TOGETHER * capacity or end == len(lengths):
+            yield from ([begin + index for index in row] for row in fill_rows(lengths[begin:end], capacity))
+            begin, total = end, 0
+
+
 @torch.inference_mode()
-def see(model: nn.Module, processor: Any, examples: Sequence[Example]) -> Iterator[tuple[int, Seen]]:
-    """Run `model` over `examples` and yield (index, what it makes of it), in the order of `plan`."""
+def see(
+    model: nn.Module, processor: Any, examples: Sequence[Example], pass_tokens: int | None = None
+) -> Iterator[tuple[int, Seen]]:
+    """Run `model` over `examples` and yield (index, what it makes of it), in the order of `plan`.
+
+    Args:
+        pass_tokens: tokens of a packed row, of a model that `prepare_packed` has prepared; None: padded batches.
+    """
     image = image_token_id(model)
-    batches = plan(examples)
-    collated = ahead(lambda indices: collate([examples[i] for i in indices], processor), batches)
-    for indices, batch in zip(batches, collated, strict=True):
+    batches = plan(examples) if pass_tokens is None else list(plan_rows(examples, pass_tokens))
+
+    def prepared(indices: list[int]) -> Batch:
+        return _prepared(model, processor, [examples[index] for index in indices], pass_tokens)
+
+    for indices, batch in zip(batches, ahead(prepared, batches), strict=True):
         states, labels, visual = _forward(model, batch, image)
         counts = [supervised_tokens(examples[index]) for index in indices]
         parts = zip(indices, states.split(counts), labels.split(counts), strict=True)
@@ -148,12 +174,22 @@ def see(model: nn.Module, processor: Any, examples: Sequence[Example]) -> Iterat
             yield index, Seen(own, asked, [next(visual) for _ in examples[index].images])
 
 
+def _prepared(model: Any, processor: Any, examples: Sequence[Example], pass_tokens: int | None) -> Batch:
+    """The tensors of one forward pass over `examples`."""
+    batch = collate(examples, processor)
+    if pass_tokens is not None:
+        batch.packed = packed_row(model, batch, pass_tokens)
+    return batch
+
+
 def _forward(model: Any, batch: Batch, image: int) -> tuple[torch.Tensor, torch.Tensor, Iterator[torch.Tensor]]:
     """States [tokens, d] and labels [tokens] of the supervised positions, and each image's visual tokens [n, d]."""
-    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, batch.pixels)
+    inputs = forward_inputs(model, batch.input_ids, batch.attention_mask, batch.pixels, batch.packed)
     outputs = model.model(**inputs, use_cache=False, output_hidden_states=True)
     device = outputs.last_hidden_state.device
-    rows, columns, labels = (part.to(device) for part in batch.supervised())
+    rows, columns, labels = batch.supervised()
+    rows, columns, labels = (part.to(device) for part in (*batch.place(rows, columns), labels))
     at, place, sizes = batch.visual(image)
+    at, place = batch.place(at, place)
     visual = outputs.hidden_states[-2][at.to(device), place.to(device)].split(sizes)
     return outputs.last_hidden_state[rows, columns], labels, iter(visual)

@@ -13,6 +13,7 @@ from grace.config.runs import CacheRun
 from grace.data import Example, load_conversations
 from grace.data.batches import image_runs
 from grace.data.examples import Tokeniser
+from grace.data.packed import prepare_packed
 from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
 from grace.files import read_json
@@ -61,11 +62,13 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
         raise GraceError(f"{teacher}: its vocabulary projection has a bias, which a cache does not hold")
     if parameters.cache.format == "sampled":
         entry_counts(size)
+    if parameters.cache.pass_tokens is not None:
+        prepare_packed(model, 0.0, torch.device(device))
     for number in missing:
         part = [conversations[index] for index in slices[number]]
         examples = Tokeniser(processor)(part) if part else []
         check_examples(examples, model, size)
-        check_sight(model, processor, examples)
+        check_sight(model, processor, examples, parameters.cache.pass_tokens)
         tensors = record(model, processor, examples, parameters, f"teacher cache {number + 1}/{shards}")
         write_shard(
             out,
@@ -101,7 +104,7 @@ def record(
     audited = audited_records([e.key for e in examples], run.cache.audit)
     weight, image = head_weight(model, vocabulary(processor)).float(), image_token_id(model)
     with progress(title, len(examples)) as advance:
-        for index, seen in see(model, processor, examples):
+        for index, seen in see(model, processor, examples, run.cache.pass_tokens):
             example = examples[index]
             tensors = _encode(seen, example, weight, run)
             builder.put(index, **{name: tensor.cpu() for name, tensor in tensors.items()})

@@ -19,6 +19,7 @@ from grace.config.code import CodeIndex
 from grace.config.runs import TrainRun
 from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
+from grace.data.packed import packed_row, prepare_packed
 from grace.data.packing import fill_rows
 from grace.distributed import Sharding, keep_gathered, shard
 from grace.errors import GraceError
@@ -30,7 +31,6 @@ from grace.train.checkpoint import load_checkpoint, save_checkpoint
 from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
-from grace.train.packed import packed_row, prepare_packed
 from grace.world import World
 
 _KEYS = "under teacher.train, student.train, finetune or the recipe's train, whichever is trained here"

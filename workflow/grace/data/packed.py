@@ -1,9 +1,9 @@
-"""Training near the hardware's limit: packed rows, compiled decoder layers, and activations kept as memory allows."""
+"""Models near the hardware's limit: packed rows, compiled decoder layers, and activations kept as memory allows."""
 
 import torch
 from torch import nn
 
-from grace.data import Batch
+from grace.data.batches import Batch
 from grace.data.packing import PackedRow, pack_row
 from grace.models import decoder, image_token_id
 from grace.models.families import family_of
