@@ -69,18 +69,26 @@ QWEN_TEMPLATE = """\
 """
 
 
-def sentencepiece() -> PreTrainedTokenizerFast:
-    """Of Llama's kind: spaces as a letter, unknown letters as bytes, a token that begins every text."""
+def _filled(known: list[str], pieces: int) -> list[str]:
+    """`known`, and behind it pieces that no text is ever made of, until there are `pieces`."""
+    return [*known, *(f"▁unused{number}" for number in range(pieces - len(known)))]
+
+
+def sentencepiece(pieces: int = 0) -> PreTrainedTokenizerFast:
+    """Of Llama's kind: spaces as a letter, unknown letters as bytes, a token that begins every text.
+
+    `pieces`: as many as a real one has, control tokens behind them; 0: as few as it takes.
+    """
     special = ["<unk>", "<s>", "</s>"]
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=90, special_tokens=special))
     about = json.loads(trained.to_str())["model"]
     learned = [token for token in sorted(about["vocab"], key=about["vocab"].get) if token not in special]
-    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
+    every = _filled([*special, *(f"<0x{byte:02X}>" for byte in range(256)), *learned], pieces)
     raw = Tokenizer(
         models.BPE(
-            {piece: index for index, piece in enumerate(pieces)},
+            {piece: index for index, piece in enumerate(every)},
             [tuple(merge) for merge in about["merges"]],
             unk_token="<unk>",
             byte_fallback=True,
@@ -99,8 +107,8 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    """Of Qwen's kind: bytes, its splitting into words, no token that begins a text."""
+def byte_level(pieces: int = 0) -> PreTrainedTokenizerFast:
+    """Of Qwen's kind: bytes, its splitting into words, no token that begins a text. `pieces`: see `sentencepiece`."""
     raw = Tokenizer(models.BPE())
     raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,6 +120,12 @@ def byte_level() -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.train_from_iterator(CORPUS, trainer)
+    if pieces:
+        about = json.loads(raw.to_str())["model"]
+        every = _filled(sorted(about["vocab"], key=about["vocab"].get), pieces)
+        raw.model = models.BPE(
+            {piece: number for number, piece in enumerate(every)}, [tuple(merge) for merge in about["merges"]]
+        )
     raw.add_special_tokens(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     )  # fmt: skip

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from chat_models import LLAVA_TEMPLATE, QWEN_TEMPLATE, byte_level, sentencepiece
-from safetensors.torch import save_file
+from real_sizes import TOKENS, real_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from grace.models.families import FAMILIES
+from grace.quant.checkpoint import rename_weights
 
 SIZES = {"student": (128, 256, 2), "teacher": (256, 384, 3)}  # width, inner width, layers
 HEAD = 128  # rows of a head are a multiple of this
@@ -100,17 +101,17 @@ def _qwen3_vl(role: str, words: Any, rows: int) -> dict[str, Any]:
 CONFIGS = {"llava": _llava, "qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
 
 
-def _write_images(folder: Path, family: str) -> None:
-    """preprocessor_config.json, and LLaVA's processor_config.json."""
+def _write_images(folder: Path, family: str, side: int, patch: int) -> None:
+    """preprocessor_config.json, and LLaVA's processor_config.json for images of `side` pixels."""
     if family == "llava":
         about = {
             "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_center_crop": True,
             "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
-            "crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 64}, "image_mean": MEAN, "image_std": STD,
+            "crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}, "image_mean": MEAN, "image_std": STD,
             "rescale_factor": 1 / 255,
         }  # fmt: skip
         more = {
-            "image_token": "<image>", "num_additional_image_tokens": 1, "patch_size": 16,
+            "image_token": "<image>", "num_additional_image_tokens": 1, "patch_size": patch,
             "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default",
         }  # fmt: skip
         _write(folder / "processor_config.json", more)
@@ -130,10 +131,13 @@ def _write(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2))
 
 
-def snapshot(folder: Path, family: str, role: str) -> Path:
-    """Write a model of random weights; `role` is student or teacher, whose head is padded by more rows."""
+def snapshot(folder: Path, family: str, role: str, real: bool = False, device: str = "cpu") -> Path:
+    """Write a model of random weights; `role` is student or teacher, whose head is padded by more rows.
+
+    `real`: of the published size and image geometry, made on `device`, with as many tokens as the real tokenizer has.
+    """
     folder.mkdir(parents=True)
-    words = sentencepiece() if family == "llava" else byte_level()
+    words = _words(family, real)
     words.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     kind = (
@@ -144,25 +148,36 @@ def snapshot(folder: Path, family: str, role: str) -> Path:
     _write(folder / "tokenizer_config.json", {**settings, **kind})
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     _write(folder / "chat_template.json", {"chat_template": LLAVA_TEMPLATE if family == "llava" else QWEN_TEMPLATE})
-    _write_images(folder, family)
+    _write_images(folder, family, *((336, 14) if real else (64, 16)))
     rows = -(-len(words) // HEAD) * HEAD + (HEAD if role == "teacher" and family != "llava" else 0)
-    _write(folder / "config.json", CONFIGS[family](role, words, rows))
+    config = CONFIGS[family](role, words, rows)
+    _write(folder / "config.json", real_config(config, family, role) if real else config)
     _write(folder / "generation_config.json", {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id})
+    _write_weights(folder, family, role, real, device)
+    return folder
 
-    with torch.random.fork_rng():
+
+def _words(family: str, real: bool) -> Any:
+    make = sentencepiece if family == "llava" else byte_level
+    if not real:
+        return make()
+    control = len(make()) - len(make().backend_tokenizer.get_vocab(with_added_tokens=False))
+    return make(TOKENS[family] - control)
+
+
+def _write_weights(folder: Path, family: str, role: str, real: bool, device: str) -> None:
+    """Random weights under their published names, in shards as the hub has them."""
+    dtype = torch.float16 if family == "llava" else torch.bfloat16
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(len(family) + len(role))
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        made_in = {"dtype": dtype} if real else {}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), **made_in)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for name, parameter in () if real else model.named_parameters():
                 if "language_model" not in name and "lm_head" not in name and parameter.ndim > 1:
                     parameter.mul_(4)  # an image that is seen changes the answer
-    model.to(torch.float16 if family == "llava" else torch.bfloat16).save_pretrained(folder / "written")
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "written/model.safetensors")
-    for file in (folder / "written").iterdir():
-        file.unlink()
-    (folder / "written").rmdir()
-    published = {FAMILIES[family].published(name): tensor for name, tensor in tensors.items()}
-    save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    published = {name: (folder / name).read_text() for name in ("config.json", "generation_config.json")}
+    model.to(dtype).save_pretrained(folder, max_shard_size="5GB")
+    rename_weights(folder, FAMILIES[family].published)
+    for name, text in published.items():
+        (folder / name).write_text(text)

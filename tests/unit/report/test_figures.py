@@ -19,7 +19,7 @@ from grace.report.figures import attention as looking
 from grace.report.figures import write as figures
 from grace.report.figures.roofline import work
 from grace.report.figures.style import place_labels, save, style, title_of
-from grace.results.read import TEACHER, Row, read_results
+from grace.results.read import TEACHER, Results, Row, read_results
 
 __all__ = ["results_folder"]  # a fixture
 
@@ -100,6 +100,26 @@ def test_titles_follow_the_data(tmp_path, results_folder):
     with style() as plt:
         assert "Entropy says nothing sure" in figures.entropy(other, plt).get_suptitle()
         assert "within noise" in figures.pareto(other, plt).get_suptitle()
+
+
+def test_few_questions_make_no_entropy_figure_of_nan(tmp_path, results_folder):
+    """A bin whose questions are all about one image has no standard error; one image alone has no correlation's."""
+    folder = tmp_path / "few"
+    shutil.copytree(results_folder, folder)
+    files = list((folder / "teacher/predictions").glob("*.parquet"))
+
+    def about(images: list[int]) -> Results:
+        for path in files:
+            frame = pd.read_parquet(path).head(12)
+            right = [1, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1, 0]
+            frame.assign(image_id=images, entropy=np.arange(12) / 12, score=right).to_parquet(path)
+        return read_results(folder)
+
+    assert entropy_numbers(about([0] * 12)) is None
+    few = about([0] * 6 + [1, 2, 3, 4, 5, 6])
+    assert np.isinf(binned(entropy_error(few))["stderr"]).any() and np.isfinite(entropy_numbers(few)["stderr"])
+    with style() as plt:
+        figures.entropy(few, plt).canvas.draw()
 
 
 def test_labels_cover_neither_bubbles_nor_each_other():

@@ -55,11 +55,16 @@ def correlation(data: pd.DataFrame) -> tuple[float, float]:
 
 
 def entropy_numbers(results: Results) -> dict[str, float] | None:
-    """Pearson r over questions, its error, and R² over the bins (paper, ScienceQA: 0.484, 0.901); None without entropies."""
+    """Pearson r over questions, its error, and R² over the bins (paper, ScienceQA: 0.484, 0.901).
+
+    None without entropies or errors, and where there are too few questions or images for these numbers.
+    """
     data = entropy_error(results)
     if len(data) < 2 * BINS or data["error"].nunique() < 2 or data["entropy"].nunique() < 2:
         return None
     bins = binned(data)
+    if data["image_id"].nunique() < 3 or bins["error"].nunique() < 2:
+        return None
     r, stderr = correlation(data)
     r2 = float(np.corrcoef(bins["entropy"], bins["error"])[0, 1] ** 2)
-    return {"r": r, "stderr": stderr, "r2": r2, "questions": len(data)}
+    return {"r": r, "stderr": stderr, "r2": r2, "questions": len(data)} if np.isfinite([r, stderr, r2]).all() else None

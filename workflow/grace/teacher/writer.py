@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from grace import __version__
 from grace.config.runs import CacheRun
 from grace.data import Example, load_conversations
 from grace.data.batches import image_runs
@@ -86,7 +87,8 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
 
 def libraries() -> dict[str, str]:
     """Versions of what the teacher's numbers depend on."""
-    return {name: version(name) for name in ("grace-pipeline", "safetensors", "tokenizers", "torch", "transformers")}
+    found = {name: version(name) for name in ("safetensors", "tokenizers", "torch", "transformers")}
+    return {"grace-pipeline": __version__, **found}
 
 
 def _is_whole(out: Path, name: str, pins: dict) -> bool:

@@ -11,20 +11,24 @@ def entropy(results: Results, plt):
     """Bins of equally many questions, and the correlation within each benchmark."""
     numbers = entropy_numbers(results)
     if numbers is None:
-        return nothing(plt, f"{results.folder.name}: the teacher's predictions carry no entropies, or it never errs")
+        return nothing(
+            plt,
+            f"{results.folder.name}: the teacher's predictions carry no entropies, it never errs, or its questions are few",
+        )
     data = entropy_error(results)
     bins = binned(data)
+    stderr = bins["stderr"].replace(np.inf, np.nan)  # a bin of one image has none
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.5), width_ratios=(1.25, 1))
     slope, start = np.polyfit(bins["entropy"], bins["error"], 1)
     across = np.array([bins["entropy"].min(), bins["entropy"].max()])
     left.plot(across, 100 * (slope * across + start), color="#8a8a8a", ls="--", lw=1, label="line through the bins")
     left.errorbar(
-        bins["entropy"], 100 * bins["error"], yerr=100 * bins["stderr"], color=COLOURS[0], marker="o", ms=4, ls="",
+        bins["entropy"], 100 * bins["error"], yerr=100 * stderr, color=COLOURS[0], marker="o", ms=4, ls="",
         capsize=2.5, lw=1, label=f"{BINS} bins of {len(data) // BINS:,} questions",
     )  # fmt: skip
     left.set_xlabel("teacher's entropy at the answer (nats)")
     left.set_ylabel("teacher's error (%)")
-    left.set_ylim(bottom=min(0, 100 * (bins["error"] - bins["stderr"]).min()))
+    left.set_ylim(bottom=min(0, 100 * (bins["error"] - stderr.fillna(0)).min()))
     left.legend(loc="upper left")
     left.margins(y=0.25)
     left.set_title(f"binned R² = {numbers['r2']:.2f}")
