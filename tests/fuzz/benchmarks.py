@@ -1,15 +1,19 @@
 """Damaged benchmark tables and language tasks: each is read, refused in a sentence, or refused row by row.
 
-    PYTHONPATH=tests/helpers python tests/fuzz/benchmarks.py ROUNDS [SEED]
+    PYTHONPATH=tests/helpers python tests/fuzz/benchmarks.py --seconds 600 --seed 1
 
 prints every input that raised anything else than a `GraceError`, and fails if there was one.
 """
 
+import argparse
 import random
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Iterable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,11 +86,11 @@ def damaged_task(rng: random.Random, path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def survive(rounds: int, seed: int) -> list[str]:
+def survive(rounds: Iterable[int], seed: int) -> list[str]:
     """Damage and read; the tracebacks of whatever was no `GraceError`."""
     rng, found = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
+        for number in rounds:
             table, task = Path(folder) / f"{number}.parquet", Path(folder) / "task.yaml"
             name = damaged_table(rng, table)
             damaged_task(rng, task)
@@ -115,7 +119,17 @@ def _read(path: Path, name: str, how) -> None:
             judged(how, item, text)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    end, done = time.monotonic() + arguments.seconds, count()
+    failures = survive(iter(lambda: next(done) if time.monotonic() < end else None, None), arguments.seed)
+    print("\n".join(failures))
+    print(f"{next(done)} rounds, {len(failures)} tracebacks")
+    return int(bool(failures))
+
+
 if __name__ == "__main__":
-    failures = survive(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-    print("\n".join(failures) or "nothing but sentences")
-    sys.exit(bool(failures))
+    sys.exit(main())

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,17 +78,18 @@ def _change(values: Any, random_: random.Random) -> None:
     container, key = random_.choice(places)
     way = random_.randrange(5)
     if way == 0:
-        container[key] = random_.choice(ODD)
+        container[key] = deepcopy(random_.choice(ODD))
     elif way == 1 and isinstance(container, dict):
         name = random_.choice([odd for odd in ODD if not isinstance(odd, (list, dict))])
         container[name] = container.pop(key)
     elif way == 2:
         del container[key]
     elif way == 3 and isinstance(container, dict):
-        container[random_.choice(["x", "baseline", "data", "a+b", "a" * 65])] = random_.choice(ODD)
+        container[random_.choice(["x", "baseline", "data", "a+b", "a" * 65])] = deepcopy(random_.choice(ODD))
     else:
         other, name = random_.choice(places)
-        container[key] = other[name] if name in other or (isinstance(other, list) and name < len(other)) else None
+        there = name in other if isinstance(other, dict) else name < len(other)
+        container[key] = deepcopy(other[name]) if there else None  # a copy: nothing may end up inside itself
 
 
 def _lines(text: str, random_: random.Random) -> str:
