@@ -8,16 +8,22 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from fake_results import make_results
 from stub_tree import Tree
 
 from grace.cluster.estimate import left_to_do, plan
 from grace.cluster.lock import lock_path, one_writer
 from grace.environment import environment
 from grace.errors import GraceError
-from grace.files import check_manifest, read_json, whole_folder, write_json, write_manifest
+from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
+from grace.provenance.cell import cell
+from grace.provenance.snakemake_records import _write, benchmark
 from grace.provenance.tree import provenance
 from grace.provenance.verify import check, verify
+from grace.report.tables.write import write_tables
+from grace.results.read import read_results
 
 SEED = "results/demo/students/grace/int4/seed0"
 
@@ -90,6 +96,26 @@ def test_the_records_of_a_clone_tell_the_same(tree: Tree) -> None:
         assert (step["inputs"], step["code"]) == (before["chain"][name]["inputs"], before["chain"][name]["code"])
 
 
+def test_what_a_job_cost_travels_with_the_records(tree: Tree) -> None:
+    """Snakemake's tables lie beside the logs, which git does not keep; a second save must not lose what the first knew."""
+    table = tree.folder / "results/demo/logs/students/grace/int4/seed0/pack.tsv"
+    table.write_text("s\th:m:s\tmax_rss\tcpu_time\n12.5\t0:00:12\t248.5\t7.25\n")
+    (tree.folder / "results/demo/provenance.jsonl").unlink()
+    tree.grace("records", "save", "results/demo")
+    shutil.rmtree(tree.folder / "results/demo/logs")
+    shutil.rmtree(tree.folder / ".snakemake")
+    tree.grace("records", "restore", "results/demo")
+    tree.grace("records", "save", "results/demo")
+    step = provenance(tree.folder / SEED / "packed", as_json=True)["chain"][f"{SEED}/packed/manifest.json"]
+    assert (step["seconds"], step["peak_mib"], step["cpu_seconds"]) == (12.5, 248.5, 7.25)
+
+
+def test_a_job_too_short_to_be_measured_has_its_time_alone(tmp_path: Path) -> None:
+    (tmp_path / "job.tsv").write_text("s\tmax_rss\tcpu_time\n0.4\t-\tNA\n")
+    assert benchmark("job.log", tmp_path) == {"seconds": 0.4}
+    assert benchmark("other.log", tmp_path) is None and benchmark(None, tmp_path) is None
+
+
 def test_a_file_of_a_folder_is_held_against_its_manifest(tree: Tree, capsys: pytest.CaptureFixture) -> None:
     folder = tree.folder / SEED / "packed"
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -99,6 +125,75 @@ def test_a_file_of_a_folder_is_held_against_its_manifest(tree: Tree, capsys: pyt
     assert f", torch {environment()['packages']['torch']}" in said and "machine  " in said and "code revision" in said
     (folder / "model.safetensors").write_bytes(b"others!")
     assert provenance(folder / "model.safetensors")["file"]["state"] == "differs from its manifest"
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tables of simulated predictions, with records of one student's evaluation and of its model."""
+    root = tmp_path_factory.mktemp("reported")
+    folder = make_results(root / "results/fake", seeds=(0,), questions=40)
+    write_tables(read_results(folder), folder / "tables")
+    frozen = "results/fake/config/students/grace/int4/seed0.json"
+    student, data = "results/fake/students/grace/int4/seed0", "results/fake/data/manifest.json"
+    made = {"code": {"revision": "c0ffee", "modified": True}, "hardware": {"gpus": [], "visible": None}}
+    for part in ("model", "predictions"):
+        write_json(root / student / part / "environment.json", made)
+    write_json(root / frozen, {"seed": 0})
+    write_json(root / "results/fake/config/evaluation.json", {"batch": 1})
+    rows = {}
+    for part, rule, inputs in (
+        ("predictions", "evaluate", ["results/fake/config/evaluation.json", data, f"{student}/model/manifest.json"]),
+        ("model", "distil", [frozen, data]),
+    ):
+        output = f"{student}/{part}/manifest.json"
+        sums = {name: f"sha256:{sha256(root / name)}" for name in inputs if (root / name).is_file()}
+        record = {"rule": rule, "log": [], "starttime": 1.0, "endtime": 2.0, "input": inputs, "input_checksums": sums}
+        rows[output] = {"output": output, "bytes": 1, "sha256": sha256(root / output), "record": record}
+    _write(folder / "provenance.jsonl", rows)
+    return folder
+
+
+def test_a_cell_of_a_table_leads_to_its_predictions(reported: Path, capsys: pytest.CaptureFixture) -> None:
+    told = cell(reported / "tables/table2.md", "GRACE int4", "colour", as_json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(told))
+    (number,), (part,) = told["cells"], told["files"]
+    predictions = reported / "students/grace/int4/seed0/predictions/colour.parquet"
+    assert float(number["value"]) == pytest.approx(100 * pd.read_parquet(predictions)["score"].mean(), rel=1e-4)
+    assert part["file"] == "results/fake/students/grace/int4/seed0/predictions/colour.parquet"
+    assert (part["sha256"], part["state"], part["questions"]) == (sha256(predictions), "as its manifest says", 40)
+    (model,) = part["models"]
+    assert model["path"] == "results/fake/students/grace/int4/seed0/model/manifest.json"
+    assert (model["state"], model["revision"], part["revision"]) == ("unchanged", "c0ffee+", "c0ffee+")
+    assert model["parameters"]["path"] == "results/fake/config/students/grace/int4/seed0.json"
+    assert model["parameters"]["seed"] == 0 and part["parameters"]["path"] == "results/fake/config/evaluation.json"
+    cell(reported / "tables/table2.md", "GRACE int4", "colour")
+    said = capsys.readouterr().out
+    assert (
+        "colour.parquet" in said
+        and "40 questions, as its manifest says" in said
+        and "commit of the model  c0ffee+" in said
+    )
+
+
+def test_a_cell_whose_predictions_are_not_here_says_how_to_get_them(reported: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(reported.parent, tmp_path / "results")
+    folder = tmp_path / "results/fake/students/grace/int4/seed0/predictions"
+    (folder / "colour.parquet").write_bytes(b"others")
+    told = cell(tmp_path / "results/fake/tables", "INT4 GRACE int4", "colour", as_json=True)
+    assert told["files"][0]["state"] == "differs from its manifest"
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    cell(tmp_path / "results/fake/tables", "INT4 GRACE int4", "colour")
+    said = capsys.readouterr().out
+    assert "missing; dvc pull results/fake/students/grace/int4/seed0/predictions/colour.parquet" in said
+    assert "results/fake/config/students/grace/int4/seed0.json" in said, "what the records know is told all the same"
+
+
+def test_a_cell_of_what_is_no_table_is_a_sentence(reported: Path) -> None:
+    with pytest.raises(GraceError, match="not a table; give a file of results/fake/tables"):
+        cell(reported / "bench/decode.csv", "GRACE int4", "colour")
+    with pytest.raises(GraceError, match="no table with numbers; there are claims, deployment"):
+        cell(reported / "tables/table9.md", "GRACE int4", "colour")
 
 
 def test_what_has_no_provenance_is_a_sentence(built: Tree, tmp_path: Path) -> None:

@@ -441,10 +441,19 @@ def merge(
 @app.command()
 def provenance(
     path: Annotated[Path, typer.Argument(help="an output file or folder of results/")],
+    cell: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="row and column of a table: the predictions, models and parameters behind that number"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON instead of a tree")] = False,
     everything: Annotated[bool, typer.Option("--all", help="do not shorten long lists")] = False,
 ) -> None:
-    """Tell what made an output, back to the data."""
+    """Tell what made an output, or one number of a table, back to the data."""
+    if cell is not None:
+        from grace.provenance.cell import cell as tell_cell
+
+        tell_cell(path, *cell, json)
+        return
     from grace.provenance.tree import provenance as tell
 
     tell(path, json, everything)

@@ -7,3 +7,9 @@ class GraceError(Exception):
     The command line prints the sentence alone and exits with status 1; any other exception is a bug and keeps its
     traceback.
     """
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """Text of others in one line of a sentence: what no terminal should act upon is spelt out, and its end left out."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:longest])
+    return shown + "…" * (len(text) > longest)

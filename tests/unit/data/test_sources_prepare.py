@@ -154,6 +154,10 @@ def test_bad_records_are_skipped_listed_and_counted(tmp_path, processor):
     said = str(caught.value)
     assert said.startswith("5 of 10 records are bad, more than data.max_bad 0.49 allows (")
     assert "image is missing: 1" in said and "missing (gone.jpg)" in said and "\n" not in said
+    path.write_text(json.dumps([llava(id="line\nfeed", image="\x1b[2J\n")]))
+    with pytest.raises(GraceError) as caught:
+        prepare(tmp_path, processor, max_bad=0.0, name="signs")
+    assert r"first line\nfeed (\x1b[2J\n)" in str(caught.value) and str(caught.value).isprintable()
     path.write_text(json.dumps(bad))
     with pytest.raises(GraceError, match="no conversation to train on"):
         prepare(tmp_path, processor, max_bad=1.0, name="none")

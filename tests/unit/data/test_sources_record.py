@@ -29,6 +29,10 @@ RED = [("user", ["a.jpg", "what colour"]), ("assistant", ["red"])]
         (llava(said=("<image>what colour", "red")), RED),
         (llava(said=("what colour\n<image>", "red")), [("user", ["what colour", "a.jpg"]), RED[1]]),
         (llava(said=("is <image> red or", "red")), [("user", ["is ", "a.jpg", " red or"]), RED[1]]),
+        (  # two questions, one after the other, at the end: neither has an answer
+            {**llava(), "conversations": [*dialogue("<image>\nwhat colour", "red"), *dialogue("what"), *dialogue("and")]},
+            RED,
+        ),
         (llava(said=("what colour", "red")), RED),  # no tag: before the first question
         ({**llava(image=None), "conversations": dialogue("what colour", "red")}, [("user", ["what colour"]), RED[1]]),
         (
@@ -148,7 +152,10 @@ def test_a_data_url_holds_the_image():
         (llava(image="https://example.org/a.jpg"), "web address"),
         (llava(image="data:image/png;base64,@@"), "not base64"),
         (llava() | {"conversations": dialogue("<image>", "a", roles=("human", "tool"))}, "role is unknown"),
-        (llava() | {"conversations": dialogue("<image>", "a", "b", roles=("human", "human"))}, "do not alternate"),
+        (
+            llava() | {"conversations": dialogue("<image>", "a", "b", roles=("human", "human"))},
+            "no question with an answer",
+        ),
         (llava() | {"messages": []} | {"messages": [1]}, "two conversations"),
     ],
 )

@@ -140,6 +140,7 @@ def test_written_forms_agree(tmp_path, results):
     write_tables(results, tmp_path / "tables")
     written = {path.name for path in (tmp_path / "tables").iterdir()}
     assert written == {f"{name}.{end}" for name in NAMES for end in ("md", "csv", "tex")} | {
+        "cells.jsonl",
         "manifest.json",
         "environment.json",
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from grace.config.sections import FilesData
 from grace.data.parts import TOO_LONG
+from grace.errors import printable
 from grace.files import read_json, whole_file
 
 SHOWN = 20  # records of each reason in report.md
@@ -104,7 +105,8 @@ def too_many(data: FilesData, parts: Sequence[Path], summary: dict[str, Any], re
     first = []
     for entry in _skipped(parts):
         if entry["reason"] != TOO_LONG and len(first) < 3:
-            first.append(f"{entry['id'] or 'record ' + str(entry['record'])} ({entry['detail'] or entry['reason']})")
+            name = entry["id"] or f"record {entry['record']}"
+            first.append(f"{printable(name)} ({printable(entry['detail'] or entry['reason'])})")
     return (
         f"{bad:,} of {summary['records']:,} records are bad, more than data.max_bad {data.max_bad:g} allows "
         f"({reasons}), first {', '.join(first)}; mend or drop them (all are listed in {report}), or raise data.max_bad"

@@ -5,7 +5,6 @@ An output is what a rule declares: a single file, or the manifest.json that stan
 `.snakemake/metadata`, which also knows what was built since the last `dvc repro`.
 """
 
-import csv
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,7 +15,7 @@ from grace.config.accepted import accepted, resolved
 from grace.config.code import CodeIndex, changed
 from grace.errors import GraceError
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256
-from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path
+from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path, benchmark
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,9 @@ class Results:
         step.ended = datetime.fromtimestamp(record["endtime"], UTC).isoformat(timespec="seconds")
         step.seconds = round(record["endtime"] - record["starttime"], 2)
         step.log = next(iter(record.get("log") or []), None)
-        measured = record.get("benchmark") or self._benchmark(step.log)
-        if measured:
-            step.seconds = float(measured["s"])
-            step.peak_mib, step.cpu_seconds = _number(measured["max_rss"]), _number(measured["cpu_time"])
+        measured = self._measured(step.output, record) or {}
+        step.seconds = measured.get("seconds", step.seconds)
+        step.peak_mib, step.cpu_seconds = measured.get("peak_mib"), measured.get("cpu_seconds")
         for name in sorted(map(str, record["input"] or [])):
             checksum = (record["input_checksums"] or {}).get(name)
             recorded = checksum.removeprefix("sha256:") if checksum else None
@@ -206,13 +204,11 @@ class Results:
             return "unknown"
         return "unchanged" if now == recorded else "changed"
 
-    def _benchmark(self, log: str | None) -> dict[str, str] | None:
-        """The table that Snakemake writes beside a job's log: one row of seconds, MB and more."""
-        path = (self.root / log).with_suffix(".tsv") if log else None
-        if path is None or not path.is_file():
-            return None
-        with path.open(newline="") as file:
-            return next(csv.DictReader(file, delimiter="\t"), None)
+    def _measured(self, output: str, record: dict[str, Any]) -> dict[str, float] | None:
+        """What Snakemake measured of the job of a record: as it was saved with it, or from the table beside its log."""
+        row = self.rows.get(output)
+        saved = row.get("measured") if row and row["record"]["starttime"] == record["starttime"] else None
+        return saved or benchmark(next(iter(record.get("log") or []), None), self.root)
 
     def chain(self, output: str) -> dict[str, Step]:
         """An output's step and those of everything that it was made from, each once, nearest first."""
@@ -240,11 +236,3 @@ def _seed(values: Any) -> int | None:
     if not isinstance(values, dict) or "experiment" in values:
         return None
     return values.get("seed", (values.get("data") or {}).get("seed"))
-
-
-def _number(text: str) -> float | None:
-    """A cell of the benchmark table; `-` and `NA` are what a job too short to be measured has."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -6,15 +6,18 @@ a clone and a `dvc pull` a plain `snakemake` would build everything again. `save
 `results/{experiment}/provenance.jsonl`, which git keeps; `restore` puts back those of files that are here unchanged.
 
 The file's first line names Snakemake's version and every input once, with its checksum; each further line is one
-output with its size, its SHA-256 (of files up to 64 MB; larger ones are described by a manifest or index beside them)
-and its record, whose inputs are places in that list.
+output with its size, its SHA-256 (of files up to 64 MB; larger ones are described by a manifest or index beside them),
+what Snakemake measured of its job, and its record, whose inputs are places in that list.
 """
 
+import csv
 import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,12 @@ def save(results: str | Path) -> int:
     results = Path(results)
     store = _store(results)
     recorded = {output: record for output, record in _recorded() if _below(output, results) and Path(output).is_file()}
-    rows = {row["output"]: row for row in _read(store) if not Path(row["output"]).is_file()}
+    before = {row["output"]: row for row in _read(store)}
+    rows = {output: row for output, row in before.items() if not Path(output).is_file()}
     for output, record in recorded.items():
-        rows[output] = {"output": output, **_identity(Path(output)), "record": record}
+        known = _measured_before(before.get(output), record)
+        measured = known or benchmark(next(iter(record["log"] or []), None))
+        rows[output] = {"output": output, **_identity(Path(output)), "measured": measured, "record": record}
     _write(store, rows)
     _stamp(results).parent.mkdir(parents=True, exist_ok=True)
     _stamp(results).write_text(sha256(store))
@@ -85,6 +91,36 @@ def restore(results: str | Path) -> int:
     _stamp(results).parent.mkdir(parents=True, exist_ok=True)
     _stamp(results).write_text(sha256(store))
     return restored
+
+
+def benchmark(log: str | None, root: Path = Path(".")) -> dict[str, float] | None:
+    """What Snakemake measured of a job, from the table that it writes beside the job's log (which git does not keep).
+
+    Args:
+        log: the job's log, as its record names it.
+        root: where Snakemake runs.
+
+    Returns:
+        `seconds`, and `peak_mib` and `cpu_seconds` where the job was long enough to be looked at; None without a table.
+    """
+    path = (root / log).with_suffix(".tsv") if log else None
+    if path is None or not path.is_file():
+        return None
+    with path.open(newline="") as file:
+        row = next(csv.DictReader(file, delimiter="\t"), None) or {}
+    found = {}
+    for name, column in (("seconds", "s"), ("peak_mib", "max_rss"), ("cpu_seconds", "cpu_time")):
+        with suppress(ValueError, TypeError):  # `-` and `NA` are what a job too short to be measured has
+            value = float(row.get(column))  # type: ignore[arg-type]
+            if isfinite(value):
+                found[name] = value
+    return found or None
+
+
+def _measured_before(row: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, float] | None:
+    """What a row says of the very job of a record: a restored record has the job's start, and its log is elsewhere."""
+    same = row is not None and row["record"]["starttime"] == record["starttime"]
+    return row.get("measured") if row is not None and same else None
 
 
 def _store(results: Path) -> Path:

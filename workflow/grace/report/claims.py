@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from grace.report.comparisons import Family
-from grace.report.decoding import decode_rows, dense_beside
-from grace.report.entropy import entropy_numbers
+from grace.report.decoding import DECODE, decode_rows, dense_beside
+from grace.report.entropy import entropy_files, entropy_numbers
 from grace.report.paper import AVERAGE, GRACE, label, paper_family, paper_numbers, row_role
 from grace.report.verdicts import LEAST_SEEDS, METHOD_SEEDS, Decision, decide, from_value
 from grace.results.read import BASELINE, TEACHER, Results, Row
@@ -59,6 +59,7 @@ class Measured:
     stderr: float | None
     paper: float
     decision: Decision
+    files: tuple[str, ...]  # that it is computed from, below the experiment's folder
 
 
 def claims_of(results: Results) -> list[Claim]:
@@ -127,9 +128,8 @@ def measured(results: Results) -> list[Measured]:
     numbers = entropy_numbers(results)
     if numbers is not None and numbers["stderr"] > 0:
         decision = from_value(numbers["r"], numbers["stderr"], 0.0)
-        found.append(
-            Measured(_ENTROPY, "Pearson r of entropy and error", numbers["r"], numbers["stderr"], 0.484, decision)
-        )
+        what, files = "Pearson r of entropy and error", entropy_files(results)
+        found.append(Measured(_ENTROPY, what, numbers["r"], numbers["stderr"], 0.484, decision, files))
     rows = decode_rows(results)
     ours = [(row, record) for row, record in rows if row.precision == "int4" and record["cache"] == 16]
     if ours:
@@ -142,7 +142,7 @@ def measured(results: Results) -> list[Measured]:
             decision = Decision("Holds" if reached else "Fails", on)
             if paper_family(results.experiment) is None or str(record["device"]).startswith("cpu"):
                 decision = Decision("Not decided", f"{on}: it would take the paper's own models on a GPU")
-            found.append(Measured(text, what, value, None, paper, decision))
+            found.append(Measured(text, what, value, None, paper, decision, (DECODE,)))
     return found
 
 

@@ -1,5 +1,6 @@
 """Paired comparisons of rows: measured once however many tables show them, corrected per table."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from grace.report.paper import AVERAGE
@@ -47,6 +48,17 @@ def _both(results: Results, a: Row, b: Row) -> tuple[int, ...]:
 def parts_of(results: Results, row: Row, column: str, seeds: tuple[int, ...] = ()) -> list[Scores]:
     parts = results.all_scores(row) if column == AVERAGE else [results.scores(row, column)]
     return [part.only(seeds) for part in parts] if seeds and row != TEACHER else parts
+
+
+def files_of(results: Results, rows: Iterable[Row], column: str, seeds: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The predictions of some rows in one column, on `seeds` (none: all that each has)."""
+    wanted = None if column == AVERAGE else column
+    return tuple(file for row in rows for file in results.files(row, wanted, seeds))
+
+
+def files_compared(results: Results, a: Row, b: Row, column: str, seeds: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The predictions that a comparison of two rows in one column is made of."""
+    return files_of(results, (a, b), column, seeds or _both(results, a, b))
 
 
 def has(results: Results, row: Row, column: str) -> bool:

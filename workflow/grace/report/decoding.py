@@ -2,6 +2,8 @@
 
 from grace.results.read import BASELINE, Results, Row
 
+DECODE = "bench/decode.csv"
+
 
 def decode_rows(results: Results) -> list[tuple[Row, dict]]:
     """Each measurement of bench/decode.csv with the row of the tables that it belongs to; others are left out.

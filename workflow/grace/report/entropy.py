@@ -25,6 +25,12 @@ def entropy_error(results: Results) -> pd.DataFrame:
     return every.dropna(subset=["entropy"])
 
 
+def entropy_files(results: Results) -> tuple[str, ...]:
+    """The predictions that `entropy_error` reads, below the experiment's folder."""
+    there = [name for name in results.benchmarks if TEACHER in results.seeds and results.has(TEACHER, name)]
+    return tuple(file for name in there for file in results.files(TEACHER, name))
+
+
 def binned(data: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
     """Equally large bins by entropy: mean entropy, mean error, its standard error clustered by image, count."""
     rank = np.argsort(np.argsort(data["entropy"].to_numpy(), kind="stable"), kind="stable")

@@ -113,6 +113,15 @@ class Results:
         path = self.folder / row.folder(seed) / "predictions" / f"{benchmark}.parquet"
         return read_predictions(path, columns)
 
+    def files(self, row: Row, benchmark: str | None = None, seeds: tuple[int, ...] = ()) -> tuple[str, ...]:
+        """The predictions behind a row's score on one benchmark, or its average, as paths below the folder.
+
+        `seeds`: these alone; none: all that the row has, as for the teacher always.
+        """
+        names = self.averaged if benchmark is None else [benchmark]
+        shown = seeds if seeds and row != TEACHER else self.seeds[row]
+        return tuple(f"{row.folder(seed)}/predictions/{name}.parquet" for name in names for seed in shown)
+
     def scores(self, row: Row, benchmark: str) -> Scores:
         """Points [seeds, questions] of a row; all rows of a benchmark hold the same questions in the same order."""
         if (row, benchmark) not in self._scores:

@@ -303,7 +303,8 @@ def _trim(
         messages = messages[:start] + messages[start + 1 :]
     if messages and messages[-1].role == "user":
         notes.append("a question after the last answer was left out")
-        messages = messages[:-1]
+        while messages and messages[-1].role == "user":
+            messages = messages[:-1]
         images = images[: sum(part.type == "image" for message in messages for part in message.content)]
     return messages, images
 

@@ -90,4 +90,4 @@ def _cell(results: Results, row: Row, name: str, measure: Callable, metric: str,
             results.experiment, "1", row_role(results.experiment, row), row.precision, _PAPER[metric, key]
         )
     scale = 1 if (metric, key) in _PAPER else 100
-    return Cell(scale * value, scale * stderr, paper)
+    return Cell(scale * value, scale * stderr, paper, files=results.files(row, name))

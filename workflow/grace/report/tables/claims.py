@@ -1,8 +1,9 @@
 """The table of claims: each claim of the paper, its verdict, what was measured for it here, and why."""
 
 from grace.report.claims import Finding, findings, measured, sides
+from grace.report.comparisons import files_compared
 from grace.report.numbers import p_text
-from grace.report.paper import ARXIV, seed_range, what_was_run
+from grace.report.paper import ARXIV, AVERAGE, seed_range, what_was_run
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.table import Cell, Line, Table
 from grace.report.verdicts import CLOSE, LEAST_SEEDS, MARGIN, METHOD_SEEDS
@@ -21,7 +22,8 @@ def claims_table(results: Results, known: dict | None = None) -> Table:
     found = findings(results, known)
     table.lines = [_line(results, item) for item in found]
     for item in measured(results):
-        cells = [Cell(item.paper, digits=2), Cell(item.value, item.stderr, digits=2), Cell(text="–"), Cell(text="–")]
+        here = Cell(item.value, item.stderr, digits=2, files=item.files)
+        cells = [Cell(item.paper, digits=2), here, Cell(text="–"), Cell(text="–")]
         heads = [item.text, item.decision.verdict, item.what, item.decision.reason]
         table.lines.append(Line(heads, cells, "Measured values", what_was_run(results.experiment)))
     sizes = {group: sum(item.claim.group == group for item in found) for group in _groups(found)}
@@ -51,11 +53,12 @@ def _line(results: Results, item: Finding) -> Line:
     claim = item.claim
     a, b = results.seeds[claim.a], results.seeds[claim.b]
     seeds = b if claim.a == TEACHER else tuple(seed for seed in a if seed in b) or a
+    files = files_compared(results, claim.a, claim.b, AVERAGE)
     cells = [
         Cell(item.paper, signed=True),
-        Cell(item.comparison.difference, item.comparison.stderr, signed=True),
+        Cell(item.comparison.difference, item.comparison.stderr, signed=True, files=files),
         *(
-            Cell(p, text="–" if p is None else p_text(p).removeprefix("p = ").removeprefix("p "))
+            Cell(p, text="–" if p is None else p_text(p).removeprefix("p = ").removeprefix("p "), files=files)
             for p in (item.p_questions, item.p)
         ),
     ]

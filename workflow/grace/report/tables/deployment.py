@@ -7,11 +7,12 @@ from typing import cast
 import pandas as pd
 
 from grace.files import MANIFEST
-from grace.report.decoding import decode_rows, dense_beside
+from grace.report.decoding import DECODE, decode_rows, dense_beside
 from grace.report.paper import ARXIV, GRACE, label, paper_beside, paper_family, row_role, what_was_run
 from grace.report.tables.table import Cell, Line, Table
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
+KERNEL = "bench/kernel.csv"
 MIB_PER_GB = 1e9 / 2**20
 COLUMNS = ("batch", "weights MiB", "peak MiB", "tokens/s", "× throughput", "× memory")
 
@@ -34,14 +35,14 @@ def deployment_table(results: Results) -> Table:
 def _decode_line(results: Results, row: Row, record: dict, dense: dict | None) -> Line:
     experiment = results.experiment
     shown = [int(record["batch"]), record["weight_mib"], record["peak_mib"], record["tokens_per_second"]]
-    cells = [Cell(value, digits=digits) for value, digits in zip(shown, (0, 2, 1, 1), strict=True)]
+    cells = [Cell(value, digits=digits, files=(DECODE,)) for value, digits in zip(shown, (0, 2, 1, 1), strict=True)]
     ratios: list[float | None] = [None, None]
     if dense is not None and row != TEACHER:
         ratios = [record["tokens_per_second"] / dense["tokens_per_second"], record["peak_mib"] / dense["peak_mib"]]
     role = row_role(experiment, row)
     for ratio, name in zip(ratios, ("throughput over bf16", "memory over bf16"), strict=True):
         paper = paper_beside(experiment, "deployment", role, row.precision, name)
-        cells.append(Cell(ratio, paper=paper, digits=2))
+        cells.append(Cell(ratio, paper=paper, digits=2, files=() if ratio is None else (DECODE,)))
     run = f"{what_was_run(experiment, results.seeds[row][:1])}; {record['device']}, {int(record.get('new_tokens', 0))} new tokens"
     bits = row.precision if record["cache"] == 16 else f"{row.precision}, {int(record['cache'])}-bit cache"
     return Line([label(experiment, row), bits], cells, "Decoding", run)
@@ -60,8 +61,10 @@ def _disk_lines(results: Results) -> list[Line]:
     lines = []
     for place, title in enumerate(("Weight files, whole model", "Weight files, decoder layers alone")):
         for row, size in sizes.items():
-            cells = [Cell(text=""), Cell(size[place], digits=3), *(Cell(text="") for _ in range(3))]
-            cells.append(Cell(size[place] / sizes[BASELINE][place], digits=2))
+            own, dense = _weight_files(results, row), _weight_files(results, BASELINE)
+            cells = [Cell(text=""), Cell(size[place], digits=3, files=own), *(Cell(text="") for _ in range(3))]
+            both = tuple(dict.fromkeys((*own, *dense)))
+            cells.append(Cell(size[place] / sizes[BASELINE][place], digits=2, files=both))
             if place:
                 _paper_weights(results, row, cells)
             run = what_was_run(results.experiment, results.seeds[row][:1])
@@ -78,6 +81,12 @@ def _paper_weights(results: Results, row: Row, cells: list[Cell]) -> None:
     )
     if own is not None and dense is not None:
         cells[1].paper, cells[5].paper = round(own * MIB_PER_GB), round(own / dense, 2)
+
+
+def _weight_files(results: Results, row: Row) -> tuple[str, ...]:
+    """A row's weight files, below the experiment's folder."""
+    paths = sorted(_part(results, row, "model" if row == BASELINE else "packed").glob("model*.safetensors"))
+    return tuple(path.relative_to(results.folder).as_posix() for path in paths)
 
 
 def _part(results: Results, row: Row, part: str) -> Path:
@@ -113,7 +122,12 @@ def _kernel_lines(kernel: pd.DataFrame) -> list[Line]:
         lines.append(
             Line(
                 [f"kernel {backend}", "int4"],
-                [Cell(int(m), digits=0), *blank, Cell(part["speedup"].median(), digits=2), Cell(text="")],
+                [
+                    Cell(int(m), digits=0, files=(KERNEL,)),
+                    *blank,
+                    Cell(part["speedup"].median(), digits=2, files=(KERNEL,)),
+                    Cell(text=""),
+                ],
                 "W4A16 product",
                 run,
             )

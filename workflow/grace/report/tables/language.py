@@ -64,7 +64,10 @@ def language_table(results: Results) -> Table:
             mean = None if own is None else estimate([own])
             mark = "significant" if adjusted.get((row, place), 1.0) < ALPHA else ""
             digits = 2 if found[place][2] in _RATIOS else 1
-            line.append(Cell() if mean is None else Cell(mean.value, mean.stderr, mark=mark, digits=digits))
+            files = () if mean is None else _files(results, row, found[place][0])
+            line.append(
+                Cell() if mean is None else Cell(mean.value, mean.stderr, mark=mark, digits=digits, files=files)
+            )
         table.lines.append(
             Line(
                 [label(results.experiment, row), row.precision],
@@ -84,6 +87,13 @@ def language_table(results: Results) -> Table:
 
 def _about(results: Results, row: Row, seed: int, task: str) -> dict:
     return results.manifest(row, seed).get("language", {}).get(task, {})
+
+
+def _files(results: Results, row: Row, task: str) -> tuple[str, ...]:
+    """The rows of a task's texts, of every seed, below the experiment's folder."""
+    return tuple(
+        f"{row.folder(seed)}/predictions/{_about(results, row, seed, task)['file']}" for seed in results.seeds[row]
+    )
 
 
 def _listed(results: Results) -> list[Column]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grace.report.claims import METHOD, Claim, claims_of, sides
-from grace.report.comparisons import Family
+from grace.report.comparisons import Family, files_compared
 from grace.report.numbers import number
 from grace.report.paper import AVERAGE, seed_range, what_was_run
 from grace.report.tables.footnotes import gaps
@@ -70,8 +70,9 @@ def pairs_table(results: Results, known: dict) -> Table:
         for column in columns:
             each = pair.found[column]
             mark = "significant" if column in pair.sure else ""
-            differences.append(Cell(each.difference, each.stderr, mark=mark, signed=True))
-            least.append(Cell(each.detectable() or None))
+            files = files_compared(results, a, b, column)
+            differences.append(Cell(each.difference, each.stderr, mark=mark, signed=True, files=files))
+            least.append(Cell(each.detectable() or None, files=files))
         table.lines += [
             Line([name, "difference"], differences, name, run),
             Line([name, "detectable"], least, name, run),

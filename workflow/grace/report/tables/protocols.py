@@ -73,4 +73,5 @@ def _cell(results: Results, row: Row, file: str) -> Cell:
     values = 100 * np.stack([frame["score"].to_numpy(dtype=float) for frame in frames])
     seeds = ("teacher",) if row == TEACHER else results.seeds[row]
     found = estimate([Scores(values, pd.factorize(frames[0]["image_id"])[0], seeds)])
-    return Cell(found.value, found.stderr)
+    files = tuple(path.relative_to(results.folder).as_posix() for path in paths)
+    return Cell(found.value, found.stderr, files=files)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from grace.report.comparisons import Family, has, parts_of
+from grace.report.comparisons import Family, files_compared, files_of, has, parts_of
 from grace.report.paper import (
     AVERAGE,
     GRACE,
@@ -145,11 +145,16 @@ def _line(results, group, row, number_, columns, marks, tests, adjusted) -> Line
         if has(results, row, column):
             mean = _estimate(results, group, row, column)
             cell.value, cell.stderr, cell.mark = mean.value, mean.stderr, marks.get((row, column), "")
+            cell.files = files_of(results, [row], column, _shown_seeds(results, group, row))
         cells.append(cell)
     if row in _held(results, group):
         found = tests.compare(row, group.reference, AVERAGE, group.seeds)
         mark = "significant" if adjusted[row, group.reference, AVERAGE] < ALPHA else ""
-        cells += [Cell(found.difference, found.stderr, mark=mark, signed=True), Cell(found.detectable() or None)]
+        files = files_compared(results, row, group.reference, AVERAGE, group.seeds)
+        cells += [
+            Cell(found.difference, found.stderr, mark=mark, signed=True, files=files),
+            Cell(found.detectable() or None, files=files),
+        ]
     else:
         cells += [Cell(text="reference" if row == group.reference else "–"), Cell(text="–")]
     return Line(

@@ -13,7 +13,10 @@ WIDE = 8  # with more columns than that, errors stand under the numbers
 
 @dataclass
 class Cell:
-    """A number with its error, the paper's number, and how it stands out: "", "best", "second" or "significant"."""
+    """A number with its error, the paper's number, and how it stands out: "", "best", "second" or "significant".
+
+    `files`: what it is computed from, as paths below the experiment's folder.
+    """
 
     value: float | None = None
     stderr: float | None = None
@@ -22,6 +25,7 @@ class Cell:
     text: str | None = None  # shown instead of the number
     digits: int = 1
     signed: bool = False
+    files: tuple[str, ...] = ()
 
 
 @dataclass

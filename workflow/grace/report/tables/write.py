@@ -4,6 +4,7 @@ from pathlib import Path
 
 from grace.files import whole_folder
 from grace.report.tables.benchmark_metrics import measures_table
+from grace.report.tables.cells import CELLS, cell_lines
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
 from grace.report.tables.language import language_table
@@ -40,10 +41,11 @@ def build_tables(results: Results, known: dict | None = None) -> list[Table]:
 
 
 def write_tables(results: Results, out: Path) -> None:
-    """Write NAMES.{md,csv,tex} into the folder `out`, as a whole."""
+    """Write NAMES.{md,csv,tex} and what their numbers are made of (`cells.jsonl`) into the folder `out`, as a whole."""
     built = build_tables(results)
     with whole_folder(out, kind="tables") as part:
         for table in built:
             (part / f"{table.name}.md").write_text(markdown(table))
             (part / f"{table.name}.csv").write_text(comma_separated(table))
             (part / f"{table.name}.tex").write_text(latex(table))
+        (part / CELLS).write_text(cell_lines(built))

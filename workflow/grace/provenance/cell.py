@@ -1,0 +1,182 @@
+"""`grace provenance TABLE --cell ROW COLUMN`: from one number to the predictions, models, parameters and commits behind it."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from grace.errors import GraceError
+from grace.files import MANIFEST, read_manifest
+from grace.hashes import known_sha256
+from grace.provenance.chain import Input, Results, Step
+from grace.report.tables.cells import Number, find_cells, read_cells
+
+WIDE = 2000  # columns of a file or pipe, where nothing is wrapped
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that a number is computed from, and what made it; what is not known is None.
+
+    Attributes:
+        file: relative to where Snakemake runs.
+        state: as its manifest says, differs from its manifest, not listed in the manifest, missing.
+        sha256: of the file as it is, or as its manifest lists it where it is missing.
+        questions: rows of a Parquet file.
+        models: the manifests of the models that were asked or timed for it, each with its hash then, whether it is still
+            that (`state`), the frozen parameters that it was made with (`parameters`), and the commit of the code
+            (`revision`, with `+` where files had been changed).
+        parameters: the frozen parameters of the asking or timing itself, with their hash.
+        revision: the commit of its code.
+    """
+
+    file: str
+    state: str
+    sha256: str | None
+    questions: int | None = None
+    models: tuple[dict[str, Any], ...] = ()
+    parameters: dict[str, Any] | None = None
+    revision: str | None = None
+
+
+def cell(path: str | Path, row: str, column: str, as_json: bool = False) -> dict[str, Any]:
+    """Print what a number of the tables is computed from, and return it as JSON-able values.
+
+    Args:
+        path: a table of results/{experiment}/tables, in any of its forms, or that folder.
+        row, column: as `grace.report.tables.cells.find_cells` takes them.
+        as_json: print JSON instead of a tree.
+
+    Returns:
+        `cells` (table, group, heads, column, value and stderr of each that was found; all are made of the same files)
+        and `files`, one `Part` each.
+
+    Raises:
+        GraceError: no such table, row, column, or several that are made of different files.
+    """
+    path = Path(path)
+    results = Results(path)
+    tables = results.folder / "tables"
+    if path.absolute() != tables and path.absolute().parent != tables:
+        raise GraceError(f"{path}: not a table; give a file of {results.name(tables)}, or that folder, with --cell")
+    numbers = read_cells(tables)
+    if path.absolute() != tables:
+        numbers = [number for number in numbers if number.table == path.stem]
+    if not numbers:
+        raise GraceError(
+            f"{path}: no table with numbers; there are {', '.join(sorted({n.table for n in read_cells(tables)}))}"
+        )
+    found = find_cells(numbers, row, column, path)
+    parts = [_part(results, f"{results.name(results.folder)}/{file}") for file in found[0].files]
+    shown = ("table", "group", "column", "value", "stderr")
+    cells = [{"heads": list(n.heads), **{name: getattr(n, name) for name in shown}} for n in found]
+    told = {"cells": cells, "files": [asdict(part) for part in parts]}
+    if as_json:
+        json.dump(told, sys.stdout, indent=2)
+        print()
+    else:
+        console = Console(width=None if sys.stdout.isatty() else WIDE)
+        console.print(_tree(found, parts))
+    return told
+
+
+def _part(results: Results, file: str) -> Part:
+    """What is known of one file below the results folder."""
+    path = results.root / file
+    manifest = f"{file.rpartition('/')[0]}/{MANIFEST}"
+    listed = (results.root / manifest).is_file() or results.record(manifest) is not None
+    step = results.step(manifest if listed else file)
+    now = known_sha256(path) if path.is_file() else None
+    recorded, state = None, "missing" if now is None else "here"
+    if (results.root / manifest).is_file():
+        entry = read_manifest(results.root / manifest)["files"].get(path.name)
+        recorded = entry and entry["sha256"]
+        if now is not None:
+            state = "as its manifest says" if now == recorded else "differs from its manifest"
+            state = state if entry else "not listed in the manifest of its folder"
+    wanted = (f"/model/{MANIFEST}", f"/packed/{MANIFEST}")
+    models = tuple(_model(results, given) for given in step.inputs if given.path.endswith(wanted))
+    return Part(file, state, now or recorded, _questions(path), models, _about(step), _revision(step))
+
+
+def _model(results: Results, given: Input) -> dict[str, Any]:
+    """A model that was asked, and what it was made with: of a packed one, what the student was trained with."""
+    maker = next((made for made in results.chain(given.path).values() if made.parameters), None)
+    about = {"parameters": _about(maker), "revision": _revision(maker) if maker else None}
+    return {"path": given.path, "sha256": given.sha256, "state": given.state, **about}
+
+
+def _about(step: Step | None) -> dict[str, Any] | None:
+    """The frozen parameters of a step, without their values, which stand in that file."""
+    if step is None or step.parameters is None:
+        return None
+    return {**{key: step.parameters[key] for key in ("path", "sha256", "state")}, "seed": step.seed}
+
+
+def _revision(step: Step) -> str | None:
+    """The commit of the code that a step ran with; `+` behind it where the work tree had changes."""
+    code = (step.environment or {}).get("code")
+    return f"{code['revision']}{'+' * bool(code['modified'])}" if code else None
+
+
+def _questions(path: Path) -> int | None:
+    try:
+        return pq.read_metadata(path).num_rows if path.is_file() else None
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def _tree(found: list[Number], parts: list[Part]) -> Tree:
+    """What people read: equal lines of several files stand once, above them."""
+    heads = [
+        f"[bold]{escape(f'{n.table}: {n.group} {n.row}' if n.group else f'{n.table}: {n.row}')}, {escape(n.column)}[/]  "
+        f"{n.value}{f' ± {n.stderr}' if n.stderr else ''}"
+        for n in found
+    ]
+    tree = Tree("\n".join(heads))
+    branches: dict[str, Tree] = {}
+    for part in parts:
+        lines = _lines(part)
+        key = "\n".join(lines)
+        if key not in branches:
+            branches[key] = tree.add(key) if lines else tree
+        asked = f", {part.questions:,} questions" if part.questions is not None else ""
+        colour = "" if part.state in ("as its manifest says", "here") else "[red]"
+        state = f"{colour}{part.state}{'[/]' if colour else ''}"
+        fetch = f"; dvc pull {escape(part.file)}" if part.state == "missing" else ""
+        branches[key].add(f"{escape(part.file)}  [dim]{(part.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}")
+    return tree
+
+
+def _lines(part: Part) -> list[str]:
+    """The models of a file and what they and it were made with, one fact a line."""
+    of_models = [
+        line
+        for model in part.models
+        for line in (
+            _fact("model", model),
+            _fact("made with", model["parameters"]),
+            _commit("model", model["revision"]),
+        )
+    ]
+    lines = [*of_models, _fact("asked with", part.parameters), _commit("file", part.revision)]
+    return [line for line in lines if line]
+
+
+def _fact(name: str, about: dict[str, Any] | None) -> str:
+    if about is None:
+        return ""
+    seed = f", seed {about['seed']}" if about.get("seed") is not None else ""
+    mark = f"  [red]{about['state']} since[/]" if about["state"] in ("changed", "missing") else ""
+    return f"{name}  {escape(about['path'])}  [dim]{(about['sha256'] or 'not hashed')[:12]}[/]{seed}{mark}"
+
+
+def _commit(name: str, revision: str | None) -> str:
+    return f"commit of the {name}  {revision}" if revision else ""
