@@ -1,7 +1,7 @@
 # Every question of every benchmark, asked of the teacher and of every student.
 # Needs: results/{experiment}/data/ and models: of a student the packed folder where weights are integers, the bf16
 # folder otherwise. Makes: predictions/{benchmark}.parquet of each, consumed through predictions/manifest.json. One job
-# asks all benchmarks of one model; predictions that still hold are kept.
+# asks all benchmarks of one model, and on the way models that wait for theirs; predictions that still hold are kept.
 
 
 rule evaluate:
@@ -38,4 +38,5 @@ rule evaluate:
         " --data {params.data:q}"
         " --model {params.model:q}"
         " --out {params.out:q}"
+        " --others results/{wildcards.experiment:q}"
         " > {log:q} 2>&1"

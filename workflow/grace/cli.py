@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,11 @@ def _start(processes: int, nodes: int = 1) -> None:
 
 
 def _job(
-    *outputs: Path | None, files: tuple[Path | None, ...] = (), folders: tuple[Path | None, ...] = (), subcommand: str
+    *outputs: Path | None,
+    files: tuple[Path | None, ...] = (),
+    folders: tuple[Path | None, ...] = (),
+    subcommand: str,
+    wait_s: float | None = None,
 ) -> AbstractContextManager[None]:
     """Write these outputs alone and from unchanged inputs (see `grace.cluster.job`); the first process does it for all."""
     from grace.cluster.job import job
@@ -51,7 +56,7 @@ def _job(
 
     if not this_world().first:
         return nullcontext()
-    return job(*outputs, files=files, folders=folders, subcommand=subcommand)
+    return job(*outputs, files=files, folders=folders, subcommand=subcommand, wait_s=wait_s)
 
 
 def _read_by_reports(results: Path) -> tuple[Path, ...]:
@@ -271,6 +276,9 @@ def evaluate(
     data: Data,
     model: Annotated[list[Path], typer.Option(help="model folder, plain or packed; repeat for several")],
     out: Annotated[list[Path], typer.Option(help="where its predictions go; once for each --model, in order")],
+    others: Annotated[
+        Path | None, typer.Option(help="results folder whose waiting models are asked too, while that is quick")
+    ] = None,
     processes: Processes = 1,
 ) -> None:
     """Ask models every question of every benchmark and keep each prediction."""
@@ -280,8 +288,10 @@ def evaluate(
         )
     _start(processes)
     from grace.evaluate.commands import evaluate as ask
+    from grace.evaluate.waiting import ask_waiting
+    from grace.world import this_world
 
-    failed = []
+    failed, since = [], time.monotonic()
     for one, predictions in zip(model, out, strict=True):
         try:
             with _job(predictions, files=(run,), folders=(one, data), subcommand="evaluate"):
@@ -290,6 +300,13 @@ def evaluate(
             failed.append(str(error))
     if failed:
         raise GraceError("; ".join(failed))
+
+    def ask_too(one: Path, predictions: Path) -> None:
+        with _job(predictions, files=(run,), folders=(one, data), subcommand="evaluate", wait_s=0):
+            ask(run, one, data, predictions, manifest=False)
+
+    if others is not None and this_world().size == 1:
+        ask_waiting(others, since, ask_too)
 
 
 @app.command()

@@ -25,6 +25,7 @@ def job(
     files: Iterable[Path | None] = (),
     folders: Iterable[Path | None] = (),
     subcommand: str | None = None,
+    wait_s: float | None = None,
 ) -> Iterator[None]:
     """Write `outputs` within the block: alone, after whoever writes them now, and only while the inputs stay the same.
 
@@ -33,14 +34,16 @@ def job(
         files: inputs that are compared by content: frozen parameters, a manifest whose reader checks what it lists.
         folders: inputs whose every file is first held against the folder's manifest, where it has one.
         subcommand: whose code it is, such as `cache-write`; an edit of what that can reach counts too.
+        wait_s: seconds to wait for who writes an output now; None waits for ever.
 
     Raises:
-        GraceError: a folder is damaged, or, at the first rename after it, an input was edited, replaced or removed.
+        GraceError: another still writes an output after `wait_s`; a folder is damaged; or, at the first rename after it,
+            an input was edited, replaced or removed.
     """
     with ExitStack() as held:
         targets = sorted({target for target in outputs if target is not None})
         for target in targets:
-            held.enter_context(one_writer(target))
+            held.enter_context(one_writer(target, wait_s))
             remove_parts(target)
         manifests = [folder / MANIFEST for folder in folders if folder is not None and (folder / MANIFEST).is_file()]
         inputs = [path for path in files if path is not None and path.is_file()] + manifests

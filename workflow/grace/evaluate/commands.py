@@ -83,7 +83,7 @@ def tasks_of(settings: Evaluation) -> list[Task]:
     return tasks
 
 
-def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
+def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = True) -> None:
     """Ask a model every question of every benchmark; write `out/{benchmark}.parquet` and, last, `out/manifest.json`.
 
     A benchmark whose predictions are there and were made by the same model, questions, settings and harness is not
@@ -99,6 +99,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
         data: data folder with `benchmarks/{name}.parquet` (a file, or a folder of shards) or `.tsv` in VLMEvalKit's
             format; `benchmarks/{protocol}/{name}...` where a protocol asks another split.
         out: predictions folder.
+        manifest: whether to write it; otherwise that is left to the model's own job.
     """
     parameters = EvaluateRun.model_validate(read_json(run))
     settings = parameters.evaluation
@@ -170,7 +171,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path) -> None:
     if failed:
         every = len(tasks) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
-    if world.first:
+    if world.first and manifest:
         about = {"model": made_by, "harness": harness}
         _write_manifest(model, out, tasks, settings, about)
 

@@ -8,7 +8,7 @@ carrying it, because lm-eval copies, hashes and logs whole rows.
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from grace.errors import GraceError
 from grace.evaluate.runner import Question, Runner, turns
 from grace.results.predictions import SCHEMA, read_questions
 
+KEPT_BYTES = 1 << 24  # of a benchmark's file: rows of a larger one are read for each model anew
 IMAGE = "<image>"  # lm-eval's own placeholder
 _TEMPLATES = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
@@ -90,13 +91,33 @@ class Documents(list):
         return dict.fromkeys(self[0])
 
 
-def build_task(benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) -> ConfigurableTask:
-    """The task over rows in memory; its documents are (prompt, answer, image), `image` being the question's id."""
-    prompt = _TEMPLATES.from_string(benchmark.prompt)
-    docs = Documents(
-        {"prompt": prompt.render(row), "answer": row["answer"], "image": row["id"]}
+class Task(ConfigurableTask):
+    """A task that keeps what its metrics make of each answer, in the order of its documents.
+
+    lm-eval's own log of samples would cost as much as the answers: it hashes every document as indented JSON.
+    """
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self.scored: list[dict[str, Any]] = []
+
+    def process_results(self, doc: Any, results: Any) -> Any:
+        found = super().process_results(doc, results)
+        self.scored.append(found)
+        return found
+
+
+def documents(prompt: str, rows: pd.DataFrame) -> Documents:
+    """Rows as lm-eval is given them: (prompt, answer, image), `image` being the question's id."""
+    template = _TEMPLATES.from_string(prompt)
+    return Documents(
+        {"prompt": template.render(row), "answer": row["answer"], "image": row["id"]}
         for row in rows[["id", "question", "answer", "options", "group"]].to_dict("records")
     )
+
+
+def build_task(benchmark: Benchmark, docs: Documents, max_new_tokens: int) -> Task:
+    """The task over documents in memory."""
     config = {
         **task_config(benchmark, max_new_tokens),
         "doc_to_text": "prompt",
@@ -105,7 +126,7 @@ def build_task(benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) ->
     logging.getLogger("lm_eval").setLevel(
         logging.ERROR
     )  # it warns of every custom dataset and of test rows as few-shot pool
-    return ConfigurableTask(config=config)
+    return Task(config=config)
 
 
 class RunnerLM(TemplateLM):
@@ -225,34 +246,58 @@ def predictor(
     lm = RunnerLM(runner, advance)
 
     def of_file(benchmark: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
-        rows = read_questions(path, settings.limit)
+        rows, docs = _rows(benchmark.prompt, path, settings.limit)
         try:
-            return predict(lm, benchmark, rows, settings.longest(benchmark.name) or spec.new_tokens)
+            return predict(lm, benchmark, rows, settings.longest(benchmark.name) or spec.new_tokens, docs)
         except GraceError as error:
             raise GraceError(f"{path}: {error}") from error
 
     return of_file
 
 
-def predict(lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int) -> pd.DataFrame:
-    """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`."""
-    task = build_task(benchmark, rows, max_new_tokens)
+def _rows(prompt: str, path: Path, limit: int | None) -> tuple[pd.DataFrame, Documents]:
+    """The rows of a benchmark's file and their documents; of a small file once for all models that a process asks."""
+    if path.is_file() and path.stat().st_size <= KEPT_BYTES:
+        return _kept(prompt, path, path.stat().st_mtime_ns, limit)
+    return _read(prompt, path, limit)
+
+
+def _read(prompt: str, path: Path, limit: int | None) -> tuple[pd.DataFrame, Documents]:
+    rows = read_questions(path, limit)
+    return rows, documents(prompt, rows)
+
+
+@lru_cache(maxsize=64)
+def _kept(prompt: str, path: Path, modified: int, limit: int | None) -> tuple[pd.DataFrame, Documents]:
+    return _read(prompt, path, limit)
+
+
+def predict(
+    lm: RunnerLM, benchmark: Benchmark, rows: pd.DataFrame, max_new_tokens: int, docs: Documents | None = None
+) -> pd.DataFrame:
+    """Run one benchmark through lm-eval; rows of a predictions file in the order of `rows`.
+
+    Args:
+        docs: the `documents` of the rows, where they were made already.
+    """
+    task = build_task(benchmark, documents(benchmark.prompt, rows) if docs is None else docs, max_new_tokens)
     lm.images = dict(zip(rows["id"], rows["image"], strict=True))
-    results: Any = evaluate(
-        lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0
-    )
-    samples = sorted(results["samples"][task.task_name], key=lambda sample: sample["doc_id"])
-    answers = [lm.answers[sample["doc_id"]] for sample in samples]
+    evaluate(
+        lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0,
+        log_samples=False,
+    )  # fmt: skip
+    asked = sorted(task.instances, key=lambda instance: instance.doc_id)
+    answers = [lm.answers[instance.doc_id] for instance in asked]
     return pd.DataFrame(
         {
             "sample_id": rows["id"].tolist(),
             "image_id": rows["image_id"].tolist(),
             "group": rows["group"].tolist(),
-            "prompt_hash": [sample["prompt_hash"] for sample in samples],
-            "prediction": [sample["resps"][0][0] for sample in samples],
-            "extracted": [normalise(sample["filtered_resps"][0]) for sample in samples],
+            "prompt_hash": [utils.hash_string(instance.args[0]) for instance in asked],
+            "prediction": [instance.resps[0] for instance in asked],
+            "extracted": [normalise(instance.filtered_resps[benchmark.extraction]) for instance in asked],
             "target": rows["answer"].tolist(),
-            "score": [float(sample["exact_match"]) for sample in samples],
+            "score": [float(scored["exact_match"]) for scored in task.scored],
             "logprob": [answer.logprob for answer in answers],
             "entropy": [answer.entropy for answer in answers],
         },

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from grace.data.conversations import Message, Part
@@ -27,12 +28,12 @@ class Question:
     new_tokens: int | None = None
     pad: bool = False
 
-    @property
-    def digests(self) -> list[bytes]:
+    @cached_property
+    def digests(self) -> tuple[bytes, ...]:
         """What names each image as the model is shown it."""
-        return [hashlib.sha256(image + b"padded" * self.pad).digest() for image in self.images]
+        return tuple(hashlib.sha256(image + b"padded" * self.pad).digest() for image in self.images)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of all that is asked: prompt, images, longest answer."""
         said = [[message.role, [[part.type, part.text] for part in message.content]] for message in self.prompt]

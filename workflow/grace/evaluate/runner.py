@@ -118,7 +118,10 @@ class Runner:
                     question.id,
                     f"makes a prompt with {places} places for {len(question.images)} images",
                 )
-        prompts = self.tokeniser.prompts([(q.prompt, own) for q, own in zip(questions, sizes, strict=True)])
+        laid = [(question.prompt, tuple(own)) for question, own in zip(questions, sizes, strict=True)]
+        apart = list(dict.fromkeys(laid))  # the same is asked of many images
+        written = dict(zip(apart, self.tokeniser.prompts(apart), strict=True))
+        prompts = [written[each] for each in laid]
         for question, ids, own in zip(questions, prompts, sizes, strict=True):
             if ids.count(self.image) != sum(self.tokeniser.visual_tokens(*size) for size in own):
                 reason = "spells the model's image token, which its tokenizer of whole words takes for an image"
@@ -131,7 +134,7 @@ class Runner:
         """Numbers of the questions: those alike together, about the same images together, then by length."""
         groups: dict[Any, list[int]] = {}
         for i, question in enumerate(questions):
-            groups.setdefault((alike[i], tuple(question.digests) or i), []).append(i)
+            groups.setdefault((alike[i], question.digests or i), []).append(i)
         length = {i: len(prompt) for i, prompt in enumerate(prompts)}
         ordered = sorted(groups.values(), key=lambda rows: (alike[rows[0]], max(length[i] for i in rows), rows[0]))
         return [i for rows in ordered for i in sorted(rows, key=lambda i: (length[i], i))]

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MOST_WORKERS = 8  # each decodes some hundred images a second
 FEATURE_BYTES = 1 << 30  # visual features kept for later questions about the same images
+SHAPES = 1 << 16  # images whose size is remembered, for the models that are asked about them next
+_shapes: dict[bytes, tuple[int, int]] = {}  # height and width as shown, by digest
 
 
 class Unaskable(GraceError):
@@ -60,13 +62,8 @@ class Sight:
     def sizes(self, question: "Question") -> list[tuple[int, int]]:
         """Height and width of each image as the model is shown it, from the headers alone."""
         found = []
-        for image in question.images:
-            try:
-                height, width = EncodedImage.from_bytes(question.id, image).size()
-            except GraceError as error:
-                raise Unaskable(str(error), question.id, "has an image that cannot be decoded") from error
-            if question.pad:
-                height = width = max(height, width)
+        for digest, image in zip(question.digests, question.images, strict=True):
+            height, width = _shapes.get(digest) or self._shape(question, digest, image)
             if reason := self.family.refusal(height, width):
                 raise Unaskable(
                     f"question {question.id}: its image {reason}; leave it out",
@@ -75,6 +72,19 @@ class Sight:
                 )
             found.append((height, width))
         return found
+
+    @staticmethod
+    def _shape(question: "Question", digest: bytes, image: bytes) -> tuple[int, int]:
+        try:
+            height, width = EncodedImage.from_bytes(question.id, image).size()
+        except GraceError as error:
+            raise Unaskable(str(error), question.id, "has an image that cannot be decoded") from error
+        if question.pad:
+            height = width = max(height, width)
+        if len(_shapes) == SHAPES:
+            _shapes.clear()
+        _shapes[digest] = height, width
+        return height, width
 
     def ahead(self, batches: Sequence[Sequence["Question"]]) -> None:
         """Let the workers prepare the images of these batches, which are asked next and in this order."""

@@ -79,28 +79,27 @@ def read(session: Session, prompts: Sequence[Prompt]) -> torch.Tensor:
             f"{len(prompts)} prompts of up to {width} tokens; make a larger one, in 16 bits"
         )
     model, device = session.model, session.device
-    places = [_positions(model, prompt) for prompt in prompts]  # each [axes, tokens]
-    shared = _shared(prompts, image_token_id(model))  # by group: prompts, tokens in front
+    laid = _lay(model, prompts)
+    shared = _shared(prompts, laid)  # by group: prompts, tokens in front
     rest = max(1, *(lengths[i] - ahead for rows, ahead in shared for i in rows))  # S
     if 2 * len(shared) > len(prompts):
         rest = width  # little is shared: one pass, and no second copy of keys and values
     session._reset()
-    first = torch.tensor([width - length for length in lengths], device=device)
+    first = laid.first.to(device)
     session.first.copy_(first)
     with session._memory():
         if rest < width:
-            _copy_shared(session, prompts, places, shared, width - rest, first)
+            _copy_shared(session, prompts, laid, shared, width - rest, first)
         layers: list[Any] = session.cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(width - rest)
         at = torch.arange(width - rest, width, device=device).unsqueeze(1)  # [S, 1]: slots of the tokens computed now
         seen = (session.slots <= at) & (session.slots >= first[:, None, None]) | (session.slots == at)
-        windows = [(max(0, length - rest), length) for length in lengths]
-        hidden = _run(session, prompts, places, windows, rest, session.cache, seen, left=True)[:, -1]
+        hidden = _run(session, prompts, laid.last(rest), session.cache, seen)[:, -1]
         logits = session.head(hidden).float()
     session.token.copy_(logits.argmax(-1, keepdim=True))
     session.logprob.copy_(best_logprob(logits))
-    session.position.copy_(torch.tensor([int(place.max()) + 1 for place in places], device=device))
+    session.position.copy_(laid.positions.amax((0, 2)) + 1)
     session.slot.fill_(width)
     session.filled = width
     return logits
@@ -113,6 +112,73 @@ def follow(session: Session, new_tokens: int) -> Iterator[torch.Tensor]:
         yield session.step()
 
 
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """Parts of prompts, one a row; what pads them is zero.
+
+    Attributes:
+        ids: int64 [rows, width].
+        positions: int64 [axes, rows, width]; axes are 1, or 3 for time, height and width.
+        visual: bool [rows, width], where images stand.
+        before: visual tokens of each row's prompt in front of the part.
+        first: int64 [rows], the first column that is not padding.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    visual: torch.Tensor
+    before: list[int]
+    first: torch.Tensor
+
+    def last(self, width: int) -> "_Laid":
+        """The last `width` columns."""
+        cut = self.ids.shape[1] - width
+        return _Laid(
+            self.ids[:, cut:], self.positions[:, :, cut:], self.visual[:, cut:], self.visual[:, :cut].sum(1).tolist(),
+            (self.first - cut).clamp(min=0),
+        )  # fmt: skip
+
+    def leading(self, rows: list[int], counts: list[int]) -> "_Laid":
+        """The first so many tokens of some rows, padded behind."""
+        at = torch.arange(max(1, *counts))
+        columns = (self.first[rows].unsqueeze(1) + at).clamp(max=self.ids.shape[1] - 1)  # [rows, width]
+        own = at < torch.tensor(counts).unsqueeze(1)
+        rows_ = torch.tensor(rows).unsqueeze(1)
+        return _Laid(
+            self.ids[rows_, columns] * own, self.positions[:, rows_, columns] * own, self.visual[rows_, columns] & own,
+            [0] * len(rows), torch.zeros(len(rows), dtype=torch.int64),
+        )  # fmt: skip
+
+
+def _lay(model: nn.Module, prompts: Sequence[Prompt]) -> _Laid:
+    """Whole prompts, padded in front.
+
+    Raises:
+        GraceError: a prompt has other visual tokens than its images.
+    """
+    width = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.tensor([[0] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts])
+    first = torch.tensor([width - len(prompt.ids) for prompt in prompts])
+    visual = (ids == image_token_id(model)) & (torch.arange(width) >= first.unsqueeze(1))
+    for prompt, found in zip(prompts, visual.sum(1).tolist(), strict=True):
+        wanted = sum(len(each.tokens) for each in prompt.images)
+        if found != wanted:
+            raise GraceError(
+                f"a prompt has {found} visual tokens where its images make {wanted}; use the processor of this model"
+            )
+    alike: dict[int, torch.Tensor] = {}  # by length: without a grid nothing else counts
+    places = []
+    for prompt in prompts:
+        gridded = bool(prompt.images) and prompt.images[0].grid is not None
+        length = len(prompt.ids)
+        if gridded or length not in alike:
+            place = nn.functional.pad(_positions(model, prompt), (width - length, 0))
+            if not gridded:
+                alike[length] = place
+        places.append(place if gridded else alike[length])
+    return _Laid(ids, torch.stack(places, 1), visual, [0] * len(prompts), first)
+
+
 def _positions(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     """Positions of the prompt's tokens, [1, tokens], or [3, tokens] with time, height and width."""
     ids = torch.tensor([list(prompt.ids)])
@@ -123,13 +189,13 @@ def _positions(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     return found[:, 0] if found.dim() == 3 else found
 
 
-def _shared(prompts: Sequence[Prompt], image: int) -> list[tuple[list[int], int]]:
+def _shared(prompts: Sequence[Prompt], laid: _Laid) -> list[tuple[list[int], int]]:
     """Groups of prompts that begin alike up to the end of their last image: their numbers, and tokens up to there."""
     groups: dict[Any, list[int]] = {}
+    behind = laid.visual.flip(1).int().argmax(1).tolist()  # columns behind the last visual token
     for number, prompt in enumerate(prompts):
-        ids = list(prompt.ids)
-        ahead = len(ids) - ids[::-1].index(image) if prompt.images else 0
-        key = (tuple(map(id, prompt.images)), tuple(ids[:ahead])) if prompt.images else number
+        ahead = len(prompt.ids) - behind[number] if prompt.images else 0
+        key = (tuple(map(id, prompt.images)), tuple(prompt.ids[:ahead])) if prompt.images else number
         groups.setdefault((key, ahead), []).append(number)
     return [(rows, ahead) for (_, ahead), rows in groups.items()]
 
@@ -137,7 +203,7 @@ def _shared(prompts: Sequence[Prompt], image: int) -> list[tuple[list[int], int]
 def _copy_shared(
     session: Session,
     prompts: Sequence[Prompt],
-    places: Sequence[torch.Tensor],
+    laid: _Laid,
     shared: Sequence[tuple[list[int], int]],
     slots: int,
     first: torch.Tensor,
@@ -145,12 +211,12 @@ def _copy_shared(
     """Compute each group's shared tokens; put their keys and values into the first `slots` slots of its prompts."""
     model = session.model
     leaders = [rows[0] for rows, _ in shared]
-    width = max(max(ahead for _, ahead in shared), 1)
+    leading = laid.leading(leaders, [ahead for _, ahead in shared])
+    width = leading.ids.shape[1]
     at = torch.arange(width, device=session.device)
     seen = (at <= at.unsqueeze(1)).expand(len(leaders), -1, -1)  # what pads on the right is never looked at
     cache = DynamicCache(config=model.config.get_text_config())
-    windows = [(0, min(ahead, width)) for _, ahead in shared]
-    _run(session, [prompts[i] for i in leaders], [places[i] for i in leaders], windows, width, cache, seen, left=False)
+    _run(session, [prompts[i] for i in leaders], leading, cache, seen)
     group = torch.empty(len(prompts), dtype=torch.int64)
     for number, (rows, _) in enumerate(shared):
         group[rows] = number
@@ -162,54 +228,31 @@ def _copy_shared(
         layer.values[:, :, :slots] = own.values.transpose(1, 2)[group, source].transpose(1, 2)
 
 
-def _run(
-    session: Session,
-    prompts: Sequence[Prompt],
-    places: Sequence[torch.Tensor],
-    windows: Sequence[tuple[int, int]],
-    width: int,
-    cache: Any,
-    seen: torch.Tensor,
-    left: bool,
-) -> torch.Tensor:
-    """The decoder's output [rows, width, d] for the tokens `windows` of each prompt, padded on the left or right.
+def _run(session: Session, prompts: Sequence[Prompt], part: _Laid, cache: Any, seen: torch.Tensor) -> torch.Tensor:
+    """The decoder's output [rows, width, d] for a part of each prompt.
 
     Args:
         seen: bool [rows, width, slots], the slots of the cache that each token looks at.
     """
-    image, device = image_token_id(session.model), session.device
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    positions = torch.zeros(len(places[0]), len(prompts), width, dtype=torch.int64)
-    visual = torch.zeros(len(prompts), width, dtype=torch.bool)
-    shown: list[list[torch.Tensor]] = []  # by image: what stands there, then what deep layers add
-    for row, (prompt, (start, end)) in enumerate(zip(prompts, windows, strict=True)):
-        columns = slice(width - (end - start), width) if left else slice(0, end - start)
-        whole = torch.tensor(list(prompt.ids))
-        ids[row, columns] = whole[start:end]
-        positions[:, row, columns] = places[row][:, start:end]
-        marks = whole == image
-        visual[row, columns] = marks[start:end]
-        before, here = int(marks[:start].sum()), int(marks[start:end].sum())
-        if int(marks.sum()) != sum(len(each.tokens) for each in prompt.images):
-            raise GraceError(
-                f"a prompt has {int(marks.sum())} visual tokens where its images make "
-                f"{sum(len(each.tokens) for each in prompt.images)}; use the processor of this model"
-            )
+    device = session.device
+    shown: list[list[torch.Tensor]] = []  # by prompt: what stands at its images, then what deep layers add
+    for prompt, before, here in zip(prompts, part.before, part.visual.sum(1).tolist(), strict=True):
         if here:
             parts = zip(*((each.tokens, *each.deep) for each in prompt.images), strict=True)
             shown.append([torch.cat(part)[before : before + here] for part in parts])
-    embedded = session.embed(ids.to(device))
+    embedded = session.embed(part.ids.to(device))
     more: dict[str, Any] = {}
     if shown:
-        visual = visual.to(device)
+        visual = part.visual.to(device)
         tokens, *deep = (torch.cat(part).to(device, embedded.dtype) for part in zip(*shown, strict=True))
         embedded[visual] = tokens
         if deep:
             more = {"visual_pos_masks": visual, "deepstack_visual_embeds": deep}
+    positions = part.positions if len(part.positions) > 1 else part.positions[0]
     return session.decoder(
         inputs_embeds=embedded,
         attention_mask=seen.unsqueeze(1),
-        position_ids=(positions if len(positions) > 1 else positions[0]).to(device),
+        position_ids=positions.to(device),
         past_key_values=cache,
         use_cache=True,
         **more,
