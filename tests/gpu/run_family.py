@@ -80,7 +80,7 @@ def settings(made: Path, chosen: argparse.Namespace, gpu: bool) -> dict[str, Any
         "teacher": {"pretrained": str(made / "teacher")},
         "student": {"pretrained": str(made / "student")},
         "cache": {"shards": 1, "audit": 0.02},
-        "finetune": {"epochs": 1, "batch": min(32, chosen.conversations)},
+        "finetune": {"epochs": 1, "batch": 32},
         "runs": [{"recipes": ["finetune", "grace", "rtn"], "precisions": ["int4"], "seeds": [0]}],
         "evaluation": {"limit": ROWS, "max_new_tokens": 8},
         "bench": {"rows": [1, 16, 256] if gpu else [1], "batches": [1, 8] if gpu else [1], "new_tokens": 32 if gpu else 4, "repeats": 3 if gpu else 1},
