@@ -96,6 +96,48 @@ def test_the_papers_numbers_stand_beside_its_own_models_alone(tables):
     assert paper_beside(llava, "2", "grace", "int8", "MME") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "shown"),
+    [
+        ("llava15_7b", {}, "teacher rtn finetune grace"),
+        ("llava15_7b", {"teacher": {"pretrained": "/models/teacher"}}, ""),
+        ("llava15_7b", {"student": {"pretrained": "/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0a1b"}}, "teacher rtn finetune grace"),
+        ("llava15_7b", {"student": {"pretrained": "llava-hf/bakLlava-v1-hf"}}, ""),
+        ("llava15_7b", {"evaluation": {"limit": 100}}, ""),
+        ("llava15_7b", {"evaluation": {"max_new_tokens": 4}}, ""),
+        ("llava15_7b", {"data": {"sources": [{"path": "data/mine.json"}]}}, "teacher rtn"),
+        ("llava15_7b", {"finetune": {"epochs": 1}}, "teacher rtn"),
+        ("llava15_7b", {"finetune": {"epochs": None, "steps": 100}}, "teacher rtn"),
+        ("llava15_7b", {"method": {"tau": 1.0}}, "teacher rtn finetune"),
+        ("llava15_7b", {"method": {"omega_warmup": 0.2}}, "teacher rtn finetune grace"),
+        ("llava15_7b", {"recipes": {"grace": {"kd": "gated", "rcka": True, "controller": True, "method": {"omega": 1.0}}}}, "teacher rtn finetune"),
+        ("llava15_7b", {"quantization": {"group_size": 64}}, "teacher"),
+        ("llava15_7b", {"quantization": {"scale_lr_factor": 20}}, "teacher rtn"),
+        ("qwen3vl_2b", {}, "teacher grace"),
+        ("qwen3vl_2b", {"finetune": {"epochs": 3}}, "teacher"),
+    ],
+)  # fmt: skip
+def test_the_papers_numbers_need_its_models_questions_and_training(name, changes, shown):
+    def merged(below, above):
+        both = below.keys() & above.keys()
+        deep = {
+            key: merged(below[key], above[key])
+            for key in both
+            if isinstance(above[key], dict) and isinstance(below[key], dict)
+        }
+        return {**below, **above, **deep}
+
+    shipped = load_experiment(f"workflow/experiments/{name}.yaml").model_dump(mode="json")
+    experiment = load_experiment(merged(shipped, changes))
+    cells = {
+        "teacher": ("1", "teacher", "bf16"), "rtn": ("2", "rtn", "int4"), "finetune": ("2", "none", "int4"),
+        "grace": ("2", "grace", "int4"),
+    }  # fmt: skip
+    benchmark = "SEED-Bench" if name == "qwen3vl_2b" else "VQAv2"
+    found = [which for which, (*cell,) in cells.items() if paper_beside(experiment, *cell, benchmark) is not None]
+    assert found == shown.split()
+
+
 def test_rows_of_each_table(tables):
     names = {name: [line.heads for line in table.lines] for name, table in tables.items()}
     assert [head for head, _ in names["table1"]] == [

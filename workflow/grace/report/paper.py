@@ -7,6 +7,7 @@ import pandas as pd
 
 from grace.benchmarks.registry import BENCHMARKS
 from grace.config.schema import Experiment, Recipe
+from grace.report.printed import asked_otherwise, made_otherwise, setup_of
 from grace.results.read import BASELINE, TEACHER, Row
 
 GRACE = "grace"
@@ -15,7 +16,6 @@ PARTS = ("gdkd", "rcka", "ib")
 ARXIV = "arXiv 2601.22709"
 DEMO = "demo models, not LLaVA-1.5"
 _LABELS = {"teacher": "Teacher", "baseline": "Baseline", "rtn": "RTN", "awq": "AWQ", "gptq": "GPTQ", GRACE: "GRACE"}
-_FAMILIES = {"llava": "LLaVA-1.5", "qwen2_vl": "Qwen2-VL", "qwen3_vl": "Qwen3-VL"}
 _CANONICAL = {
     "sqa": "ScienceQA",
     "scienceqaimg": "ScienceQA",
@@ -109,27 +109,39 @@ def _values() -> dict[tuple[str, ...], float]:
 
 
 def paper_family(experiment: Experiment) -> str | None:
-    """The model of the paper (or of the authors' release) whose numbers may stand beside this experiment's.
+    """The model of the paper (or of the authors' release) that this experiment is about, by its hub ids.
 
-    None where the models were made here: numbers of a model stand beside that model's alone.
+    None for models made here, and for any others of the same family: numbers of a model stand beside that model's alone.
     """
-    if experiment.data.source == "demo" or not (experiment.teacher.pretrained and experiment.student.pretrained):
-        return None
-    return _FAMILIES.get(experiment.family)
+    setup = setup_of(experiment)
+    return setup.name if setup else None
 
 
 def paper_beside(experiment: Experiment, table: str, role: str, precision: str, benchmark: str) -> float | None:
-    """The paper's number for one cell where it is about this experiment's own family, else None.
+    """The paper's number for one cell where it is about what this experiment's is about, else None.
 
-    The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number is known and not ours, it
-    is left out.
+    That is: the same models, all of the protocol's questions, and a student made by what the source states
+    (`grace.report.printed`). The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number
+    is known and not ours, it is left out.
     """
+    family = paper_family(experiment)
+    if not family or not role or unlike(experiment, role, precision):
+        return None
+    if table != "deployment" and asked_otherwise(experiment):
+        return None
     if (made_with(experiment, benchmark) or (None, ""))[0] is False:
         return None
     tables = ("1", "2") if table in ("1", "2") and role in ("teacher", "baseline") else (table,)
-    family = paper_family(experiment)
-    numbers = (_values().get((family, each, role, precision, benchmark)) for each in tables if family and role)
+    numbers = (_values().get((family, each, role, precision, benchmark)) for each in tables)
     return next((number for number in numbers if number is not None), None)
+
+
+def unlike(experiment: Experiment, role: str, precision: str) -> list[str]:
+    """In what this experiment's student of a role is made otherwise than the paper's; none for published models."""
+    recipe = next((name for name, meant in roles(experiment).items() if meant == role), None)
+    if role in ("teacher", "baseline") or recipe is None:
+        return []
+    return made_otherwise(experiment, experiment.recipes[recipe], precision != "bf16")
 
 
 def made_with(experiment: Experiment, benchmark: str) -> tuple[bool | None, str] | None:

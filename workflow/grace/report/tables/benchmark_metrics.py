@@ -71,7 +71,7 @@ def measures_table(results: Results) -> Table:
         "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of images with all "
         "answers right) over its sub-tasks: 200 for each. Nothing is tested here."
     ]
-    if paper_family(results.experiment):
+    if any(cell.paper is not None for line in table.lines for cell in line.cells):
         table.notes.append(
             f"“paper” is {ARXIV}'s number for {paper_family(results.experiment)}; its MME has ten sub-tasks."
         )

@@ -2,7 +2,19 @@
 
 from grace.benchmarks.question_points import SAID
 from grace.report.numbers import number
-from grace.report.paper import ARXIV, AVERAGE, canonical, label, made_with, paper_average, paper_family, paper_numbers
+from grace.report.paper import (
+    ARXIV,
+    AVERAGE,
+    canonical,
+    label,
+    made_with,
+    paper_average,
+    paper_family,
+    paper_numbers,
+    row_role,
+    unlike,
+)
+from grace.report.printed import asked_otherwise
 from grace.results.read import TEACHER, Results, Row
 from grace.results.statistics import ALPHA, POWER
 
@@ -63,14 +75,24 @@ def _others(results: Results, group, row: Row) -> bool:
 
 
 def _paper(results: Results, number_: str) -> list[str]:
-    family = paper_family(results.experiment)
-    numbers = paper_numbers()
+    experiment = results.experiment
+    family, numbers = paper_family(experiment), paper_numbers()
     if family is None or not ((numbers["model"] == family) & (numbers["table"] == number_)).any():
         return [
             f"{ARXIV}'s own numbers are not shown: it has none for these models. Its claims stand in the table of claims."
         ]
+    if others := asked_otherwise(experiment):
+        return [f"{ARXIV}'s own numbers are not shown, because {' and '.join(others)}."]
     source = "the authors' released run" if family == "Qwen3-VL" else ARXIV
-    return [f"“paper” is the number of {source} for {family}."]
+    said = [f"“paper” is the number of {source} for {family}."]
+    differing = [
+        reason for row in results.rows() for reason in unlike(experiment, row_role(experiment, row), row.precision)
+    ]
+    if differing:
+        said.append(
+            f"It does not stand beside students that were made otherwise: {'; '.join(dict.fromkeys(differing))}."
+        )
+    return said
 
 
 def protocols(results: Results) -> list[str]:
@@ -90,9 +112,10 @@ def protocols(results: Results) -> list[str]:
     if not asked:
         return []
     said = ["Protocols: " + "; ".join(f"{protocol} for {', '.join(names)}" for protocol, names in asked.items()) + "."]
-    if unknown:
+    shown = paper_family(results.experiment) and not asked_otherwise(results.experiment)
+    if unknown and shown:
         said.append(f"Which protocol the paper's numbers on {', '.join(unknown)} were made with is not known.")
-    if other:
+    if other and shown:
         said.append(f"The paper's numbers on {', '.join(other)} were made under another protocol and are left out.")
     return said
 
@@ -101,7 +124,7 @@ def _averages(results: Results, number_: str) -> list[str]:
     left_out = [results.mirrors[name] for name in results.benchmarks if name not in results.averaged]
     what = f"the {len(results.averaged)} benchmarks other than {', '.join(left_out)}" if left_out else "all benchmarks"
     said = f"The average is the plain mean of {what}"
-    theirs = paper_average(results.experiment, number_)
+    theirs = [] if asked_otherwise(results.experiment) else paper_average(results.experiment, number_)
     if theirs and sorted(theirs) != sorted(canonical(results.mirrors[name]) for name in results.averaged):
         said += f"; the paper's is that of {', '.join(theirs)}"
     return [said + "."]
@@ -155,7 +178,8 @@ def sizes(results: Results) -> str:
 def _elsewhere(results: Results, number_: str) -> list[str]:
     """Rows of the paper's table that are other people's methods, which this pipeline does not run."""
     numbers = paper_numbers()
-    numbers = numbers[numbers["model"] == (paper_family(results.experiment) or "")]
+    shown = None if asked_otherwise(results.experiment) else paper_family(results.experiment)
+    numbers = numbers[numbers["model"] == (shown or "")]
     others = numbers[(numbers["table"] == number_) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
     listed = ", ".join(f"{row} {number(value)}" for row, value in zip(others["row"], others["value"], strict=True))
     return [f"The paper's table also lists (average): {listed}; these methods are not run here."] if listed else []
