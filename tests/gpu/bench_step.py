@@ -45,9 +45,10 @@ from grace.data import Example
 from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
 from grace.distributed import Sharding, join_world
-from grace.files import sha256
+from grace.files import file_entry
 from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
+from grace.teacher.index import INDEX_FILE, write_index
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
 from grace.train.distillation import Distillation
@@ -204,9 +205,10 @@ def build_cache(folder: Path, shape: Shape, examples: list[Example], device: tor
 
     save_file({"weight": head.cpu()}, folder / HEAD_FILE)
     entry = read_sidecar(folder, name)
-    about = {"bytes": (folder / HEAD_FILE).stat().st_size, "sha256": sha256(folder / HEAD_FILE)}
+    write_index(folder, [entry])
+    files = {name: file_entry(folder / name) for name in (HEAD_FILE, INDEX_FILE)}
     manifest = dict(format="hidden", vocabulary=shape.vocabulary, width=width, temperature=None, records=len(examples),
-                    supervised_tokens=sum(counts), shards=[entry], files={HEAD_FILE: about})  # fmt: skip
+                    supervised_tokens=sum(counts), shards=[entry], files=files)  # fmt: skip
     return TeacherCache(folder, manifest)
 
 

@@ -1,11 +1,12 @@
 """SHA-256 of files: many at a time, and of large ones once per machine for as long as they stay as they are."""
 
+import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 REMEMBERED_FROM = 2**24  # bytes; a smaller file is hashed faster than its state is looked up
@@ -29,18 +30,41 @@ def known_sha256(path: str | Path) -> str:
         return sha256(path)
     identity = f"{path}\0{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
     note = _notes() / hashlib.sha256(identity.encode()).hexdigest()
+    known = _noted(note)
+    if known is not None:
+        return known
+    with _alone(note):  # other processes that want the same hash wait for it
+        known = _noted(note)
+        if known is not None:
+            return known
+        digest = sha256(path)
+        if time.time() - state.st_ctime > SETTLED_S:
+            with suppress(OSError):  # a home that can't be written costs time alone
+                note.parent.mkdir(parents=True, exist_ok=True)
+                part = note.with_name(f"{note.name}.{os.getpid()}")
+                part.write_text(digest)
+                part.replace(note)
+        return digest
+
+
+def _noted(note: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         digest = note.read_text()
         if len(digest) == 64:
             return digest
-    digest = sha256(path)
-    if time.time() - state.st_ctime > SETTLED_S:
-        with suppress(OSError):  # a home that can't be written costs time alone
+    return None
+
+
+@contextmanager
+def _alone(note: Path) -> Iterator[None]:
+    """One process of this user at a time; without a word all at once where the disk knows no locks."""
+    with ExitStack() as held:
+        with suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
-            part = note.with_name(f"{note.name}.{os.getpid()}")
-            part.write_text(digest)
-            part.replace(note)
-    return digest
+            lock = held.enter_context(note.with_name(f"{note.name}.lock").open("w"))
+            held.callback(Path(lock.name).unlink, missing_ok=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def known_hashes(paths: Iterable[Path]) -> dict[Path, str | None]:

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from tiny_models import make_llava
 
+from grace import hashes
 from grace.config.runs import CacheRun
 from grace.config.schema import Cache
-from grace.data import Conversation, EncodedImage, load_examples
+from grace.data import Conversation, EncodedImage, load_examples, prepare_examples
 from grace.data.conversations import SCHEMA, as_row, asked_and_answered
 from grace.demo.processor import build_processor
 from grace.errors import GraceError
@@ -31,6 +32,7 @@ from grace.teacher.commands import finish, info, verify, write
 from grace.teacher.forward import check_examples, plan, plan_rows
 from grace.teacher.identity import expected
 from grace.teacher.reader import TeacherCache
+from grace.teacher.shard import Shard
 from grace.teacher.writer import audited_records
 
 FORMATS = ("hidden", "hidden-int8", "sampled")
@@ -74,6 +76,7 @@ def home(tmp_path_factory):
     pq.write_table(
         pa.Table.from_pylist([row(number) for number in range(8)], schema=SCHEMA), home / "data/train.parquet"
     )
+    prepare_examples(home / "data", processor, tower=None)
     write_manifest(home / "data")
     for name, seed in (("teacher", 0), ("student", 1)):
         with whole_folder(home / name) as folder:
@@ -207,9 +210,43 @@ def test_the_audit_of_a_bf16_teacher_finds_nothing_lost_in_hidden(home, tmp_path
 def test_audited_records_are_few_but_never_none():
     keys = [hashlib.sha256(bytes([number])).hexdigest() for number in range(100)]
     assert [len(audited_records(keys, share)) for share in (0, 0.001, 0.1, 1)] == [0, 1, 10, 100]
-    assert audited_records([], 0.1) == set()
+    assert audited_records([], 0.1) == set() and len(audited_records(keys, 0.5, most=7)) == 7
     shuffled = keys[::-1]
     assert {shuffled[i] for i in audited_records(shuffled, 0.1)} == {keys[i] for i in audited_records(keys, 0.1)}
+
+
+def test_the_sum_of_gates_needs_no_record(home, examples, monkeypatch):
+    cache = TeacherCache.open(home / "hidden")
+    keys = [example.key for example in examples[:5]]
+    expected = sum(float(cache.batch([key]).gates.double().sum()) for key in keys)
+    monkeypatch.setattr(Shard, "tokens", None)
+    monkeypatch.setattr(Shard, "verify", None)
+    assert cache.gate_sum(keys) == expected
+
+
+def test_a_cache_without_its_index_says_what_to_do(copy):
+    folder = copy[-1]
+    index = folder / "index.safetensors"
+    index.write_bytes(index.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        GraceError, match=r"index.safetensors does not have the bytes .* run `grace cache finish` again"
+    ):
+        TeacherCache.open(folder)
+    finish(*copy)
+    assert TeacherCache.open(folder).gate_sum([]) == 0
+
+
+def test_a_shard_is_hashed_once_per_machine(home, examples, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hashes, "REMEMBERED_FROM", 1)
+    monkeypatch.setattr(hashes, "SETTLED_S", -1.0)
+    read = []
+    monkeypatch.setattr(hashes, "sha256", lambda path, real=hashes.sha256: read.append(path) or real(path))
+    for _ in range(3):  # as processes would open it
+        cache = TeacherCache.open(home / "hidden")
+        for example in examples:
+            cache.batch([example.key])
+    assert len(read) == len(set(read)) == 1 + len(cache.shards)
 
 
 def test_a_record_that_is_not_there_is_said_so_before_training(home):

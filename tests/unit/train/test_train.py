@@ -249,7 +249,7 @@ def poisoned(monkeypatch):
     ids = []
 
     def load(data, tower):
-        examples = load_prepared(data, tower)
+        examples = list(load_prepared(data, tower))
         at = next(i for i, example in enumerate(examples) if not example.caption)
         examples[at] = replace(examples[at], features=examples[at].features * torch.nan)
         ids.append(examples[at].id)
@@ -298,7 +298,7 @@ from grace.data import load_prepared
 from grace.train.loop import Trainer
 
 def load(data, tower):
-    examples = load_prepared(data, tower)
+    examples = list(load_prepared(data, tower))
     at = next(i for i, example in enumerate(examples) if not example.caption)
     examples[at] = replace(examples[at], features=examples[at].features * torch.nan)
     return examples
@@ -419,7 +419,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(home, tmp_path):
 )
 def test_bad_conversations_are_refused_by_name(home, tmp_path, monkeypatch, fault, reason):
     def load(data, tower):
-        examples = load_prepared(data, tower)
+        examples = list(load_prepared(data, tower))
         example = examples[3]
         if fault == "label":
             example.labels[-1] = 10**6

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from PIL.Image import Image
 
@@ -124,7 +125,7 @@ def collate_prompts(
     return inputs
 
 
-def plan_batches(lengths: Sequence[int], batch: int, seed: int, alike: bool = True) -> Iterator[list[int]]:
+def plan_batches(lengths: Sequence[int] | np.ndarray, batch: int, seed: int, alike: bool = True) -> Iterator[list[int]]:
     """Yield the indices of each optimiser step's conversations, for ever.
 
     Every epoch is a new permutation. With `alike`, for padded batches, conversations of like length come together within
@@ -134,10 +135,10 @@ def plan_batches(lengths: Sequence[int], batch: int, seed: int, alike: bool = Tr
     epoch = 0
     while True:
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(len(lengths), generator=generator).tolist()
+        order = torch.randperm(len(lengths), generator=generator)
         window = batch * LENGTH_WINDOW
         for start in range(0, len(order), window):
-            part = order[start : start + window]
+            part = order[start : start + window].tolist()
             if alike:
                 part.sort(key=lambda index: (lengths[index], index))
             steps = [part[i : i + batch] for i in range(0, len(part), batch)]

@@ -1,6 +1,6 @@
 """Reading and writing `train.parquet`: one row is one conversation, about any number of images or none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,25 +88,32 @@ def as_row(conversation: Conversation, **more: Any) -> dict[str, Any]:
 
 def load_conversations(path: str | Path, limit: int | None = None) -> list[Conversation]:
     """Read the conversations of a Parquet file; a `GraceError` names a missing file or column, or a broken row."""
-    table = _read(path, limit, SCHEMA.names)
-    found = []
-    rows = zip(_images(path, table), table["messages"].to_pylist(), table["caption"].to_pylist(), strict=True)
-    for number, ((name, images), said, caption) in enumerate(rows):
-        messages = tuple(
-            Message(turn["role"], tuple(Part(part["type"], part["text"] or "") for part in turn["content"]))
-            for turn in said or ()
-        )
-        problem = _problem(messages, len(images))
-        if problem:
-            raise GraceError(f"{path}: row {number} (id {name}) {problem}; build the data again")
-        found.append(Conversation(name, images, messages, bool(caption)))
+    found: list[Conversation] = []
+    for table in _read(path, SCHEMA.names):
+        if limit is not None:
+            table = table.slice(0, limit - len(found))
+        images = _images(path, table, len(found))
+        rows = zip(images, table["messages"].to_pylist(), table["caption"].to_pylist(), strict=True)
+        for number, ((name, images), said, caption) in enumerate(rows, len(found)):
+            messages = tuple(
+                Message(turn["role"], tuple(Part(part["type"], part["text"] or "") for part in turn["content"]))
+                for turn in said or ()
+            )
+            problem = _problem(messages, len(images))
+            if problem:
+                raise GraceError(f"{path}: row {number} (id {name}) {problem}; build the data again")
+            found.append(Conversation(name, images, messages, bool(caption)))
+        if limit is not None and len(found) >= limit:
+            break
     return found
 
 
-def load_images(path: str | Path) -> list[tuple[str, tuple[EncodedImage, ...], bool]]:
-    """Every row's id, images, and whether it is a caption; a tenth of the time of all columns."""
-    table = _read(path, None, ["id", "images", "caption"])
-    return [(*row, bool(c)) for row, c in zip(_images(path, table), table["caption"].to_pylist(), strict=True)]
+def read_images(path: str | Path) -> Iterator[tuple[str, tuple[EncodedImage, ...]]]:
+    """Every row's id and images, a row group at a time."""
+    number = 0
+    for table in _read(path, ["id", "images"]):
+        yield from _images(path, table, number)
+        number += len(table)
 
 
 def _problem(messages: Sequence[Message], images: int) -> str | None:
@@ -126,13 +133,16 @@ def _problem(messages: Sequence[Message], images: int) -> str | None:
     return None
 
 
-def _read(path: str | Path, limit: int | None, columns: list[str]) -> pa.Table:
+def _read(path: str | Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The file's row groups, one after the other."""
     try:
-        with pq.ParquetFile(path, memory_map=True) as file:  # `pq.read_table` would import pandas, half a second
+        # `pq.read_table` would import pandas, half a second; a buffer ahead would keep the whole file
+        with pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
             missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
             if not missing:
-                table = file.read(columns)
-                return table.slice(0, limit) if limit is not None else table
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns)
+                return
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; run `grace prepare` first") from None
     except (OSError, ValueError) as error:
@@ -140,10 +150,14 @@ def _read(path: str | Path, limit: int | None, columns: list[str]) -> pa.Table:
     raise GraceError(f"{path}: column {', '.join(missing)} is missing; it needs {', '.join(SCHEMA.names)}")
 
 
-def _images(path: str | Path, table: pa.Table) -> list[tuple[str, tuple[EncodedImage, ...]]]:
-    """Each row's id and images: an image is its `bytes`, or, where these are null, the file `path` with `sha256`."""
+def _images(path: str | Path, table: pa.Table, first: int) -> list[tuple[str, tuple[EncodedImage, ...]]]:
+    """Each row's id and images: an image is its `bytes`, or, where these are null, the file `path` with `sha256`.
+
+    `first` is the number of the table's first row in the file.
+    """
     found = []
-    for number, (name, images) in enumerate(zip(table["id"].to_pylist(), table["images"].to_pylist(), strict=True)):
+    rows = zip(table["id"].to_pylist(), table["images"].to_pylist(), strict=True)
+    for number, (name, images) in enumerate(rows, first):
         read = []
         for image in images or ():
             if image["bytes"]:

@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grace.data.conversations import SCHEMA
+from grace.data.index import FILE as INDEX
+from grace.data.index import IndexWriter
 from grace.data.parts import PART
 from grace.files import sha256, whole_file
 
@@ -92,7 +94,7 @@ def read_ids(parts: Sequence[Path]) -> np.ndarray:
 
 
 def write_mix(parts: Sequence[Path], order: Order, ids: np.ndarray, folder: Path, work: Path) -> None:
-    """Write `folder`/train.parquet and examples.safetensors from the parts' rows in `order`; `work` is for piles."""
+    """Write `folder`/train.parquet, examples.safetensors and index.arrow from the parts' rows in `order`; `work` is for piles."""
     mixed = len(order.rows)
     mean = sum(part.stat().st_size for part in parts) // max(len(ids), 1) + 1
     per_pile = max(1, min(PILE_ROWS, PILE_BYTES // mean), -(-mixed // MOST_PILES))
@@ -101,16 +103,18 @@ def write_mix(parts: Sequence[Path], order: Order, ids: np.ndarray, folder: Path
     with (
         whole_file(folder / "train.parquet") as train,
         whole_file(folder / "examples.safetensors") as path,
+        whole_file(folder / INDEX) as index_path,
         ExampleWriter(path, mixed, tokens) as examples,
     ):
-        with pq.ParquetWriter(train, SCHEMA) as table:
+        with pq.ParquetWriter(train, SCHEMA) as table, IndexWriter(index_path) as index:
             for pile in piles:
                 rows = _sorted(pile)
                 pile.unlink()
                 for group in _groups(rows):
                     table.write_table(group.select(SCHEMA.names).cast(SCHEMA), row_group_size=len(group))
                     examples.add(group)
-        examples.finish(sha256(train))
+                    index.add(group)
+        examples.finish(sha256(train), sha256(index_path))
 
 
 def _deal(parts: Sequence[Path], order: Order, ids: np.ndarray, piles: Sequence[Path], per_pile: int) -> int:
@@ -210,10 +214,10 @@ class ExampleWriter:
             self._layout[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
             self._at[name], end = end, end + size
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self._start = 8 + len(self._header("0" * 64))
+        self._start = 8 + len(self._header("0" * 64, "0" * 64))
 
-    def _header(self, conversations: str) -> bytes:
-        about = json.dumps({"conversations": conversations}, sort_keys=True)
+    def _header(self, conversations: str, index: str) -> bytes:
+        about = json.dumps({"conversations": conversations, "index": index}, sort_keys=True)
         text = json.dumps({"__metadata__": {"about": about}, **self._layout}, separators=(",", ":")).encode()
         return text + b" " * (-len(text) % 8)
 
@@ -237,9 +241,9 @@ class ExampleWriter:
             self._write(block, self._start + self._at[name])
             self._at[name] += len(block)
 
-    def finish(self, conversations: str) -> None:
-        """Write the header, with the SHA-256 of `train.parquet`."""
-        header = self._header(conversations)
+    def finish(self, conversations: str, index: str) -> None:
+        """Write the header, with the SHA-256 of `train.parquet` and of the index."""
+        header = self._header(conversations, index)
         self._write(len(header).to_bytes(8, "little") + header, 0)
 
     def __enter__(self) -> "ExampleWriter":

@@ -1,5 +1,8 @@
 """What every training job would otherwise compute again: token ids, labels and the frozen tower's features.
 
+Nothing of it is read before it is asked for, so that a job's memory does not grow with the conversations but for some
+bytes of each.
+
 The tower is frozen, so its output for an image is the same in every step of every run. For the demo's 9 visual
 tokens it is 2 KB per image and kept; for LLaVA-1.5's 576 it would be 1.2 MB, so data sets of real size keep token
 ids alone and run the tower.
@@ -7,9 +10,13 @@ ids alone and run the tower.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import overload
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
@@ -17,15 +24,19 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
-from grace.data.conversations import load_conversations, load_images
+from grace.data.conversations import SCHEMA, as_row, load_conversations
 from grace.data.examples import Example, Tokeniser
 from grace.data.images import EncodedImage
+from grace.data.index import FILE as INDEX
+from grace.data.index import Index, IndexWriter
 from grace.errors import GraceError
 from grace.files import sha256, whole_file
+from grace.hashes import known_sha256
 from grace.progress import progress
 
 FILE = "examples.safetensors"
 BATCH = 256
+KEPT = 4096  # examples that were asked for last
 
 
 def tower_hash(tower: nn.Module) -> str:
@@ -45,7 +56,7 @@ def _features(tower: nn.Module, processor, images: list[EncodedImage]) -> torch.
 
 
 def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
-    """Write `folder/examples.safetensors` from `folder/train.parquet`; with a tower, its features too."""
+    """Write `folder/examples.safetensors` and index.arrow from train.parquet there; with a tower, its features too."""
     conversations = load_conversations(folder / "train.parquet")
     tokeniser = Tokeniser(processor)
     vision = None
@@ -66,7 +77,11 @@ def prepare_examples(folder: Path, processor, tower: Path | None) -> None:
         "lengths": torch.tensor([len(e.input_ids) for e in examples]),
         "keys": torch.tensor([list(bytes.fromhex(e.key)) for e in examples], dtype=torch.uint8),
     }
-    about = {"conversations": sha256(folder / "train.parquet")}
+    with whole_file(folder / INDEX) as part, IndexWriter(part) as index:
+        for start in range(0, len(conversations), BATCH):
+            rows = [as_row(conversation) for conversation in conversations[start : start + BATCH]]
+            index.add(pa.Table.from_pylist(rows, schema=SCHEMA))
+    about = {"conversations": sha256(folder / "train.parquet"), "index": sha256(folder / INDEX)}
     if vision is not None and features:
         tensors["features"] = torch.cat(features)
         about["tower"] = tower_hash(vision)
@@ -109,38 +124,123 @@ def load_features(path: Path, tower: nn.Module | None) -> dict[bytes, torch.Tens
     return {bytes(key): feature for key, feature in zip(keys.tolist(), features, strict=True)}
 
 
-def load_prepared(folder: Path, tower: nn.Module | None = None) -> list[Example]:
+class Examples(Sequence[Example]):
+    """Examples of a data folder, made when they are asked for; the last ones are kept.
+
+    Attributes:
+        lengths: int64 [examples], tokens of each.
+        captions: bool [examples].
+    """
+
+    def __init__(self, folder: Path, tower: nn.Module | None = None) -> None:
+        """With features where they were made by `tower`'s weights; raises as `load_prepared`."""
+        path = folder / FILE
+        try:
+            with safe_open(path, "pt") as file:  # tensors are memory-mapped and stay so
+                about = json.loads(file.metadata()["about"])
+                self.lengths: np.ndarray = file.get_tensor("lengths").numpy()
+                self._ids, self._labels, self._keys = map(file.get_tensor, ("input_ids", "labels", "keys"))
+                fits = tower is not None and about.get("tower") == tower_hash(tower)
+                self._features = file.get_tensor("features") if fits else None
+        except FileNotFoundError:
+            raise GraceError(f"{path}: no such file; run `grace prepare` again") from None
+        except Exception as error:  # safetensors raises its own kinds for a damaged file
+            raise GraceError(
+                f"{path}: cannot be read ({error}); delete the folder and run `grace prepare` again"
+            ) from error
+        for name, file in (("conversations", "train.parquet"), ("index", INDEX)):
+            if not (folder / file).is_file():
+                raise GraceError(f"{folder / file}: no such file; delete the folder and run `grace prepare` again")
+            if about.get(name) != known_sha256(folder / file):
+                raise GraceError(
+                    f"{path}: was made from another {file}; delete the folder and run `grace prepare` again"
+                )
+        self._index = Index(folder)
+        self.captions: np.ndarray = self._index.captions
+        self._ends = np.cumsum(self.lengths)
+        self._images = np.cumsum(self._index.counts, dtype=np.int64) if self._features is not None else None
+        self._one = lru_cache(KEPT)(self._read)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Chosen": ...
+    def __getitem__(self, index: int | slice) -> "Example | Chosen":
+        if isinstance(index, slice):
+            return Chosen(self, np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._one(int(index) % len(self))
+
+    def _read(self, index: int) -> Example:
+        end = int(self._ends[index])
+        tokens = slice(end - int(self.lengths[index]), end)
+        ids, labels = self._ids[tokens].long(), self._labels[tokens].long()
+        key = self._keys[index].numpy().tobytes().hex()
+        name, images = self._index.row(index)
+        features = None
+        if images and self._features is not None and self._images is not None:
+            last = int(self._images[index])
+            features = self._features[last - len(images) : last]
+        return Example(name, key, ids, labels, bool(self.captions[index]), images, features)
+
+    def keys(self, start: int, end: int) -> list[str]:
+        """The keys of the examples from `start` to before `end`."""
+        return [bytes(key).hex() for key in self._keys[start:end].numpy()]
+
+
+class Chosen(Sequence[Example]):
+    """Some of `examples`, by their numbers."""
+
+    def __init__(self, examples: Sequence[Example], numbers: np.ndarray) -> None:
+        self.examples, self.numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Chosen": ...
+    def __getitem__(self, index: int | slice) -> "Example | Chosen":
+        if isinstance(index, slice):
+            return Chosen(self.examples, self.numbers[index])
+        return self.examples[int(self.numbers[index])]
+
+
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """int64 [examples]: tokens of each."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    if isinstance(examples, Chosen):
+        return lengths_of(examples.examples)[examples.numbers]
+    return np.array([len(example.input_ids) for example in examples], np.int64)
+
+
+def captions_of(examples: Sequence[Example]) -> np.ndarray:
+    """bool [examples]: which only describe their images."""
+    if isinstance(examples, Examples):
+        return examples.captions
+    return np.array([example.caption for example in examples], bool)
+
+
+def keys_of(examples: Sequence[Example]) -> Iterator[str]:
+    """The teacher records of those that are no captions."""
+    if not isinstance(examples, Examples):
+        yield from (example.key for example in examples if not example.caption)
+        return
+    for start in range(0, len(examples), KEPT):
+        keys = examples.keys(start, min(start + KEPT, len(examples)))
+        yield from (key for key, no in zip(keys, examples.captions[start : start + KEPT], strict=True) if not no)
+
+
+def load_prepared(folder: Path, tower: nn.Module | None = None) -> Examples:
     """The examples of `folder`, with features where they were made by `tower`'s weights.
 
     Raises:
-        GraceError: the file is missing, damaged, or was made from other conversations.
+        GraceError: a file is missing, damaged, or was made from other conversations.
     """
-    path = folder / FILE
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "features"}  # noqa: SIM118
-            fits = tower is not None and about.get("tower") == tower_hash(tower)
-            features = file.get_tensor("features") if fits else None
-    except FileNotFoundError:
-        raise GraceError(f"{path}: no such file; run `grace prepare` again") from None
-    except Exception as error:  # safetensors raises its own kinds for a damaged file
-        raise GraceError(
-            f"{path}: cannot be read ({error}); delete the folder and run `grace prepare` again"
-        ) from error
-    if about["conversations"] != sha256(folder / "train.parquet"):
-        raise GraceError(
-            f"{path}: was made from another train.parquet; delete the folder and run `grace prepare` again"
-        )
-    lengths = tensors["lengths"].tolist()
-    ids, labels = (tensors[name].long().split(lengths) for name in ("input_ids", "labels"))
-    keys = [bytes(key).hex() for key in tensors["keys"].numpy()]
-    rows = load_images(folder / "train.parquet")
-    counts = [len(images) for _, images, _ in rows]
-    seen = features.split(counts) if features is not None else [None] * len(rows)
-    return [
-        Example(name, key, own_ids, own_labels, caption, images, feature)
-        for (name, images, caption), key, own_ids, own_labels, feature in zip(
-            rows, keys, ids, labels, seen, strict=True
-        )
-    ]
+    return Examples(folder, tower)

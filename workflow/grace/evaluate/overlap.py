@@ -13,7 +13,7 @@ from PIL import Image
 
 from grace.benchmarks.protocols import Spec, protocols_of, spec
 from grace.benchmarks.registry import Benchmark, benchmark
-from grace.data.conversations import load_images
+from grace.data.conversations import read_images
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.ask import demo_items
@@ -69,7 +69,7 @@ def _parts(look: int) -> list[int]:
 
 def training_images(data: Path) -> Iterator[EncodedImage]:
     """Every image of `data/train.parquet`."""
-    for _, images, _ in load_images(data / "train.parquet"):
+    for _, images in read_images(data / "train.parquet"):
         yield from images
 
 

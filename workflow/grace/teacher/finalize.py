@@ -12,6 +12,7 @@ from grace.files import file_entry, read_json, whole_file, write_manifest
 from grace.quant.checkpoint import Checkpoint
 from grace.teacher.audit import audit
 from grace.teacher.identity import differences, run_pins
+from grace.teacher.index import INDEX_FILE, write_index
 from grace.teacher.reader import AUDIT_FILE, HEAD_FILE, TeacherCache
 from grace.teacher.sampled import entry_counts
 from grace.teacher.shard import Shard, damage, read_sidecar, shard_name, shard_range
@@ -37,6 +38,7 @@ def finish(run: Path, teacher: Path, data: Path, out: Path) -> None:
     _write_head(teacher, out, getattr(torch, parameters.compute_dtype), (vocabulary, width))
     parts = [{name: sidecar[name] for name in _COPIED} for sidecar in sidecars]
     _write_audit(out, parts)
+    write_index(out, parts)
     head, tail = entry_counts(vocabulary) if parameters.cache.format == "sampled" else (None, None)
     manifest = {
         **pins,
@@ -68,7 +70,7 @@ def _sidecars(out: Path, shards: int, pins: dict[str, Any]) -> list[dict[str, An
             problems.append(f"{name} is not written")
             continue
         different = differences(sidecar["pins"], pins)
-        problem = damage(out, sidecar, rehash=False)
+        problem = damage(out, sidecar, None)
         if different:
             problems.append(f"{name} was made with {' and '.join(different)}")
         elif problem:
@@ -135,6 +137,6 @@ def _write_audit(out: Path, parts: list[dict[str, Any]]) -> None:
 def _files(out: Path, parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every file of the cache with size and checksum, the shards' as their sidecars have them."""
     files = {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts}
-    for name in [Path(part["file"]).with_suffix(".json").name for part in parts] + [HEAD_FILE, AUDIT_FILE]:
+    for name in [*(Path(part["file"]).with_suffix(".json").name for part in parts), HEAD_FILE, AUDIT_FILE, INDEX_FILE]:
         files[name] = file_entry(out / name)
     return files

@@ -18,6 +18,7 @@ from grace.data.conversations import asked_and_answered
 from grace.data.examples import IGNORED, Tokeniser
 from grace.data.packed import packed_row
 from grace.data.packing import fill_rows
+from grace.data.prepared import lengths_of
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
@@ -129,10 +130,10 @@ def supervised_tokens(example: Example) -> int:
 
 def plan(examples: Sequence[Example], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
     """Indices of `examples` in batches of like length, the longest first, each of at most `tokens` padded tokens."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
+    lengths = lengths_of(examples).tolist()
     batches: list[list[int]] = []
-    for index in order:
-        longest = len(examples[batches[-1][0]].input_ids) if batches else 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batches[-1][0]] if batches else 0
         if batches and (len(batches[-1]) + 1) * longest <= tokens:
             batches[-1].append(index)
         else:
@@ -142,7 +143,7 @@ def plan(examples: Sequence[Example], tokens: int = TOKENS_AT_ONCE) -> list[list
 
 def plan_rows(examples: Sequence[Example], capacity: int) -> Iterator[list[int]]:
     """Indices of `examples` that share a packed row of `capacity` tokens; neighbours stay near each other."""
-    lengths = [len(example.input_ids) for example in examples]
+    lengths = lengths_of(examples).tolist()
     begin = total = 0
     for end, length in enumerate(lengths, 1):
         total += length

@@ -1,15 +1,18 @@
 """Reading a cache: records by key, as training asks for them.
 
 Files are memory-mapped, so a cache may be larger than memory. A shard's size is checked when the cache is opened and
-its checksum when its first record is read, once per process: no number from a damaged file reaches a loss.
+its checksum when its first record is read, once per machine for as long as the file is not touched: no number from a
+damaged file reaches a loss.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +21,7 @@ from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.teacher.formats import decode_int8
 from grace.teacher.identity import differences
+from grace.teacher.index import INDEX_FILE, Index
 from grace.teacher.sampled import SampledRecord
 from grace.teacher.shard import REBUILD, Shard, damage
 
@@ -79,14 +83,11 @@ class TeacherCache:
         self.records: int = manifest["records"]
         self.tokens: int = manifest["supervised_tokens"]
         for entry in manifest["shards"]:
-            problem = damage(folder, entry, rehash=False)
+            problem = damage(folder, entry, None)
             if problem:
                 raise GraceError(f"{folder}: {problem}; {REBUILD}")
         self.shards = [Shard(folder, entry) for entry in manifest["shards"]]
-        self.places: dict[bytes, tuple[Shard, int]] = {}
-        for shard in self.shards:
-            for record, key in enumerate(shard.keys()):
-                self.places.setdefault(key, (shard, record))
+        self.index = Index(folder, manifest["files"].get(INDEX_FILE))
         self._head: torch.Tensor | None = None
         self._lock = threading.Lock()
 
@@ -138,7 +139,7 @@ class TeacherCache:
         Raises:
             GraceError: a record is not there, or its shard is damaged.
         """
-        places = [self._place(key) for key in keys]
+        places = [self._place(number) for number in self._numbers(keys)]
         with self._lock:
             for shard, _ in places:
                 shard.verify()
@@ -158,7 +159,7 @@ class TeacherCache:
             sampled = SampledRecord(gates=gates, vocabulary=self.vocabulary, **parts)
         return CachedTargets(
             list(keys),
-            [shard.offsets[record + 1] - shard.offsets[record] for shard, record in places],
+            [shard.count(record) for shard, record in places],
             gates,
             hidden,
             sampled,
@@ -167,28 +168,29 @@ class TeacherCache:
 
     def gate_sum(self, keys: Sequence[str]) -> float:
         """Sum of the gates of all supervised tokens of `keys`: what gated DKD is divided by."""
-        places = [self._place(key) for key in keys]
-        with self._lock:
-            for shard, _ in places:
-                shard.verify()
-        return sum(float(shard.tokens(record, "gates").double().sum()) for shard, record in places)
+        return sum(self.index.gate_sums[self._numbers(keys)].tolist())
 
     def check_keys(self, keys: Iterable[str]) -> None:
         """Refuse conversations without a record, before the first step rather than in the middle of a run."""
-        for key in keys:
-            self._place(key)
+        waiting = iter(keys)
+        while some := list(islice(waiting, 4096)):
+            self._numbers(some)
 
-    def _place(self, key: str) -> tuple[Shard, int]:
-        place = self.places.get(bytes.fromhex(key))
-        if place is None:
+    def _numbers(self, keys: Sequence[str]) -> np.ndarray:
+        """Where the records stand in the index: int64 [keys]."""
+        found = self.index.find(keys)
+        if (found < 0).any():
             with self._lock:
                 for shard in self.shards:  # a damaged key is damage, not a missing record
                     shard.verify()
             raise GraceError(
-                f"{self.folder}: no record of the conversation with key {key[:12]}…; the cache was written for other "
-                "data, or for another tokenizer: write it again"
+                f"{self.folder}: no record of the conversation with key {keys[int(found.argmin())][:12]}…; the cache was "
+                "written for other data, or for another tokenizer: write it again"
             )
-        return place
+        return found
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        return self.shards[self.index.shards[number]], int(self.index.records[number])
 
     def verify(self) -> None:
         """Check the checksum of every file of the cache; a `GraceError` names every bad one."""

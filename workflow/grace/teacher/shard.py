@@ -14,7 +14,7 @@ The file holds
 The sidecar is written last, so a shard without a sidecar that fits it is a shard to write again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 
 from grace.errors import GraceError
 from grace.files import read_json, sha256, whole_file, write_json
+from grace.hashes import known_sha256
 from grace.teacher.formats import decode_gram, encode_gram
+from grace.teacher.scratch import Growing, empty
 
 REBUILD = "run `grace cache write` for this shard again, then `grace cache finish`"
 
@@ -42,16 +44,18 @@ def shard_range(examples: int, number: int, shards: int) -> range:
 
 
 class ShardBuilder:
-    """Collects the records of a shard in any order, in memory."""
+    """Collects the records of a shard in any order; what is large lies in nameless files below `scratch`, if given."""
 
-    def __init__(self, keys: Sequence[str], counts: Sequence[int]) -> None:
+    def __init__(self, keys: Sequence[str], counts: Sequence[int], scratch: Path | None = None) -> None:
         """`counts[i]` is the number of supervised tokens of record `keys[i]`."""
+        self.scratch = scratch
         self.keys = torch.frombuffer(bytearray(bytes.fromhex("".join(keys))), dtype=torch.uint8) if keys else None
         self.offsets = torch.tensor([0, *counts]).cumsum(0)
         self.tokens: dict[str, torch.Tensor] = {}
         self.gram_of_image: list[list[int]] = [[] for _ in keys]
         self.grams: dict[str, int] = {}
-        self.gram_parts: list[dict[str, torch.Tensor]] = []
+        self.gram_parts: dict[str, Growing] = {}
+        self.gram_sizes: list[int] = []
         self.audit: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def put(self, record: int, **values: torch.Tensor) -> None:
@@ -59,15 +63,18 @@ class ShardBuilder:
         begin, end = self.offsets[record], self.offsets[record + 1]
         for name, value in values.items():
             if name not in self.tokens:
-                self.tokens[name] = torch.empty(int(self.offsets[-1]), *value.shape[1:], dtype=value.dtype)
+                shape = (int(self.offsets[-1]), *value.shape[1:])
+                self.tokens[name] = empty(shape, value.dtype, self.scratch)
             self.tokens[name][begin:end] = value
 
     def put_grams(self, record: int, identities: Sequence[str], matrices: Sequence[torch.Tensor]) -> None:
         """Set the Gram matrices [n, n] of a record's images; images of one identity share the first one given."""
         for identity, matrix in zip(identities, matrices, strict=True):
             if identity not in self.grams:
-                self.grams[identity] = len(self.gram_parts)
-                self.gram_parts.append({name: part.cpu() for name, part in encode_gram(matrix).items()})
+                self.grams[identity] = len(self.gram_sizes)
+                self.gram_sizes.append(len(matrix))
+                for name, part in encode_gram(matrix).items():
+                    self.gram_parts.setdefault(name, Growing(self.scratch)).append(part.cpu())
             self.gram_of_image[record].append(self.grams[identity])
 
     def put_audit(
@@ -86,11 +93,10 @@ class ShardBuilder:
             "token_offsets": self.offsets,
             "image_offsets": torch.tensor([0, *map(len, self.gram_of_image)]).cumsum(0),
             "gram_of_image": torch.tensor([which for own in self.gram_of_image for which in own], dtype=torch.int32),
-            "gram.sizes": torch.tensor([len(parts["scales"]) for parts in self.gram_parts], dtype=torch.int32),
+            "gram.sizes": torch.tensor(self.gram_sizes, dtype=torch.int32),
             **self.tokens,
+            **{f"gram.{name}": parts.finished() for name, parts in self.gram_parts.items()},
         }
-        for name in self.gram_parts[0] if self.gram_parts else ():
-            tensors[f"gram.{name}"] = torch.cat([parts[name] for parts in self.gram_parts])
         if self.audit:
             audited = sorted(self.audit)
             tensors["audit.records"] = torch.tensor(audited, dtype=torch.int32)
@@ -125,15 +131,15 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], **abo
     write_json(path.with_suffix(".json"), {**about, **entry})
 
 
-def damage(folder: Path, entry: dict[str, Any], rehash: bool = True) -> str | None:
-    """What is wrong with a file that a sidecar or manifest `entry` describes, or None; without `rehash`, by size alone."""
+def damage(folder: Path, entry: dict[str, Any], hashed: Callable[[Path], str] | None = sha256) -> str | None:
+    """What is wrong with a file that a sidecar or manifest `entry` describes, or None; without `hashed`, by size alone."""
     path = folder / entry["file"]
     if not path.is_file():
         return f"{entry['file']} is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{entry['file']} has {size} of {entry['bytes']} bytes"
-    if rehash and sha256(path) != entry["sha256"]:
+    if hashed is not None and hashed(path) != entry["sha256"]:
         return f"{entry['file']} does not have the bytes that were written (its checksum differs)"
     return None
 
@@ -161,25 +167,29 @@ class Shard:
             if not entry["records"]:
                 return
             sizes = self.tensors["gram.sizes"].long()
-            self.offsets = self.tensors["token_offsets"].tolist()
-            self.images = self.tensors["image_offsets"].tolist()
+            self.offsets = self.tensors["token_offsets"].numpy()
+            self.images = self.tensors["image_offsets"].numpy()
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise GraceError(f"{path}: damaged ({error}); {REBUILD}") from error
-        self.rows = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).tolist()
-        self.pairs = torch.cat([sizes.new_zeros(1), (sizes * (sizes - 1) // 2).cumsum(0)]).tolist()
+        self.rows = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).numpy()
+        self.pairs = torch.cat([sizes.new_zeros(1), (sizes * (sizes - 1) // 2).cumsum(0)]).numpy()
 
     def verify(self) -> None:
-        """Compare the file's checksum, the first time only; a `GraceError` names a damaged shard."""
+        """Compare the file's checksum, once per machine; a `GraceError` names a damaged shard."""
         if self.verified:
             return
-        problem = damage(self.folder, self.entry)
+        problem = damage(self.folder, self.entry, known_sha256)
         if problem:
             raise GraceError(f"{self.folder}: {problem}; {REBUILD}")
         self.verified = True
 
-    def keys(self) -> list[bytes]:
-        """The records' keys, 32 bytes each, in order."""
-        return [bytes(row) for row in self.tensors["keys"].numpy()] if self.tensors else []
+    def keys(self) -> torch.Tensor:
+        """The records' keys uint8 [records, 32], in order."""
+        return self.tensors["keys"] if self.tensors else torch.zeros(0, 32, dtype=torch.uint8)
+
+    def count(self, record: int) -> int:
+        """How many supervised tokens a record has."""
+        return int(self.offsets[record + 1] - self.offsets[record])
 
     def tokens(self, record: int, name: str) -> torch.Tensor:
         """A record's part [tokens, ...] of a per-token tensor."""

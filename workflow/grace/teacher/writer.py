@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from grace import __version__
 from grace.config.runs import CacheRun
-from grace.data import Example, load_conversations
+from grace.data import Example, load_prepared
 from grace.data.batches import image_runs
-from grace.data.examples import Tokeniser
 from grace.data.packed import prepare_packed
+from grace.data.prepared import Chosen
 from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
 from grace.files import read_json
@@ -28,6 +29,7 @@ from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
 from grace.teacher.shard import ShardBuilder, damage, read_sidecar, shard_name, shard_range, write_shard
 
 LOGITS_AT_ONCE = 2**26  # elements of the [tokens, vocab] logits held at a time
+MOST_AUDITED = 1024  # records of a cache: of 8 MB each with states 5,120 wide
 
 
 def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = None) -> None:
@@ -46,9 +48,10 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
     pins = run_pins(parameters, teacher, data)
     shards = parameters.cache.shards
     wanted = range(shards) if shard is None else [shard]
+    examples = load_prepared(data)
     # Captions only teach a model made from scratch to see; nobody distils from them.
-    conversations = [c for c in load_conversations(data / "train.parquet") if not c.caption]
-    slices = {number: shard_range(len(conversations), number, shards) for number in wanted}
+    asked = np.flatnonzero(~examples.captions)
+    slices = {number: shard_range(len(asked), number, shards) for number in wanted}
     missing = [number for number in wanted if not _is_whole(out, shard_name(number, shards), pins)]
     for number in sorted(set(wanted) - set(missing)):
         print(f"{out / shard_name(number, shards)}.safetensors: already whole", file=sys.stderr)
@@ -66,17 +69,16 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
     if parameters.cache.pass_tokens is not None:
         prepare_packed(model, 0.0, torch.device(device))
     for number in missing:
-        part = [conversations[index] for index in slices[number]]
-        examples = Tokeniser(processor)(part) if part else []
-        check_examples(examples, model, size)
-        check_sight(model, processor, examples, parameters.cache.pass_tokens)
-        tensors = record(model, processor, examples, parameters, f"teacher cache {number + 1}/{shards}")
+        part = Chosen(examples, asked[slices[number].start : slices[number].stop])
+        check_examples(part, model, size)
+        check_sight(model, processor, part, parameters.cache.pass_tokens)
+        tensors = record(model, processor, part, parameters, f"teacher cache {number + 1}/{shards}", out)
         write_shard(
             out,
             shard_name(number, shards),
             tensors,
             pins=pins,
-            conversations=len(conversations),
+            conversations=len(asked),
             first=slices[number].start,
             last=slices[number].stop,
             vocabulary=size,
@@ -98,12 +100,16 @@ def _is_whole(out: Path, name: str, pins: dict) -> bool:
 
 @torch.inference_mode()
 def record(
-    model: nn.Module, processor, examples: Sequence[Example], run: CacheRun, title: str
+    model: nn.Module, processor, examples: Sequence[Example], run: CacheRun, title: str, scratch: Path | None = None
 ) -> dict[str, torch.Tensor]:
-    """Run the teacher over `examples` and return the tensors of their shard; equal records are kept once."""
-    examples = list({example.key: example for example in examples}.values())
-    builder = ShardBuilder([e.key for e in examples], [supervised_tokens(e) for e in examples])
-    audited = audited_records([e.key for e in examples], run.cache.audit)
+    """Run the teacher over `examples` and return the tensors of their shard; equal records are kept once.
+
+    What is large lies in nameless files below `scratch`, if given.
+    """
+    examples = Chosen(examples, np.array(list({e.key: number for number, e in enumerate(examples)}.values()), int))
+    builder = ShardBuilder([e.key for e in examples], [supervised_tokens(e) for e in examples], scratch)
+    most = max(1, MOST_AUDITED // run.cache.shards)
+    audited = audited_records([e.key for e in examples], run.cache.audit, most)
     weight, image = head_weight(model, vocabulary(processor)).float(), image_token_id(model)
     with progress(title, len(examples)) as advance:
         for index, seen in see(model, processor, examples, run.cache.pass_tokens):
@@ -122,12 +128,12 @@ def record(
     return builder.finished()
 
 
-def audited_records(keys: Sequence[str], share: float) -> set[int]:
-    """Indices of the records kept in full precision: `share` of them, at least one unless `share` is 0.
+def audited_records(keys: Sequence[str], share: float, most: int = 2**31) -> set[int]:
+    """Indices of the records kept in full precision: `share` of them, at least one unless `share` is 0, and at most `most`.
 
     Keys are hashes, so the smallest are a random sample, and the same one whenever a shard is written again.
     """
-    count = -int(-share * len(keys) // 1)
+    count = min(most, -int(-share * len(keys) // 1))
     return set(sorted(range(len(keys)), key=keys.__getitem__)[:count])
 
 

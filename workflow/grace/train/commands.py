@@ -7,6 +7,7 @@ import torch
 
 from grace.config.runs import TrainRun
 from grace.data import load_prepared
+from grace.data.prepared import captions_of
 from grace.distributed import join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
@@ -124,14 +125,14 @@ def _train(
     _check_weights(model, init)
     size = vocabulary(processor)
     examples = load_prepared(data, vision_tower(model))
-    asked = sum(not example.caption for example in examples)
+    asked = int((~captions_of(examples)).sum())
     parameters = parameters.model_copy(update={"optimisation": counted(parameters.optimisation, asked)})
     objective = Objective(model, parameters, size)
     if cache is not None:
         from grace.train.distillation import Distillation, open_cache
 
         objective = Distillation(model, parameters, size, open_cache(cache, parameters, data, teacher))
-    check_examples(examples, model, size)
+    check_examples(examples[world.rank :: world.size], model, size)
     check_sight(model, processor, examples)
     objective.check(examples)
     growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed

@@ -13,6 +13,7 @@ from torch import nn
 
 from grace.config.runs import TrainRun
 from grace.data import Batch, Example
+from grace.data.prepared import keys_of
 from grace.distill import (
     InformationBottleneckController,
     TokenLoss,
@@ -64,7 +65,7 @@ class Distillation(Objective):
         )
 
     def check(self, examples: Sequence[Example]) -> None:
-        self.cache.check_keys(example.key for example in examples if not example.caption)
+        self.cache.check_keys(keys_of(examples))
 
     def targets(self, keys: Sequence[str]) -> CachedTargets:
         return self.cache.batch(keys)

@@ -6,12 +6,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from grace.config.chosen import chosen
@@ -21,6 +22,7 @@ from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packed import packed_row, prepare_packed
 from grace.data.packing import fill_rows
+from grace.data.prepared import captions_of, lengths_of
 from grace.distributed import Sharding, keep_gathered, shard
 from grace.errors import GraceError
 from grace.files import contents_hash, write_json
@@ -78,7 +80,7 @@ class Trainer:
         self,
         model,
         processor,
-        examples: list[Example],
+        examples: Sequence[Example],
         run: TrainRun,
         objective: Objective,
         log: Path,
@@ -89,7 +91,8 @@ class Trainer:
     ) -> None:
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
-        if run.optimisation.caption_steps and not any(example.caption for example in examples):
+        self.lengths, self.captions = lengths_of(examples), captions_of(examples)
+        if run.optimisation.caption_steps and not self.captions.any():
             raise GraceError(
                 f"caption_steps is {run.optimisation.caption_steps} and the data has no captions; set it to 0"
             )
@@ -128,7 +131,7 @@ class Trainer:
         with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
             feed = feeds.enter_context(closing(self._feed(done)))
             advance(done)
-            for step, chosen in islice(enumerate(self._plan()), done, steps):
+            for step, chosen in zip(range(done, steps), self._plan(done), strict=False):
                 while (entry := self._step(step, chosen, feed)) is None:  # out of memory: smaller parts
                     feeds.close()
                     feed = feeds.enter_context(closing(self._feed(step)))
@@ -143,14 +146,17 @@ class Trainer:
                         lines.flush()
                     self._save(step + 1)
 
-    def _plan(self) -> Iterator[list[Example]]:
-        """Each optimiser step's conversations, for ever: captions in the first steps, then those with questions."""
-        captions = [example for example in self.examples if example.caption]
-        asked = [example for example in self.examples if not example.caption]
-        for examples, steps in ((captions, self.run.optimisation.caption_steps), (asked, None)):
-            lengths = [len(example.input_ids) for example in examples]
+    def _plan(self, done: int) -> Iterator[list[Example]]:
+        """The conversations of every optimiser step after `done`."""
+        return ([self.examples[index] for index in indices] for indices in islice(self._numbers(), done, None))
+
+    def _numbers(self) -> Iterator[list[int]]:
+        """The numbers of each step's conversations, for ever: captions in the first steps, then those with questions."""
+        captions, asked = np.flatnonzero(self.captions), np.flatnonzero(~self.captions)
+        for numbers, steps in ((captions, self.run.optimisation.caption_steps), (asked, None)):
+            lengths = self.lengths[numbers]
             plan = plan_batches(lengths, self.run.optimisation.batch, self.run.seed, alike=not self.packed)
-            yield from ([examples[index] for index in indices] for indices in islice(plan, steps))
+            yield from (numbers[indices].tolist() for indices in islice(plan, steps))
 
     def _cuts(self, chosen: list[Example]) -> Iterator[MicroBatch]:
         """This process's micro-batches of a step."""
@@ -167,7 +173,7 @@ class Trainer:
 
     def _feed(self, done: int) -> Generator[tuple[Batch, Targets | None]]:
         """The prepared micro-batches of all steps after `done`, one after the other."""
-        chosen = islice(self._plan(), done, self.run.optimisation.total)
+        chosen = islice(self._plan(done), self.run.optimisation.total - done)
         return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
 
     def _prepare(self, micro: MicroBatch) -> tuple[Batch, Targets | None]:
