@@ -1,212 +1,150 @@
-"""python tests/kills/run.py --kills 200 --seed 0: kill a real experiment again and again, and compare its predictions.
+"""python tests/kills/run.py --kills 200 --seed 0: kill a real experiment again and again, and compare what it made.
 
-A small experiment with real training is built once untouched. Then, folder by folder, the same is built by a Snakemake
-that is killed at random times in random ways and simply started again, as a user would, until the number of kills is
-reached and the run ends well. Afterwards every prediction must equal the untouched run's, no `.part` or lock file may
-be left, and a dry run must find nothing to do. Nothing is repaired by hand: no --unlock, no deleted file.
+A small experiment with real training is built once untouched. Then, folder by folder, the same is built by Snakemake or
+`dvc repro`, which are killed at drawn moments in drawn ways and simply started again, as a user would, until the folder is
+built; and `dvc push` is killed while it brings the results to a remote. Afterwards predictions, weights and manifests must
+have the untouched run's bits, no `.part` or lock file may be left, a dry run must find nothing to do, and a pull from the
+remote must bring the same bits. Nothing is repaired by hand: no --unlock, no deleted file.
 
-Ways: one job (KILL, TERM), Snakemake alone (KILL, TERM, INT; its jobs go on as orphans), the whole group (KILL, INT), the
-group halted for a while (STOP and CONT), and a disk that is full (no file may grow beyond a size).
-The schedule follows from --seed alone; exit status 0 when everything held.
+Ways: one job (KILL, TERM), Snakemake alone (KILL, TERM, INT; its jobs go on as orphans), DVC alone (KILL, INT), the whole
+group (KILL, TERM, INT), the group halted for a while (STOP and CONT), and a disk that is full for a while (a small file
+system as root, elsewhere a limit of file sizes). Moments: while the engine starts, while a job runs, and within 0.3 s of
+something being written.
+
+The draws follow from --seed alone; exit status 0 when everything held. Results lie in memory, up to 192 MiB.
 """
 
 import argparse
-import os
 import random
 import resource
-import signal
-import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pyarrow.parquet as pq
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """
-experiment: killed
-family: llava
-compute_dtype: float32
-data: {source: demo, images: 40, questions_per_image: 4, development_questions: 4, benchmark_questions: 12}
-teacher:
-  architecture: {hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2}
-  train: {steps: 40, learning_rate: 3e-3, checkpoint_every: 5}
-student:
-  architecture: {hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2}
-  train: {steps: 40, learning_rate: 3e-3, checkpoint_every: 5}
-cache: {shards: 2, audit: 0.05}
-quantization: {group_size: 32, calibration: 8}
-finetune: {steps: 40, learning_rate: 1e-3, checkpoint_every: 5}
-recipes:
-  grace: {kd: gated, rcka: true, controller: true}
-  rtn: {post_training: rtn}
-runs:
-  - {recipes: [grace, rtn], precisions: [int4], seeds: [0]}
-evaluation: {benchmarks: [colour], batch: 12}
-"""
-WAYS = (
-    "job KILL",
-    "job TERM",
-    "engine KILL",
-    "engine TERM",
-    "engine INT",
-    "group KILL",
-    "group INT",
-    "group STOP",
-    "disk",
-)
-ROOM = (3_000, 30_000, 300_000, 1_000_000)  # bytes that a file may have on a full disk
+from place import GOAL, SNAKEMAKE, Place, own_mounts, until, wait
+from ways import GOES_ON, PUSH, Draw, kill, reached
+
+from grace.files import sha256
+
 ATTEMPT_S = 1800.0
+JOBS = 8  # of the experiment, apart from those that only freeze parameters
+FRUITLESS = 8  # starts one after the other that failed without a kill
+MOST_PER_FOLDER = 40
 
 
-def start(folder: Path, room: int | None = None, *more: str) -> subprocess.Popen:
-    """Snakemake up to the last predictions, in a process group of its own; its words are appended to snakemake.txt."""
-    students = "results/killed/students"
-    targets = [f"{students}/{recipe}/int4/seed0/predictions/manifest.json" for recipe in ("grace", "rtn")]
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
-    command += ["--configfile", str(folder / "config.yaml"), "--cores", "2", "--quiet", "all"]
-    command += ["--workflow-profile", str(ROOT / "workflow/profiles/default"), *more, "--", *targets]
-
-    def bounded() -> None:
-        if room is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-    here = {"PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"}
-    with (folder / "snakemake.txt").open("a") as words:
-        return subprocess.Popen(
-            command, env={**os.environ, **here}, stdout=words, stderr=words, start_new_session=True, preexec_fn=bounded
-        )
-
-
-def jobs(group: int) -> list[int]:
-    """Processes of a group that run a subcommand of the pipeline."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            if os.getpgid(int(path.name)) == group and any(word.endswith(b"/grace") for word in words[:2]):
-                found.append(int(path.name))
-        except (OSError, ProcessLookupError):
-            continue
-    return found
-
-
-def kill(running: subprocess.Popen, way: str, chance: random.Random) -> bool:
-    """Do it; False where there was nothing to kill."""
-    target, name = way.split()
-    number = getattr(signal, f"SIG{name}")
-    if running.poll() is not None:
-        return False
-    if target == "job":
-        found = jobs(running.pid)
-        if not found:
-            return False
-        os.kill(chance.choice(found), number)
-    elif target == "engine":
-        os.kill(running.pid, number)
-    else:
-        os.killpg(running.pid, number)
-        if name == "STOP":
-            time.sleep(1.0)
-            os.killpg(running.pid, signal.SIGCONT)
-    return True
-
-
-def end(running: subprocess.Popen, seconds: float) -> int:
-    """Wait for an end; a Snakemake that was asked to end (TERM) may wait for its jobs first."""
-    try:
-        return running.wait(seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-        raise SystemExit(f"kills: Snakemake had not ended {seconds:.0f} s later") from None
-
-
-def predictions(folder: Path) -> dict[str, object]:
-    """Every prediction by file and question."""
-    return {
-        path.relative_to(folder).as_posix(): pq.read_table(
-            path, columns=["sample_id", "prediction", "score"]
-        ).to_pydict()
-        for path in sorted(folder.rglob("predictions/*.parquet"))
-    }
-
-
-def build(folder: Path) -> float:
-    """Build untouched; seconds."""
+def untouched(place: Place) -> tuple[dict[str, str], float]:
+    """What a run makes that nobody touches, and the seconds that one of its jobs takes."""
     began = time.monotonic()
-    if end(start(folder), ATTEMPT_S):
-        raise SystemExit(f"kills: a run that nobody touched failed\n{(folder / 'snakemake.txt').read_text()[-3000:]}")
-    return time.monotonic() - began
+    if wait(place.build(), ATTEMPT_S):
+        raise SystemExit(f"kills: a run that nobody touched failed\n{place.words.read_text()[-3000:]}")
+    return place.made(), (time.monotonic() - began) / JOBS
 
 
-def ordeal(folder: Path, kills: int, seconds: float, chance: random.Random) -> list[str]:
-    """Kill `kills` times or until the build is done, then let it end; returns the ways."""
+def ordeal(place: Place, kills: int, job_s: float, chance: random.Random) -> list[str]:
+    """Start, kill and start again until everything is built; returns the ways."""
     done: list[str] = []
-    while len(done) < kills:
-        way = chance.choice(WAYS)
-        room = chance.choice(ROOM) if way == "disk" else None
-        running = start(folder, room)
-        if room is not None:
-            if end(running, ATTEMPT_S) == 0:
+    fruitless = 0
+    while True:
+        dvc, retries = chance.random() < 0.25, chance.choice((0, 0, 3))
+        before = len(done)
+        running = place.start("dvc", "repro", "-q") if dvc else place.build("--retries", str(retries))
+        while len(done) < kills:
+            draw = Draw.of(chance, dvc)
+            if not reached(place, running, draw, job_s):
                 break
-        else:
-            time.sleep(chance.uniform(2.0, 2.0 + 0.5 * seconds))
-            if not kill(running, way, chance):
-                if running.poll() == 0:
+            if kill(place, running, draw, chance):
+                done.append(draw.way)
+                print(f"  {len(done)}: {draw.way} ({draw.moment}{', dvc repro' * dvc})", flush=True)
+                if not draw.way.startswith(GOES_ON):
                     break
-                continue
-            if end(running, ATTEMPT_S) == 0:  # it was halted, or the job that was killed had ended
-                done.append(way)
-                break
-        done.append(way)
-        print(f"  {len(done)}: {way}{f' at {room} bytes' if room else ''}", flush=True)
-    for _ in range(3):  # a job that was killed last fails its run; the next start goes on
-        if end(start(folder), ATTEMPT_S) == 0:
+        if wait(running, ATTEMPT_S) == 0:
             return done
-    raise SystemExit(f"kills: not built after {done}\n{(folder / 'snakemake.txt').read_text()[-4000:]}")
+        fruitless = 0 if len(done) > before else fruitless + 1
+        if fruitless >= FRUITLESS:
+            raise SystemExit(f"kills: not built after {done}\n{place.words.read_text()[-4000:]}")
+        if fruitless:  # an orphaned Snakemake has the folder: its lock says so, and a user would wait
+            until(lambda: not place.processes("snakemake"), ATTEMPT_S, every=0.5)
 
 
-def check(folder: Path, right: dict[str, object]) -> None:
+def pushes(place: Place, kills: int, chance: random.Random) -> list[str]:
+    """Kill `dvc push` some times, then let it end, and hold what a pull brings elsewhere against what was pushed."""
+    if wait(place.start("dvc", "repro", "-q"), ATTEMPT_S):
+        raise SystemExit(f"kills: dvc repro failed\n{place.words.read_text()[-3000:]}")
+    began = time.monotonic()
+    place.run("dvc", "status", "-q", "--cloud") if place.remote.exists() else place.run("dvc", "version")
+    usual, done = 3 * (time.monotonic() - began), []
+    for _ in range(kills):
+        running = place.start("dvc", "push", "-q")
+        draw = Draw("group " + chance.choice(PUSH), "start", chance.random(), 0, chance.uniform(0.3, 1.0))
+        if reached(place, running, draw, usual) and kill(place, running, draw, chance):
+            done.append(f"push {draw.way.removeprefix('group ')}")
+            print(f"  push: {draw.way.removeprefix('group ')}", flush=True)
+        wait(running, ATTEMPT_S)
+    place.run("dvc", "push", "-q")
+    elsewhere = place.folder / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("config.yaml", "dvc.yaml", "dvc.lock"):
+        (elsewhere / name).write_bytes((place.folder / name).read_bytes())
+    place.run("dvc", "init", "--no-scm", "-q", folder=elsewhere)
+    place.run("dvc", "remote", "add", "-q", "-d", "storage", str(place.remote), folder=elsewhere)
+    place.run("dvc", "pull", "-q", folder=elsewhere)
+    names = [path.relative_to(place.folder) for path in (place.folder / "results").rglob("predictions/*.parquet")]
+    wrong = [str(name) for name in names if sha256(elsewhere / name) != sha256(place.folder / name)]
+    if wrong or not names:
+        raise SystemExit(f"kills: a pull after {done} brings other files: {', '.join(wrong) or 'none'}")
+    return done
+
+
+def check(place: Place, right: dict[str, str], done: list[str]) -> None:
     """What must hold afterwards."""
-    if predictions(folder) != right:
-        raise SystemExit(f"kills: {folder}: other predictions than the run that nobody touched")
-    left = [p for p in (folder / "results").rglob(".*") if p.name.endswith((".part", ".lock"))]
-    if left:
-        raise SystemExit(f"kills: left behind: {', '.join(map(str, left))}")
-    before = (folder / "snakemake.txt").stat().st_size
-    end(start(folder, None, "--dry-run"), ATTEMPT_S)
-    said = (folder / "snakemake.txt").read_text()[before:]
-    if "rule " in said or "Error" in said:
-        raise SystemExit(f"kills: a dry run finds something to do\n{said[-2000:]}")
+    until(lambda: not place.processes("grace"), ATTEMPT_S, every=0.2)  # an orphan whose result is not needed
+    made = place.made()
+    if made != right:
+        wrong = sorted(name for name in right.keys() | made.keys() if right.get(name) != made.get(name))
+        raise SystemExit(f"kills: after {done}: other bits than the untouched run's in {', '.join(wrong)}")
+    if left := place.left():
+        raise SystemExit(f"kills: after {done}: left behind: {', '.join(left)}")
+    said = place.run(*[word for word in SNAKEMAKE if word not in ("--quiet", "all")], "--dry-run", "--", GOAL)
+    if "Nothing to be done" not in said:
+        raise SystemExit(f"kills: after {done}: a dry run finds something to do\n{said[-2000:]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=6)
+    parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0, help="begin no further folder after so long; 0: no bound")
+    parser.add_argument("--folder", type=int, default=0, help="begin with the draws of this folder, to see one again")
     chosen = parser.parse_args()
-    chance, began, done = random.Random(chosen.seed), time.monotonic(), []
-    with TemporaryDirectory(prefix="grace-kills-") as temporary:
-        home = Path(temporary)
-        (home / "untouched").mkdir()
-        (home / "untouched/config.yaml").write_text(CONFIG)
-        seconds = build(home / "untouched")
-        right = predictions(home / "untouched")
-        print(f"untouched: {seconds:.0f} s, {len(right)} files of predictions", flush=True)
-        number = 0
+    own_mounts()
+    began, done = time.monotonic(), []
+    with TemporaryDirectory(prefix="grace-kills-") as home:
+        first = Place(Path(home, "untouched"))
+        right, job_s = untouched(first)
+        first.remove()
+        print(f"untouched: {job_s * JOBS:.0f} s, {len(right)} files to compare", flush=True)
+        number = chosen.folder
         while len(done) < chosen.kills and not (chosen.seconds and time.monotonic() - began > chosen.seconds):
-            folder = home / str(number)
+            print(f"folder {number}, {time.monotonic() - began:.0f} s", flush=True)
+            chance = random.Random(f"{chosen.seed} {number}")
+            place = Place(Path(home, str(number)))
+            here = ordeal(place, min(MOST_PER_FOLDER, chosen.kills - len(done)), job_s, chance)
+            check(place, right, here)
+            if number % 2 and len(done) + len(here) < chosen.kills:
+                here += pushes(place, 3, chance)
+            done += here
+            place.remove()
             number += 1
-            folder.mkdir()
-            (folder / "config.yaml").write_text(CONFIG)
-            done += ordeal(folder, min(12, chosen.kills - len(done)), seconds, chance)
-            check(folder, right)
-    counts = ", ".join(f"{way} {done.count(way)}" for way in WAYS if way in done)
-    print(f"{len(done)} kills in {number} folders and {time.monotonic() - began:.0f} s, seed {chosen.seed}: {counts}")
-    print("predictions equal, nothing left behind, nothing repaired by hand")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    folders = number - chosen.folder
+    print(f"{len(done)} kills in {folders} folders, seed {chosen.seed}: {time.monotonic() - began:.0f} s, ", end="")
+    print(f"{(used.ru_utime + used.ru_stime) / 60:.0f} minutes of processor time")
+    print(", ".join(f"{way} {count}" for way, count in sorted(Counter(done).items())))
+    print("predictions, weights and manifests equal, nothing left behind, nothing repaired by hand")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ WRONG_VALUES = {
     "a command": ("experiment", "a;touch x", "`experiment` is 'a;touch x': string should match"),
     "a line break": ("experiment", "demo\n", "`experiment` is 'demo\\n': string should match"),
     "a name no folder can have": ("experiment", "a" * 300, "`experiment` is 'aaa"),
+    "an objective of thousands of letters": ("recipes.grace.kd", "gat" + "9" * 5000, "no objective `gat999"),
+    "an objective that clears the screen": ("recipes.grace.kd", "\x1b[2J", "no objective `\\x1b[2J`"),
     "a recipe no folder can be named after": ("recipes." + "a" * 300, {}, "string should have at most 64 characters"),
 }
 

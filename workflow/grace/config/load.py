@@ -1,6 +1,7 @@
 """Reading a configuration, with messages that name the file, the key and the fix."""
 
 import difflib
+import re
 import reprlib
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from grace.config.schema import Experiment
 from grace.config.yaml_file import read_yaml
-from grace.errors import GraceError
+from grace.errors import GraceError, printable
 
 RENAMED = {
     "data.pictures": "data.images",
@@ -75,7 +76,8 @@ def _sentence(problem: ErrorDetails) -> str:
             return f"`{path}` is called `{new}` now; rename it"
         return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_listed(known)}")
     if kind == "value_error":
-        said = said.removeprefix("Value error, ")
+        # a validator's sentence quotes what the file says, whatever that is
+        said = printable(re.sub(r"\S{100,}", lambda word: f"{word[0][:SHOWN]}…", said.removeprefix("Value error, ")), 800)
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
         old = "; `llava` is called `files` now" if isinstance(value, dict) and value.get("source") == "llava" else ""
