@@ -34,13 +34,16 @@ report_commands = _group("report", "Tables, figures, metrics and the page.")
 config_commands = _group("config", "The experiment's configuration.")
 
 
-def _start(processes: int, nodes: int = 1) -> None:
-    """Become so many processes on each machine, one GPU each; nothing where it is one, or one of them already."""
+def _start(processes: int, nodes: int = 1, note: Path | None = None) -> None:
+    """Become so many processes on each machine, one GPU each; nothing where it is one, or one of them already.
+
+    Where a process leaves a new `note`, all of them are started again.
+    """
     from grace.cluster.launch import become
     from grace.world import launched
 
     if (processes > 1 or nodes > 1) and not launched():
-        become(nodes, processes, sys.argv[1:])
+        become(nodes, processes, sys.argv[1:], note)
 
 
 def _job(
@@ -156,7 +159,9 @@ def train(
     nodes: Annotated[int, typer.Option(help="on each of so many machines of this Slurm job")] = 1,
 ) -> None:
     """Train a teacher, a baseline or a student."""
-    _start(processes, nodes)
+    from grace.world import SMALLER
+
+    _start(processes, nodes, checkpoints / SMALLER)
     # Gradients of two precisions come and go in every step; fixed segments would leave holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
@@ -574,6 +579,14 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"grace: {where}could not be written ({error.strerror}); free space and run again", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if (
+            not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError"
+        ):  # torch's, not imported here
+            raise
+        short = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        print(f"grace: out of memory ({short}); lower the batch of this job, or give it more memory", file=sys.stderr)
         sys.exit(1)
 
 

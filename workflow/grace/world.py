@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+SMALLER = "smaller.json"
+"""Beside checkpoints: the size of a part that one process's GPU may hold, left there before all of them start again."""
 
 
 def launched() -> bool:

@@ -81,3 +81,18 @@ def test_an_array_that_would_wait_for_ever_is_refused():
     check_arrays({"write_cache": 8}, None, 3)
     check_arrays({"write_cache": 8}, "none", 3)
     check_arrays({"write_cache": 8}, "write_cache", None)
+
+
+@pytest.mark.parametrize(
+    "words, memory",
+    [
+        ("grace: out of memory (MemoryError); lower the batch", True),
+        ("numpy._core._exceptions._ArrayMemoryError: Unable to allocate", True),
+        ("grace: out of memory (OutOfMemoryError: CUDA out of memory); lower the batch", False),
+        ("slurmstepd: error: Detected 1 oom_kill event", True),
+        ("ValueError: no", False),
+    ],
+)
+def test_a_gpu_that_is_full_asks_for_no_more_of_the_machine_s_memory(tmp_path, words, memory):
+    (tmp_path / "job.log").write_text(f"rule train\n{words}\n")
+    assert module._says_out_of_memory(tmp_path / "job.log") is memory

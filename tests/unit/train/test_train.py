@@ -1,6 +1,7 @@
 """One loop for every recipe: same loss however the batch is cut, same bits however often the run is killed."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -497,6 +498,51 @@ def test_out_of_memory_cuts_smaller_parts_and_changes_no_result(home, tmp_path, 
     assert re.findall(r"out of memory; going on with micro_batch (\d)", capsys.readouterr().err) == ["3", "1"]
     for a, b in zip(log(tmp_path, whole.name), log(tmp_path, cut.name), strict=True):
         for part in ("loss", "ce", "kd", "rcka", "grad_norm"):
+            assert a[part] == pytest.approx(b[part], rel=2e-3), part
+
+
+SHORT_OF_MEMORY = """
+# Read by every Python that starts: the second process plays a GPU that holds one conversation from its third pass on.
+import os
+
+if os.environ.get("RANK") == "1":
+    import torch
+
+    from grace.train.objective import Objective
+
+    asked, real = [], Objective.backward
+
+    def backward(self, batch, *rest):
+        asked.append(len(batch.keys))
+        if len(asked) > 2 and asked[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, *rest)
+
+    Objective.backward = backward
+"""
+
+
+def test_out_of_memory_on_one_of_two_processes_starts_both_again_with_smaller_parts(home, tmp_path, monkeypatch):
+    one = student(home, tmp_path, "one", **GRACE, optimisation=optimisation(micro_batch=3))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    flags = {
+        "run": tmp_path / "one.json",
+        "data": home / "data",
+        "out": tmp_path / "two",
+        "log": tmp_path / "two.jsonl",
+    }
+    flags |= {"checkpoints": tmp_path / ".two", "init": home / "baseline", "cache": home / "cache", "processes": 2}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    done = subprocess.run([sys.executable, "-m", "grace.cli", "train", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 3: out of memory with micro_batch 3 (CUDA out of memory); all 2 processes have to start" in done.stderr
+    assert done.stderr.count("all processes start again") == 1
+    check_manifest(tmp_path / "two")
+    assert not (tmp_path / ".two/smaller.json").exists(), "nothing of it is left for another run"
+    for a, b in zip(log(tmp_path, one.name), log(tmp_path, "two"), strict=True):
+        for part in ("step", "loss", "ce", "kd", "rcka", "beta", "grad_norm"):
             assert a[part] == pytest.approx(b[part], rel=2e-3), part
 
 

@@ -104,7 +104,8 @@ def _says_out_of_memory(log: Path) -> bool:
     except OSError:
         return False
     return (
-        re.search(r"oom.kill|memory limit|MemoryError|exit (?:code|status) (?:137|-9)\b|\bKilled\b", words) is not None
+        re.search(r"oom.kill|memory limit|\b(?:_Array)?MemoryError|exit (?:code|status) (?:137|-9)\b|\bKilled\b", words)
+        is not None
     )
 
 

@@ -77,7 +77,9 @@ def _sentence(problem: ErrorDetails) -> str:
         return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_listed(known)}")
     if kind == "value_error":
         # a validator's sentence quotes what the file says, whatever that is
-        said = printable(re.sub(r"\S{100,}", lambda word: f"{word[0][:SHOWN]}…", said.removeprefix("Value error, ")), 800)
+        said = printable(
+            re.sub(r"\S{100,}", lambda word: f"{word[0][:SHOWN]}…", said.removeprefix("Value error, ")), 800
+        )
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
         old = "; `llava` is called `files` now" if isinstance(value, dict) and value.get("source") == "llava" else ""

@@ -23,7 +23,7 @@ import torch
 from grace.errors import GraceError
 from grace.files import MANIFEST, check_manifest, read_json, whole_file, whole_folder, write_json
 from grace.hashes import sha256
-from grace.world import World
+from grace.world import SMALLER, World
 
 COMPLETE = "checkpoint.json"
 FINISHED = "finished"
@@ -107,6 +107,21 @@ def _read(here: Path, files: dict[str, str], world: World) -> dict[str, Any]:
         raise GraceError(f"{part}: {error}") from error
 
 
+def note_part(folder: Path, identity: str, part: int) -> None:
+    """Leave the size that this run's parts have from its next start on, whichever process finds it too large first."""
+    write_json(folder / SMALLER, {"identity": identity, "part": part})
+
+
+def noted_part(folder: Path, identity: str, part: int, world: World) -> int:
+    """`part`, or the smaller size that was noted for this run; every process must call this and gets the same."""
+    try:
+        about = read_json(folder / SMALLER)
+        noted = int(about["part"]) if about["identity"] == identity else part
+    except (GraceError, KeyError, TypeError, ValueError):
+        noted = part
+    return world.agreed(max(1, min(part, noted)))
+
+
 def finish(folder: Path, identity: str, log: Path, save: Callable[[Path], None]) -> None:
     """Keep a finished run in `folder`: the model folder that `save` writes and its curves; checkpoints are removed."""
     with whole_folder(folder / FINISHED, identity=identity) as kept:
@@ -116,6 +131,7 @@ def finish(folder: Path, identity: str, log: Path, save: Callable[[Path], None])
     for old in _steps(folder):
         shutil.rmtree(old)
     log.unlink(missing_ok=True)
+    (folder / SMALLER).unlink(missing_ok=True)
 
 
 def finished(folder: Path, identity: str) -> bool:

@@ -29,7 +29,7 @@ from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
 from grace.progress import progress
 from grace.teacher.prefetch import ahead
-from grace.train.checkpoint import load_checkpoint, save_checkpoint
+from grace.train.checkpoint import load_checkpoint, note_part, noted_part, save_checkpoint
 from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
@@ -126,6 +126,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.objective.load_state_dict(state["objective"])
             self.skipped, self.part = state["skipped"], state["part"]
+        self.part = noted_part(self.checkpoints, self.identity, self.part, self.world)
         self.model.train()
         kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
         with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
@@ -236,10 +237,18 @@ class Trainer:
     def _halve(self, step: int, short: str) -> None:
         """Cut batches smaller from now on; the step's sums, and with them its result, do not depend on the cuts."""
         key, least = ("pass_tokens", 256) if self.packed else ("micro_batch", 1)
-        if self.part <= least or self.world.size > 1:  # the others wait in a collective that this one left
+        if self.part <= least:
             save = "kept_activations" if self.packed else "micro_batch, set gradient_checkpointing"
             raise GraceError(
                 f"step {step + 1}: out of memory with {key} {self.part} ({short}); lower {save}, or use a larger GPU"
+            )
+        if (
+            self.world.size > 1
+        ):  # the others wait in a collective that this one left, and none can take part in it again
+            note_part(self.checkpoints, self.identity, self.part // 2)
+            raise GraceError(
+                f"step {step + 1}: out of memory with {key} {self.part} ({short}); all {self.world.size} processes have to "
+                f"start again, from the last checkpoint and with {key} {self.part // 2}, which changes no result"
             )
         self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
