@@ -103,7 +103,8 @@ def prepare(
             prepare_demo(parameters.data, parameters.benchmarks, out)
     else:
         from grace.data.prepare import prepare_files
-        from grace.models.pair import check_family, check_pair
+        from grace.models.families import check_family
+        from grace.models.pair import check_pair
 
         if processor is None:
             raise GraceError(f"{run}: data of your own needs --processor, the model folder whose processor to use")

@@ -10,7 +10,7 @@ from infer_models import save_llava, save_packed
 from grace.bench import kernel as kernel_module
 from grace.bench.backend import Backend
 from grace.bench.backends import TORCH_CPU
-from grace.bench.commands import kernel
+from grace.bench.commands import decode, kernel
 from grace.bench.kernel import bench_kernel
 from grace.bench.shapes import decoder_shapes
 from grace.bench.timing import copies_past_cache, interleaved_medians
@@ -149,6 +149,10 @@ def test_verb_writes_table_and_machine(folders, tmp_path, monkeypatch):
     about = json.loads((tmp_path / "bench" / "kernel.json").read_text())
     assert about["machine"]["threads"] == torch.get_num_threads()
     assert about["ceilings"]["copy_bytes_per_second"] == 1e10
+    run.write_text(json.dumps({"family": "qwen2_vl", "group_size": 32, "bench": {"rows": [1], "repeats": 1}}))
+    for verb, models in ((kernel, folders[1]), (decode, [folders[1]])):
+        with pytest.raises(GraceError, match=r"config\.json says llava and the configuration family: qwen2_vl"):
+            verb(run, models, tmp_path / "kernel.csv")
     run.write_text('{"family": "llava"}')
     with pytest.raises(GraceError, match="not the parameters of a benchmark"):
         kernel(run, folders[1], tmp_path / "kernel.csv")

@@ -55,6 +55,13 @@ def test_predictions_and_manifest_are_whole(folder):
     assert manifest["benchmarks"]["pairs"]["also"].keys() == {"accuracy", "score"}
 
 
+def test_a_model_of_another_family_is_refused(folder):
+    settings = {"family": "qwen3_vl", "evaluation": {"benchmarks": ["colour"]}}
+    (folder / "other.json").write_text(json.dumps(settings))
+    with pytest.raises(GraceError, match=r"model: config\.json says llava and the configuration family: qwen3_vl"):
+        commands.evaluate(folder / "other.json", folder / "model", folder / "data", folder / "out")
+
+
 def test_equal_files_are_the_same_model_whoever_made_them(folder, monkeypatch):
     run(folder)
     asked = _count_predictions(monkeypatch)

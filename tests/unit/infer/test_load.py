@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from infer_models import save_llava, save_packed
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grace.errors import GraceError
@@ -113,6 +114,19 @@ def test_a_wrong_group_size_is_named_with_the_right_one(folders, tmp_path, wrong
     right, weights["group_size"] = weights["group_size"], wrong
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(GraceError, match=rf"config\.json: group_size {wrong} does not fit .*; set it to {right}"):
+        load_for_inference(folder)
+
+
+@pytest.mark.parametrize("which", ["packed", "packed-plain"])
+def test_missing_and_unknown_weights_are_named(folders, tmp_path, which):
+    source = folders[1].with_name(which)
+    folder = shutil.copytree(source, tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    norm = next(name for name in tensors if name.endswith("layers.1.input_layernorm.weight"))
+    tensors["extra.weight"] = tensors.pop(norm)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(GraceError, match=r"lacks \S*layers\.1\.input_layernorm\.weight; has unknown extra\.weight"):
         load_for_inference(folder)
 
 

@@ -9,7 +9,8 @@ from chat_models import FAMILIES
 
 from grace.errors import GraceError
 from grace.files import read_json
-from grace.models.pair import check_family, check_pair
+from grace.models.families import check_family
+from grace.models.pair import check_pair
 
 
 @pytest.fixture(scope="module")

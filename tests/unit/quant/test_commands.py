@@ -26,10 +26,10 @@ def home(tmp_path_factory):
     return home
 
 
-def frozen(folder, method, group_size=32):
+def frozen(folder, method, group_size=32, family="llava"):
     settings = Quantization(group_size=group_size, calibration=4)
     run = QuantizeRun(
-        family="llava", post_training=method, bits=4, quantization=settings, outliers=True, seed=0
+        family=family, post_training=method, bits=4, quantization=settings, outliers=True, seed=0
     )  # fmt: skip
     write_json(folder / "run.json", run.model_dump())
     return folder / "run.json"
@@ -65,4 +65,10 @@ def test_the_same_run_gives_the_same_bytes(home, tmp_path):
 def test_a_group_that_does_not_divide_is_found_before_any_work(home, tmp_path, method):
     with pytest.raises(GraceError, match=r"down_proj: its input of 96 is not a multiple of group_size 64"):
         quantize(frozen(tmp_path, method, 64), home / "baseline", tmp_path / "no_data", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_model_of_another_family_is_refused(home, tmp_path):
+    with pytest.raises(GraceError, match=r"baseline: config\.json says llava and the configuration family: qwen2_vl"):
+        quantize(frozen(tmp_path, "rtn", family="qwen2_vl"), home / "baseline", home / "data", tmp_path / "student")
     assert not (tmp_path / "student").exists()

@@ -9,6 +9,7 @@ from grace.bench.shapes import FIELD_SHAPES, decoder_shapes
 from grace.config.runs import BenchRun
 from grace.errors import GraceError
 from grace.files import read_json, whole_file, write_json
+from grace.models.families import check_family
 
 
 def kernel(run: Path, model: Path, out: Path) -> None:
@@ -24,6 +25,7 @@ def kernel(run: Path, model: Path, out: Path) -> None:
     from grace.bench.kernel import bench_kernel
 
     settings = _read(run)
+    check_family(model, settings.family)
     device = _device()
     shapes = decoder_shapes(model) | FIELD_SHAPES
     rows, limits = bench_kernel(
@@ -45,6 +47,8 @@ def decode(run: Path, models: list[Path], out: Path) -> None:
     from grace.bench.decode import bench_decode
 
     settings = _read(run)
+    for model in models:
+        check_family(model, settings.family)
     device = _device()
     bench = settings.bench
     rows = bench_decode(models, bench.batches, bench.new_tokens, bench.repeats, torch.device(device))

@@ -26,6 +26,7 @@ from grace.evaluate.language import score_text, text_file, text_key, text_summar
 from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
 from grace.files import MANIFEST, list_files, read_json, sha256, write_manifest
+from grace.models.families import check_family
 from grace.progress import progress
 from grace.results.predictions import (
     RowsFailed,
@@ -103,6 +104,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     """
     parameters = EvaluateRun.model_validate(read_json(run))
     settings = parameters.evaluation
+    check_family(model, parameters.family)
     tasks = tasks_of(settings)
     harness = _harness(settings)
     made_by, world = model_hash(model), this_world()

@@ -17,6 +17,7 @@ from grace.infer.fuse import GROUPS, fuse_dense, install
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.w4a16_layout import unpack_int4
 from grace.models import decoder, load_model, model_folder
+from grace.models.load import check_loaded
 from grace.quant.packed import PackedModel
 
 OLDEST_GPU = (8, 0)  # compute capability with bf16 tensor cores
@@ -37,7 +38,8 @@ def load_for_inference(
         fuse: whether to join q, k and v, and gate and up, into one product each.
 
     Raises:
-        GraceError: a folder that is no checkpoint, a damaged file, or a GPU that is too old or too small.
+        GraceError: a folder that is no checkpoint, a damaged file, weights that are missing or unknown, or a GPU that is
+            too old or too small.
     """
     folder = Path(folder)
     config = model_folder(folder)
@@ -116,16 +118,19 @@ def _load_packed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         logging.getLogger("compressed_tensors").setLevel(logging.ERROR)
         try:
-            model = AutoModelForImageTextToText.from_pretrained(
+            model, loaded = cast(Any, AutoModelForImageTextToText).from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation="sdpa",
                 local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the others
                 quantization_config=CompressedTensorsConfig(dequantize=False),
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise GraceError(f"{folder}: transformers could not load it ({reason}); pack the model again") from error
+    check_loaded(folder, loaded)
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None:
         hook.remove()  # at the first forward it would wrap every module to unpack what is no longer there

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
-from grace.models.families import family_of_folder
 from grace.models.load import load_processor, model_folder
 from grace.models.parts import vocabulary
 
@@ -13,13 +12,6 @@ _GEOMETRY = (
     "patch_size", "merge_size", "temporal_patch_size", "crop_size", "image_mean", "image_std", "rescale_factor",
     "do_normalize", "do_rescale", "vision_feature_select_strategy", "num_additional_image_tokens",
 )  # fmt: skip
-
-
-def check_family(folder: str | Path, family: str) -> None:
-    """Hold the configuration's `family` against config.json."""
-    found = family_of_folder(Path(folder)).name
-    if found != family:
-        raise GraceError(f"{folder}: config.json says {found} and the configuration family: {family}; correct either")
 
 
 def head_rows(folder: str | Path) -> int:

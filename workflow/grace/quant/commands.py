@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from grace.config.runs import QuantizeRun
 from grace.files import read_json, whole_folder
+from grace.models.families import check_family
 
 
 def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
@@ -18,9 +19,10 @@ def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
         out: the model folder to make.
 
     Raises:
-        GraceError: `init` is no checkpoint, a group does not divide a layer, or the calibration data are unusable.
+        GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration data are unusable.
     """
     parameters = QuantizeRun.model_validate(read_json(run))
+    check_family(init, parameters.family)
     settings = parameters.quantization
     outliers = (settings.outlier_every, settings.outlier_factor) if parameters.outliers else None
     with whole_folder(out, run=parameters.model_dump()) as folder:

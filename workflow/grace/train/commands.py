@@ -12,8 +12,7 @@ from grace.distributed import join_world, whole
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
-from grace.models.families import family_of
-from grace.models.pair import check_family
+from grace.models.families import check_family, family_of
 from grace.quant import save_quantization
 from grace.quant.checkpoint import name_as_published
 from grace.quant.opening import write_opening

@@ -8,7 +8,7 @@ from grace.errors import GraceError
 from grace.models.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from grace.models.families.base import Family
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of", "family_of_folder"]
+__all__ = ["FAMILIES", "Family", "check_family", "family_named", "family_of", "family_of_folder"]
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_vl, qwen2_5_vl, qwen3_vl)}
 
@@ -45,6 +45,13 @@ def family_of_folder(folder: Path) -> Family:
     raise GraceError(
         f"{folder}: no config.json and no processor of a known family ({', '.join(FAMILIES)}); build or copy it again"
     )
+
+
+def check_family(folder: str | Path, family: str) -> None:
+    """Hold the configuration's `family` against config.json."""
+    found = family_of_folder(Path(folder)).name
+    if found != family:
+        raise GraceError(f"{folder}: config.json says {found} and the configuration family: {family}; correct either")
 
 
 def _read(path: Path) -> dict | None:
