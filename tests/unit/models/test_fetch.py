@@ -93,7 +93,10 @@ def test_a_folder_that_changes_while_it_is_copied_is_refused(model, tmp_path, mo
 
 def test_what_was_exchanged_since_the_run_began_is_refused(model, tmp_path):
     before = source_hashes(model)
-    (model / "config.json").resolve().write_text("[]")
+    (model / "config.json").resolve().write_text('{"other": 1}')
     with pytest.raises(GraceError, match="changed since the run began; run Snakemake again"):
         fetch(str(model), tmp_path / "out", expected=before)
     fetch(str(model), tmp_path / "out", expected=source_hashes(model))
+    (model / "config.json").resolve().write_text("[]")
+    with pytest.raises(GraceError, match=f"^{model}/config.json: holds no JSON object"):
+        fetch(str(model), tmp_path / "other")

@@ -20,6 +20,7 @@ from grace.benchmarks.protocols import Spec, spec
 from grace.config.schema import Experiment, FilesData, Model
 from grace.errors import GraceError
 from grace.models.families import FAMILIES, Family, family_of_folder
+from grace.models.families.files import read_config
 
 IMAGES = ("image", "image_1")
 PACKAGES = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
@@ -158,7 +159,7 @@ def _model(experiment: Experiment, model: Model, role: str, configs: dict[str, d
     if found.name != experiment.family:
         yield f"{folder}: config.json says {found.name} and the configuration family: {experiment.family}; correct either"
         return
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     configs[role] = config
     yield from _words(folder, config, FAMILIES[experiment.family])
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from grace.errors import GraceError
-from grace.files import read_json
 from grace.infer.decode import Session, stream
 from grace.infer.load import load_for_inference
 from grace.infer.prompt import build_conversations, model_turn, open_image, user_turn
 from grace.models import load_processor
+from grace.models.families.files import read_config
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _OPENERS = {
@@ -42,7 +42,7 @@ def check_model(folder: Path) -> None:
             f"{folder}: a GGUF export, which llama.cpp opens: llama-server -m {folder}/model-Q4_0.gguf "
             f"--mmproj {folder}/mmproj-BF16.gguf"
         )
-    about = read_json(config).get("quantization_config") if config.is_file() else None
+    about = read_config(folder).get("quantization_config") if config.is_file() else None
     method = about.get("quant_method") if isinstance(about, dict) else None
     if method in _OPENERS:
         raise GraceError(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.infer.fuse import GROUPS, fuse_dense, install
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.w4a16_layout import unpack_int4
@@ -127,9 +127,10 @@ def _load_packed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,  # reported below, with the others
                 quantization_config=CompressedTensorsConfig(dequantize=False),
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise GraceError(f"{folder}: transformers could not load it ({reason}); pack the model again") from error
+        except Exception as error:  # whatever a file of others makes transformers raise
+            raise GraceError(
+                f"{folder}: transformers could not load it ({reason(error)}); pack the model again"
+            ) from error
     check_loaded(folder, loaded)
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None:

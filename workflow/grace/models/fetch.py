@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
-from grace.errors import GraceError
-from grace.files import read_json, whole_folder
+from grace.errors import GraceError, reason
+from grace.files import whole_folder
 from grace.hashes import known_hashes
-
-INDEX = "model.safetensors.index.json"
+from grace.models.families.files import INDEX, read_object, read_weight_map
 
 
 def fetch(model: str, out: Path, revision: str | None = None, expected: Mapping[str, str] | None = None) -> None:
@@ -32,10 +31,13 @@ def fetch(model: str, out: Path, revision: str | None = None, expected: Mapping[
             try:
                 snapshot_download(model, revision=revision, local_dir=folder, allow_patterns=PATTERNS)
             except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise GraceError(f"{model}: neither a local folder nor to be had from the hub ({reason})") from error
+                said = f"{model}: neither a local folder nor to be had from the hub ({reason(error)})"
+                raise GraceError(said) from error
             shutil.rmtree(folder / ".cache", ignore_errors=True)
-        _check(model, folder)
+        try:
+            _check(model, folder)
+        except GraceError as error:  # by the name that the user knows, not that of the copy
+            raise GraceError(str(error).replace(str(folder), model)) from None
 
 
 def _copy(model: Path, folder: Path, expected: Mapping[str, str] | None) -> None:
@@ -57,14 +59,13 @@ def _copy(model: Path, folder: Path, expected: Mapping[str, str] | None) -> None
 def _check(model: str, folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise GraceError(f"{model}: holds no *.safetensors; name a model in the transformers format")
-    if (folder / INDEX).is_file():
-        parts = set(read_json(folder / INDEX).get("weight_map", {}).values())
-        missing = sorted(name for name in parts if not (folder / name).is_file())
+    if (parts := read_weight_map(folder)) is not None:
+        missing = sorted({name for name in parts.values() if not (folder / name).is_file()})
         if missing:
-            raise GraceError(f"{model}: {INDEX} names {', '.join(missing)}, which are not there; download it again")
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise GraceError(f"{model}: {INDEX} names {shown}, which are not there; download it again")
     for file in folder.glob("*config.json"):
-        about = read_json(file)
-        if isinstance(about, dict) and "auto_map" in about:
+        if read_object(file).get("auto_map") is not None:
             raise GraceError(
                 f"{model}: {file.name} asks for code of its own (auto_map), which is never run; use a model that "
                 "transformers knows"

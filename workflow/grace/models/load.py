@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
-from grace.errors import GraceError
-from grace.files import read_json
+from grace.errors import GraceError, reason
 from grace.models.families import family_named, family_of_folder
+from grace.models.families.files import read_config, read_object
 from grace.models.template import marks_answers
 
 TESTED = ((5, 20), (5, 24))  # of transformers: from, and below
@@ -31,7 +31,7 @@ def model_folder(folder: str | Path) -> dict:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise GraceError(f"{folder}: not a model folder (config.json is missing); give the folder of a checkpoint")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     family_named(config.get("model_type"), folder / "config.json")
     if not any(folder.glob("*.safetensors")):
         raise GraceError(f"{folder}: has no *.safetensors; build or copy the model again")
@@ -39,9 +39,8 @@ def model_folder(folder: str | Path) -> dict:
 
 
 def _no_code(folder: Path) -> None:
-    for file in folder.glob("*.json"):
-        about = read_json(file) if file.name.endswith("config.json") else None
-        if isinstance(about, dict) and "auto_map" in about:
+    for file in folder.glob("*config.json"):
+        if read_object(file).get("auto_map") is not None:
             raise GraceError(
                 f"{file}: asks for code of its own (auto_map), which is never run; use the model as transformers has it"
             )
@@ -78,10 +77,9 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, with the others
             **more,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a file of others makes transformers raise
         raise GraceError(
-            f"{folder}: transformers could not load it ({reason}); build or copy the model again"
+            f"{folder}: transformers could not load it ({reason(error)}); build or copy the model again"
         ) from error
     check_loaded(folder, loaded)
     return model.to(device).eval()
@@ -116,9 +114,12 @@ def load_processor(folder: str | Path) -> Any:
     family = family_of_folder(folder)
     try:
         processor = family.load_processor(folder)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraceError(f"{folder}: no usable processor ({reason}); build the data or the model again") from error
+    except GraceError:
+        raise
+    except Exception as error:  # whatever a file of others makes transformers raise
+        raise GraceError(
+            f"{folder}: no usable processor ({reason(error)}); build the data or the model again"
+        ) from error
     own = _own_template(folder, processor)
     processor.chat_template = own if own and marks_answers(processor.tokenizer, own) else family.template
     processor.tokenizer.chat_template = None  # one template, beside the processor
@@ -131,7 +132,7 @@ def _own_template(folder: Path, processor: Any) -> str | None:
         return (folder / "chat_template.jinja").read_text()
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file():
-            kept = read_json(folder / name).get("chat_template")
+            kept = read_object(folder / name).get("chat_template")
             if isinstance(kept, str):
                 return kept
     kept = processor.tokenizer.chat_template

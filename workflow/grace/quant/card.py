@@ -13,6 +13,7 @@ import yaml
 from grace import __version__
 from grace.errors import GraceError
 from grace.files import read_json
+from grace.models.families.files import read_config
 from grace.nested import flatten
 from grace.quant.student import DESCRIPTION, TENSORS, StoredQuantization
 
@@ -65,7 +66,7 @@ def about(stored: StoredQuantization, config: dict, manifest: dict, source: str 
         hashes = {"the student's files": source, **hashes}
     recipe = {key: value for key, value in manifest.items() if key != "files"}
     return {
-        "architecture": config["architectures"][0],
+        "architecture": next(iter(config.get("architectures") or ()), "not named in config.json"),
         "bits": stored.bits,
         "group_size": stored.group_size,
         "method": stored.method,
@@ -143,7 +144,7 @@ def form_of(folder: Path) -> str:
     """Which of FORMATS a folder is."""
     if any(folder.glob("*.gguf")):
         return "gguf"
-    method = read_json(folder / "config.json").get("quantization_config", {}).get("quant_method")
+    method = (read_config(folder).get("quantization_config") or {}).get("quant_method")
     return "pack-quantized" if method == "compressed-tensors" else str(method)
 
 

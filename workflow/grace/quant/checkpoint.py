@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from grace.errors import GraceError
 from grace.files import ENVIRONMENT, MANIFEST, read_json, whole_file, write_json
+from grace.models.families.files import INDEX, read_config, read_weight_map
 
 SHARD_BYTES = 4_000_000_000
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -68,7 +68,7 @@ class Checkpoint:
             raise GraceError(f"{folder}: not a model folder (config.json is missing); give the folder of a checkpoint")
         names = {"model.safetensors"}
         if (folder / INDEX).is_file():
-            names = set(read_json(folder / INDEX)["weight_map"].values())
+            names = set((read_weight_map(folder) or {}).values())
         return cls([folder / name for name in sorted(names)])
 
     def __iter__(self) -> Iterator[str]:
@@ -82,13 +82,20 @@ class Checkpoint:
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape, without reading the tensor."""
-        entry = self._files[name].get_slice(name)
+        entry = self._file(name).get_slice(name)
         if entry.get_dtype() not in DTYPES:
             raise GraceError(f"{name}: is stored as {entry.get_dtype()}, which is not supported; convert it to bf16")
         return TensorSpec(name, DTYPES[entry.get_dtype()], tuple(entry.get_shape()))
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        return self._file(name).get_tensor(name)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._files:
+            raise GraceError(
+                f"the weights have no tensor {name}, which config.json asks for; build or copy the model again"
+            )
+        return self._files[name]
 
 
 def write_tensors(path: Path, specs: Sequence[TensorSpec], produce: Callable[[str], torch.Tensor]) -> None:
@@ -164,7 +171,7 @@ def plain_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 def copy_config(source: Path, target: Path, dtype: str | None = None, **changes: Any) -> None:
     """Copy a model's config.json with some keys replaced, the dtype under its present name and the same in all parts."""
-    config = plain_config(read_json(source / "config.json"), dtype)
+    config = plain_config(read_config(source), dtype)
     write_json(target / "config.json", {**config, **changes})
 
 

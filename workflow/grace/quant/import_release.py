@@ -18,6 +18,7 @@ import torch
 from grace.errors import GraceError
 from grace.files import read_json, whole_folder, write_json
 from grace.models.families import family_of_folder
+from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.awq_gemm import unpack_gemm
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
@@ -60,7 +61,7 @@ def import_release(folder: Path, out: Path) -> None:
         GraceError: no released checkpoint with codes, another layout than transformers', a scale that is zero or not
             finite, a weight that is no code times its scale, or a layer that is listed and not there.
     """
-    config, tensors = read_json(folder / "config.json"), Checkpoint.of_folder(folder)
+    config, tensors = read_config(folder), Checkpoint.of_folder(folder)
     family = family_of_folder(folder)
     released = _awq(folder, tensors) if (folder / MODULES).is_file() else _sidecar(folder, config, tensors)
     kept = {family.published(key): key for key in tensors if key not in released.replaced}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from grace.files import read_json
+from grace.errors import GraceError, reason
+from grace.models.families.files import read_object
 
 _TEXT = "A chat"
 OPENINGS = {"": "{{ bos_token }}", " ": "{{ bos_token + ' ' }}"}
@@ -22,11 +23,14 @@ def write_opening(folder: Path) -> None:
     settings = folder / "tokenizer_config.json"
     if not (template.is_file() and rules.is_file() and settings.is_file()):
         return
-    source, bos = template.read_text(), read_json(settings).get("bos_token")
-    bos = bos["content"] if isinstance(bos, dict) else bos
-    tokenizer = Tokenizer.from_file(str(rules))
+    source, bos = template.read_text(encoding="utf-8", errors="replace"), read_object(settings).get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    try:
+        tokenizer = Tokenizer.from_file(str(rules))
+    except Exception as error:  # tokenizers raises no kind of its own
+        raise GraceError(f"{rules}: not a readable tokenizer ({reason(error)}); fetch the model again") from error
     wanted = tokenizer.encode(_TEXT).ids
-    if bos is None or "bos_token" in source or bos in source or wanted[:1] != [tokenizer.token_to_id(bos)]:
+    if not isinstance(bos, str) or "bos_token" in source or bos in source or wanted[:1] != [tokenizer.token_to_id(bos)]:
         return
     for written, opening in OPENINGS.items():
         if tokenizer.encode(f"{bos}{written}{_TEXT}", add_special_tokens=False).ids == wanted:

@@ -13,6 +13,7 @@ import torch
 from grace.errors import GraceError
 from grace.files import MANIFEST, contents_hash, read_json, whole_folder, write_json
 from grace.models.families import family_of_folder
+from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import ABOUT, about, write_card
@@ -172,5 +173,5 @@ def pack(model: Path, out: Path) -> None:
         stored = pack_student(model, folder)
         copy_companions(model, folder)
         write_opening(folder)
-        write_json(folder / ABOUT, about(stored, read_json(folder / "config.json"), manifest, source))
+        write_json(folder / ABOUT, about(stored, read_config(folder), manifest, source))
         write_card(folder)

@@ -1,12 +1,13 @@
 """Reading a packed folder's codes and scales back: what the exporters start from."""
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from grace.errors import GraceError
-from grace.files import read_json
+from grace.models.families.files import read_config
 from grace.quant.bits import unpack_codes, words_per_row
 from grace.quant.checkpoint import Checkpoint
 from grace.quant.grid import code_range
@@ -37,20 +38,25 @@ class PackedModel:
     @classmethod
     def open(cls, folder: Path) -> "PackedModel":
         """A `GraceError` says what `folder` is not."""
-        tensors, config = Checkpoint.of_folder(folder), read_json(folder / "config.json")
-        settings = config.get("quantization_config", {})
+        tensors, config = Checkpoint.of_folder(folder), read_config(folder)
+        settings = config.get("quantization_config") or {}
         if settings.get("format") != "pack-quantized":
             raise GraceError(
                 f"{folder}: not a packed model (config.json has no pack-quantized quantization_config); pack it first"
             )
-        group = next(iter(settings["config_groups"].values()))
-        weights = group["weights"]
-        code_range(weights["num_bits"])
+        try:
+            weights = next(iter(settings["config_groups"].values()))["weights"]
+            bits, group_size = operator.index(weights["num_bits"]), operator.index(weights.get("group_size") or -1)
+        except (KeyError, TypeError, AttributeError, StopIteration):
+            raise GraceError(
+                f"{folder / 'config.json'}: quantization_config has no config_groups with num_bits; pack the model again"
+            ) from None
+        code_range(bits)
         dense = [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]
         linears = {key: module for key in dense if (module := quantised_module(key))}
         made = {f"{key}_{kind}" for key in linears for kind in ("packed", "scale", "shape")}
         kept = [key for key in tensors if key not in made]
-        return cls(folder, config, weights["num_bits"], weights.get("group_size") or -1, tensors, linears, kept)
+        return cls(folder, config, bits, group_size, tensors, linears, kept)
 
     def unquantised(self) -> list[str]:
         """Decoder linears that stay in bf16, as the end of their name from `layers.` on, which all readers share."""
@@ -59,7 +65,10 @@ class PackedModel:
 
     def shape(self, key: str) -> tuple[int, int]:
         """[out, in] of a packed linear, checked against its packed tensors."""
-        rows, columns = self.tensors[f"{key}_shape"].tolist()
+        try:
+            rows, columns = self.tensors[f"{key}_shape"].tolist()
+        except (TypeError, ValueError):
+            raise GraceError(f"{self.folder}: {key}_shape holds no two numbers; pack the model again") from None
         expected, steps = (rows, words_per_row(columns, self.bits)), self.tensors.spec(f"{key}_scale").shape
         if steps[1] * self.group_size != columns:
             raise GraceError(

@@ -1,12 +1,12 @@
 """The families of models, one file each. Importing this costs no torch: a dry run reads the names."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
 from grace.models.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from grace.models.families.base import Family
+from grace.models.families.files import read_config, read_object
 
 __all__ = ["FAMILIES", "Family", "check_family", "family_named", "family_of", "family_of_folder"]
 
@@ -34,11 +34,10 @@ def family_of(thing: Any) -> Family:
 
 def family_of_folder(folder: Path) -> Family:
     """The family of a model's or a processor's folder: by config.json, or by the processor's class where there is none."""
-    config = _read(folder / "config.json")
-    if config is not None:
-        return family_named(config.get("model_type"), folder / "config.json")
+    if (folder / "config.json").is_file():
+        return family_named(read_config(folder).get("model_type"), folder / "config.json")
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        known = (_read(folder / name) or {}).get("processor_class")
+        known = read_object(folder / name).get("processor_class") if (folder / name).is_file() else None
         for family in FAMILIES.values():
             if family.processor == known:
                 return family
@@ -52,15 +51,3 @@ def check_family(folder: str | Path, family: str) -> None:
     found = family_of_folder(Path(folder)).name
     if found != family:
         raise GraceError(f"{folder}: config.json says {found} and the configuration family: {family}; correct either")
-
-
-def _read(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: not valid JSON ({error}); build or copy it again") from None
-    if not isinstance(value, dict):
-        raise GraceError(f"{path}: holds no JSON object; build or copy it again")
-    return value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grace.errors import GraceError
 from grace.models.families.base import Family
+from grace.models.families.files import read_config, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -54,8 +55,6 @@ class Llava(Family):
             LlavaProcessor,
         )
 
-        from grace.files import read_json
-
         tokenizer = _as_read(AutoTokenizer.from_pretrained(folder, local_files_only=True))
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         if isinstance(images, CLIPImageProcessorPil | LlavaImageProcessorPil):
@@ -63,16 +62,17 @@ class Llava(Family):
             kept.pop("image_processor_type", None)
             settings: dict[str, Any] = {**kept, "do_pad": True}
             images = LlavaImageProcessorPil(**settings)
-        about = read_json(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
-        model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        patch = about.get("patch_size") or model.get("vision_config", {}).get("patch_size")
+        about = read_object(folder / "processor_config.json") if (folder / "processor_config.json").is_file() else {}
+        model = read_config(folder) if (folder / "config.json").is_file() else {}
+        vision = model.get("vision_config") or {}
+        patch = about.get("patch_size") or vision.get("patch_size")
         if not patch:
             raise GraceError(
                 f"{folder}: neither processor_config.json nor config.json says patch_size; fetch the model again"
             )
         strategy = about.get("vision_feature_select_strategy") or model.get("vision_feature_select_strategy", "default")
         more = about.get("num_additional_image_tokens")
-        clip = model.get("vision_config", {}).get("model_type") == "clip_vision_model"
+        clip = vision.get("model_type") == "clip_vision_model"
         return LlavaProcessor(
             image_processor=images,
             tokenizer=tokenizer,

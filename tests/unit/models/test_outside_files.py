@@ -1,0 +1,64 @@
+"""config.json, index and tokenizer files that others wrote: used, or refused in one sentence."""
+
+import contextlib
+import io
+import json
+
+import pytest
+
+from fuzz import models as fuzz
+from grace.errors import GraceError
+from grace.models.families.files import read_config, read_weight_map
+
+CONFIGS = {
+    "[]": "holds no JSON object",
+    '{"model_type": ["llava"]}': "`model_type`: input should be a valid string",
+    '{"text_config": {"vocab_size": "many"}}': "`text_config.vocab_size`: input should be a valid integer",
+    '{"text_config": 3}': "`text_config`: input should be a valid dictionary",
+    '{"quantization_config": {}}': "`quantization_config.quant_method`: field required",
+    '{"auto_map": {"AutoModel": "x.Model"}}': "`auto_map`: asks for code of its own, which is never run",
+    "{" * 5000: "not valid JSON",
+}
+INDEXES = {
+    "{}": "`weight_map`: field required",
+    '{"weight_map": {}}': "`weight_map`: it lists no weights",
+    '{"weight_map": {"a": 1}}': "`weight_map.a`: input should be a valid string",
+    '{"weight_map": {"a": "../b.safetensors"}}': "../b.safetensors is no name of a *.safetensors file beside it",
+    '{"weight_map": {"a": "/etc/passwd"}}': "/etc/passwd is no name of a *.safetensors file beside it",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS)
+def test_a_config_is_held_against_what_is_read_of_it(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(GraceError) as error:
+        read_config(tmp_path)
+    assert CONFIGS[text] in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", INDEXES)
+def test_an_index_names_files_beside_it(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(GraceError) as error:
+        read_weight_map(tmp_path)
+    assert INDEXES[text] in str(error.value)
+
+
+def test_what_is_not_read_is_kept(tmp_path):
+    about = {
+        "model_type": "llava",
+        "own": [1, {"x": None}],
+        "text_config": {"vocab_size": 7, "more": 1},
+        "auto_map": None,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert read_config(tmp_path) == about
+    assert read_weight_map(tmp_path) is None
+
+
+def test_broken_folders_are_used_or_refused_in_a_sentence(tmp_path):
+    """A short run of tests/fuzz/models.py; the numbers are of cases that once were tracebacks."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        sound = fuzz.folders(tmp_path)
+    for number in (3, 12, 14, 15, 17, 34, 36, 49):
+        assert fuzz.failures(number, sound, tmp_path) == {}, number

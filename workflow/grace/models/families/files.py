@@ -1,0 +1,103 @@
+"""The JSON files of a model folder that others wrote: read in one place, held against what the pipeline takes from them.
+
+Nothing here imports torch: a dry run reads them too.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+
+from grace.errors import GraceError, printable
+
+INDEX = "model.safetensors.index.json"
+
+
+class _Text(BaseModel):
+    vocab_size: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+
+
+class _Quantisation(BaseModel):
+    """What every method writes; `grace.quant.packed` reads the groups of its own."""
+
+    quant_method: str
+    format: str | None = None
+
+
+class ModelConfig(BaseModel):
+    """What is taken from config.json; all other keys are transformers' to check."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    text_config: _Text | None = None
+    vision_config: dict[str, Any] | None = None
+    quantization_config: _Quantisation | None = None
+    vocab_size: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    image_token_index: int | None = None
+    image_token_id: int | None = None
+    auto_map: None = None
+
+    @field_validator("auto_map", mode="before")
+    @classmethod
+    def _no_code(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("asks for code of its own, which is never run; use the model as transformers has it")
+
+
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _inside(cls, names: dict[str, str]) -> dict[str, str]:
+        outside = next((n for n in names.values() if Path(n).name != n or not n.endswith(".safetensors")), None)
+        if outside is not None:
+            raise ValueError(f"{printable(outside, 100)} is no name of a *.safetensors file beside it")
+        if not names:
+            raise ValueError("it lists no weights")
+        return names
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object; a `GraceError` where it does not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GraceError(f"{path}: no such file; build or copy it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise GraceError(f"{path}: not valid JSON ({printable(str(error))}); build or copy it again") from None
+    if not isinstance(value, dict):
+        raise GraceError(f"{path}: holds no JSON object; build or copy it again")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with the keys that are read here as they have to be.
+
+    Raises:
+        GraceError: no such file, no JSON object, or a key that is not what it has to be.
+    """
+    return _checked(folder / "config.json", ModelConfig)
+
+
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """{tensor: file beside the index} of a model in several weight files; None where it has no index."""
+    path = folder / INDEX
+    return _checked(path, _Index)["weight_map"] if path.is_file() else None
+
+
+def _checked(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    value = read_object(path)
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(printable(str(part), 60) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise GraceError(f"{path}: `{where}`: {said[0].lower() + said[1:]}; build or copy the model again") from None
+    return value
