@@ -24,7 +24,7 @@ fi
 
 # What was installed before stays wanted: adding an extra never takes another one away.
 wanted=$(printf '%s\n' pipeline "$@" $(cut -s -d' ' -f2- .venv/installed 2>/dev/null || true) | sort -u | sed '/^$/d' | xargs)
-stamp="$(cat envs/constraints.txt envs/lmms-eval.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $wanted"
+stamp="$(cat envs/constraints.txt envs/lmms-eval.txt envs/test-material.txt pyproject.toml | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') $wanted"
 if [ "$(cat .venv/installed 2>/dev/null || true)" = "$stamp" ]; then
   echo "setup: .venv is up to date"
   exit 0
@@ -35,6 +35,9 @@ fi
 .venv/bin/python -m pip install --disable-pip-version-check -c envs/constraints.txt -e ".[${wanted// /,}]"
 case " $wanted " in
   *" test "* | *" lmms-eval "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/lmms-eval.txt ;; # says why
+esac
+case " $wanted " in
+  *" test "*) .venv/bin/python -m pip install --disable-pip-version-check --no-deps -r envs/test-material.txt ;;
 esac
 printf '%s\n' "$stamp" > .venv/installed
 echo "setup: .venv is ready"

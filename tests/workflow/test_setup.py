@@ -18,7 +18,13 @@ exec {sys.executable} "$@"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("workflow/setup.sh", "envs/constraints.txt", "envs/lmms-eval.txt", "pyproject.toml"):
+    for name in (
+        "workflow/setup.sh",
+        "envs/constraints.txt",
+        "envs/lmms-eval.txt",
+        "envs/test-material.txt",
+        "pyproject.toml",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv/bin/python"
@@ -44,6 +50,7 @@ def test_it_installs_once_and_adds_extras(checkout: Path) -> None:
     assert (
         tests[1].endswith("-e .[pipeline,test]")
         and tests[2].endswith("--no-deps -r envs/lmms-eval.txt")
+        and tests[3].endswith("--no-deps -r envs/test-material.txt")
         and len(first) == 2
     )
     assert _setup(checkout, "cluster")[1].endswith("-e .[cluster,pipeline,test]")

@@ -11,6 +11,7 @@ import grace.config.preflight as preflight
 from grace.config.load import load_experiment, load_files
 from grace.config.schema import Experiment
 from grace.errors import GraceError
+from grace.models import families
 
 IDS = {"<s>": 1, "a": 2}
 
@@ -165,3 +166,13 @@ def test_several_files_are_merged_as_snakemake_merges_them(tmp_path: Path) -> No
     with pytest.raises(GraceError, match=r"qwen2vl_2b.yaml \+ .*own.yaml: `teacher` is"):
         (tmp_path / "own.yaml").write_text("teacher: 3\n")
         load_files([file, tmp_path / "own.yaml"])
+
+
+def test_packages_that_a_tokenizer_needs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "student/tokenizer.json").rename(place / "student/tokenizer.model")
+    monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: None)
+    said = [problem.sentence for problem in preflight.missing(experiment(place), place / "results")]
+    assert said == [
+        f"{place / 'student'}: tokenizer.json is not there, and reading tokenizer.model needs sentencepiece and protobuf; "
+        "pip install sentencepiece protobuf"
+    ]

@@ -1,17 +1,16 @@
 """Which token is asked for, written by hand: per family a table of conversations, their tokens and their labels.
 
 `[token]` is asked for. The tokenizers are small ones of the real kinds: SentencePiece as Llama has it, in both ways that it
-treats text behind a control token, and byte-level BPE as Qwen has it.
+treats text behind a control token, and byte-level BPE as Qwen has it. Real vocabularies: test_real_tokenizers.py.
 """
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from some_conversations import BRIEF, model, shown, user
 from transformers import LlamaTokenizer, Qwen2Tokenizer
 
-from grace.data.conversations import IMAGE, Message, Part, asked_and_answered
+from grace.data.conversations import IMAGE, asked_and_answered
 from grace.errors import GraceError
 from grace.models.families import FAMILIES
 from grace.models.families.llava import SYSTEM, _as_read
@@ -58,23 +57,6 @@ def byte_level(family):
     return Template(
         SimpleNamespace(tokenizer=tokenizer, chat_template=FAMILIES[family].template, image_token="<|image_pad|>")
     )
-
-
-def user(*parts):
-    return Message("user", tuple(IMAGE if part is IMAGE else Part("text", part) for part in parts))
-
-
-def model(text):
-    return Message("assistant", (Part("text", text),))
-
-
-BRIEF = Message("system", (Part("text", "Be brief."),))
-
-
-def shown(template, messages, counts, prompt=False):
-    ((ids, asked),) = template.tokens([(messages, counts)], prompt)
-    names = template.tokenizer.convert_ids_to_tokens(ids)
-    return " ".join(f"[{name}]" if wanted else name for name, wanted in zip(names, asked, strict=True))
 
 
 LLAVA = {
@@ -203,26 +185,3 @@ def test_templates_that_cannot_be_trained_with_are_refused():
     template = Template(SimpleNamespace(tokenizer=tokenizer, chat_template=deaf, image_token="<|image_pad|>"))
     with pytest.raises(GraceError, match="does not keep every text and image"):
         template.tokens([(asked_and_answered([("What", "red")]), [1])])
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("mistral_common") is None, reason="Llama's vocabulary comes with mistral-common"
-)
-@pytest.mark.parametrize("legacy", [True, False])
-def test_with_llamas_own_vocabulary(legacy, tmp_path):
-    spec = importlib.util.find_spec("mistral_common")
-    model_file = Path(spec.submodule_search_locations[0]) / "data/tokenizer.model.v1"
-    (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
-    tokenizer = _as_read(LlamaTokenizer.from_pretrained(
-        tmp_path, legacy=legacy, add_bos_token=True, extra_special_tokens={"image_token": "<image>"}
-    ))  # fmt: skip
-    template = Template(
-        SimpleNamespace(tokenizer=tokenizer, chat_template=FAMILIES["llava"].template, image_token="<image>")
-    )
-    messages = [BRIEF, user(IMAGE, "Is it red?"), model("yes"), user("</s>"), model("A dog, 你.")]
-    after = "▁ <0x0A> Is" if legacy else "<0x0A> Is"
-    second = "▁US ER" if legacy else "USER"
-    assert shown(template, messages, [2]) == (
-        f"<s> ▁Be ▁brief . ▁US ER : ▁ <image> <image> {after} ▁it ▁red ? ▁ASS IST ANT : [▁yes] [</s>] {second} : ▁</ s > "
-        "▁ASS IST ANT : [▁A] [▁dog] [,] [▁] [你] [.] [</s>]"
-    )

@@ -19,7 +19,7 @@ from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.protocols import Spec, spec
 from grace.config.schema import Experiment, FilesData, Model
 from grace.errors import GraceError
-from grace.models.families import FAMILIES, Family, family_of_folder
+from grace.models.families import FAMILIES, Family, family_of_folder, lacking_package
 from grace.models.families.files import read_config
 
 IMAGES = ("image", "image_1")
@@ -168,6 +168,8 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
     """The tokenizer has the family's image token, where config.json says, and the head a row for every token."""
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if lacking := lacking_package(folder):
+            yield lacking
         return
     try:
         about = json.loads(path.read_text())

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
 from grace.errors import GraceError, reason
-from grace.models.families import family_named, family_of_folder
+from grace.models.families import family_named, family_of_folder, lacking_package
 from grace.models.families.files import read_config, read_object
 from grace.models.template import marks_answers
 
@@ -112,6 +112,8 @@ def load_processor(folder: str | Path) -> Any:
         raise GraceError(f"{folder}: no such folder; build the data or the model again")
     _no_code(folder)
     family = family_of_folder(folder)
+    if lacking := lacking_package(folder):
+        raise GraceError(lacking)
     try:
         processor = family.load_processor(folder)
     except GraceError:

@@ -1,5 +1,6 @@
 """The families of models, one file each. Importing this costs no torch: a dry run reads the names."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ from grace.models.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
 from grace.models.families.base import Family
 from grace.models.families.files import read_config, read_object
 
-__all__ = ["FAMILIES", "Family", "check_family", "family_named", "family_of", "family_of_folder"]
+__all__ = ["FAMILIES", "Family", "check_family", "family_named", "family_of", "family_of_folder", "lacking_package"]
 
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llava, qwen2_vl, qwen2_5_vl, qwen3_vl)}
+
+_READ_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # packages and their modules
 
 
 def family_named(name: str | None, where: str | Path) -> Family:
@@ -51,3 +54,23 @@ def check_family(folder: str | Path, family: str) -> None:
     found = family_of_folder(Path(folder)).name
     if found != family:
         raise GraceError(f"{folder}: config.json says {found} and the configuration family: {family}; correct either")
+
+
+def lacking_package(folder: Path) -> str | None:
+    """One sentence where a folder's tokenizer can only be read with a package that is not installed."""
+    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
+        return None
+    missing = [name for name, module in _READ_SENTENCEPIECE.items() if not _installed(module)]
+    if not missing:
+        return None
+    return (
+        f"{folder}: tokenizer.json is not there, and reading tokenizer.model needs {' and '.join(missing)}; "
+        f"pip install {' '.join(missing)}"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it lies in
+        return False

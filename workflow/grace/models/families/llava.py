@@ -55,7 +55,13 @@ class Llava(Family):
             LlavaProcessor,
         )
 
-        tokenizer = _as_read(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        from grace.models.families.sentencepiece import read_sentencepiece
+
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            tokenizer = read_sentencepiece(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _as_read(tokenizer)
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         if isinstance(images, CLIPImageProcessorPil | LlavaImageProcessorPil):
             kept = images.to_dict()
