@@ -142,9 +142,7 @@ class Place:
 
     def made(self) -> dict[str, str]:
         """Hashes of all predictions, weights and manifests of the students."""
-        top = self.folder / RESULTS / "students"
-        kinds = ("predictions/*.parquet", "*/model.safetensors", "*/manifest.json")
-        return {p.relative_to(top).as_posix(): sha256(p) for kind in kinds for p in sorted(top.rglob(kind))}
+        return hashes(self.folder / RESULTS / "students")
 
     def left(self) -> list[str]:
         """Files that a writer should have taken away."""
@@ -152,10 +150,20 @@ class Place:
 
     def remove(self) -> None:
         """The folder, its disk and its remote."""
+        for word in ("snakemake", "dvc", "grace"):  # where a check failed, others may still build here
+            for process in self.processes(word):
+                with suppress(ProcessLookupError):
+                    os.kill(process, 9)
         if self.own_disk:
             subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
         for path in (self.folder, self.remote, Path(f"{self.folder}-site")):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def hashes(students: Path) -> dict[str, str]:
+    """Of all predictions, weights and manifests below a folder of students."""
+    kinds = ("predictions/*.parquet", "*/model.safetensors", "*/manifest.json")
+    return {p.relative_to(students).as_posix(): sha256(p) for kind in kinds for p in sorted(students.rglob(kind))}
 
 
 def own_mounts() -> None:

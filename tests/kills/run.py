@@ -25,10 +25,8 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from place import GOAL, SNAKEMAKE, Place, own_mounts, until, wait
+from place import GOAL, RESULTS, SNAKEMAKE, Place, hashes, own_mounts, until, wait
 from ways import GOES_ON, PUSH, Draw, kill, reached
-
-from grace.files import sha256
 
 ATTEMPT_S = 1800.0
 JOBS = 8  # of the experiment, apart from those that only freeze parameters
@@ -92,9 +90,9 @@ def pushes(place: Place, kills: int, chance: random.Random) -> list[str]:
     place.run("dvc", "init", "--no-scm", "-q", folder=elsewhere)
     place.run("dvc", "remote", "add", "-q", "-d", "storage", str(place.remote), folder=elsewhere)
     place.run("dvc", "pull", "-q", folder=elsewhere)
-    names = [path.relative_to(place.folder) for path in (place.folder / "results").rglob("predictions/*.parquet")]
-    wrong = [str(name) for name in names if sha256(elsewhere / name) != sha256(place.folder / name)]
-    if wrong or not names:
+    pulled, made = hashes(elsewhere / RESULTS / "students"), place.made()
+    if pulled != made or not made:
+        wrong = sorted(name for name in pulled.keys() | made.keys() if pulled.get(name) != made.get(name))
         raise SystemExit(f"kills: a pull after {done} brings other files: {', '.join(wrong) or 'none'}")
     return done
 
@@ -132,12 +130,14 @@ def main() -> None:
             print(f"folder {number}, {time.monotonic() - began:.0f} s", flush=True)
             chance = random.Random(f"{chosen.seed} {number}")
             place = Place(Path(home, str(number)))
-            here = ordeal(place, min(MOST_PER_FOLDER, chosen.kills - len(done)), job_s, chance)
-            check(place, right, here)
-            if number % 2 and len(done) + len(here) < chosen.kills:
-                here += pushes(place, 3, chance)
+            try:
+                here = ordeal(place, min(MOST_PER_FOLDER, chosen.kills - len(done)), job_s, chance)
+                check(place, right, here)
+                if number % 2 and len(done) + len(here) < chosen.kills:
+                    here += pushes(place, 3, chance)
+            finally:
+                place.remove()
             done += here
-            place.remove()
             number += 1
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     folders = number - chosen.folder
