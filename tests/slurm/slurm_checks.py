@@ -128,6 +128,12 @@ def stop_after_a_checkpoint(folder: Path) -> None:
     assert not (folder / TRAINED).exists(), "the job was over before it could be stopped"
 
 
+def go_on(folder: Path) -> None:
+    """Let a training that was halted go on."""
+    checkpoints = folder / RESULTS / ".checkpoints/students/finetune/int4/seed0"
+    os.kill(json.loads(lock_path(checkpoints).read_text())["process"], signal.SIGCONT)
+
+
 def weights(folder: Path) -> dict:
     """Tensors by name. torch comes late: most of the test processes do without its seconds."""
     from safetensors.torch import load_file
@@ -235,6 +241,55 @@ def test_a_preempted_job_goes_on_from_its_checkpoint(shrunken: Path) -> None:
     (after,) = jobs("finetune", shrunken)
     assert (after["JobId"], after["JobState"], after["Restarts"]) == (job["JobId"], "COMPLETED", "1")
     assert resumed_to_the_same_bits(shrunken)
+
+
+def test_a_training_out_of_memory_is_sent_again_with_twice_as_much(shrunken: Path) -> None:
+    """The real subcommand needs more than 400 MB beside the Snakemake that Slurm runs it in; Slurm ends it."""
+    ended(real(shrunken, *AGAIN, finetune={"mem_mb": 400}), shrunken)
+    small, large = jobs("finetune", shrunken)
+    assert (small["MinMemoryNode"], large["MinMemoryNode"]) == ("400M", "800M")
+    assert small["JobState"] != "COMPLETED" and large["JobState"] == "COMPLETED"
+    assert resumed_to_the_same_bits(shrunken)
+
+
+def test_a_training_on_a_node_that_is_drained_ends_there_and_the_next_one_waits(shrunken: Path) -> None:
+    """Draining ends no job; what is submitted meanwhile waits for the node, and Snakemake for that."""
+    change = ["scontrol", "update", "nodename=third"]
+    running = real(shrunken, *AGAIN, finetune={"partition": "spare"})
+    stop_after_a_checkpoint(shrunken)
+    (job,) = jobs("finetune", shrunken)
+    subprocess.run([*change, "state=drain", "reason=test"], check=True)
+    try:
+        go_on(shrunken)
+        ended(running, shrunken)
+        assert [job["JobState"] for job in jobs("finetune", shrunken)] == ["COMPLETED"]
+        assert resumed_to_the_same_bits(shrunken)
+        again = real(shrunken, *AGAIN, finetune={"partition": "spare"})
+        until("the second job waits", lambda: [j["JobState"] for j in jobs("finetune", shrunken)][1:] == ["PENDING"])
+        assert again.poll() is None
+    finally:
+        subprocess.run([*change, "state=resume"], check=True)
+    ended(again, shrunken)
+    assert [j["JobState"] for j in jobs("finetune", shrunken)] == ["COMPLETED"] * 2
+    assert resumed_to_the_same_bits(shrunken)
+
+
+def test_a_snakemake_killed_while_a_training_runs_is_started_again(shrunken: Path) -> None:
+    """Slurm's job outlives it; the next run's job waits for that one and finds its training done."""
+    running = real(shrunken, *AGAIN)
+    stop_after_a_checkpoint(shrunken)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert [job["JobState"] for job in jobs("finetune", shrunken)] == ["RUNNING"]
+    again = real(shrunken, *AGAIN)
+    log = shrunken / RESULTS / "logs/students/finetune/int4/seed0/train.log"
+    until("the second job waits", lambda: log.exists() and "waiting for process" in log.read_text())
+    first, second = jobs("finetune", shrunken)
+    assert f"(Slurm job {first['JobId']}), which writes it" in log.read_text()
+    go_on(shrunken)
+    ended(again, shrunken)
+    assert [job["JobState"] for job in jobs("finetune", shrunken)] == ["COMPLETED"] * 2
+    assert resumed_to_the_same_bits(shrunken) and not list((shrunken / RESULTS / "students").rglob(".*.part"))
 
 
 def test_two_machines_share_a_training(shrunken: Path) -> None:
