@@ -24,9 +24,10 @@ from grace.quant.grid import best_scales, dequantize, quantize
 from grace.teacher.audit import audit
 from grace.teacher.finalize import _write_audit
 from grace.teacher.formats import encode_int8
+from grace.teacher.manifest import read_sidecar
 from grace.teacher.reader import AUDIT_FILE, HEAD_FILE, TeacherCache
 from grace.teacher.sampled import encode_sampled
-from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
+from grace.teacher.shard import ShardBuilder, shard_name, write_shard
 
 FORMATS, TEMPERATURE, GROUP = ("hidden", "hidden-int8", "sampled"), 2.0, 64
 

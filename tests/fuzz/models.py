@@ -10,7 +10,6 @@ folder of each new kind of failure is kept in --keep.
 import argparse
 import contextlib
 import io
-import json
 import logging
 import random
 import shutil
@@ -19,13 +18,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import yaml
 from chat_models import talking_student
+from mutate import damage
 from stub_tree import CONFIG
 from transformers import AutoModelForImageTextToText
 
@@ -40,10 +41,6 @@ from grace.models.pair import check_pair
 from grace.quant.card import Origin, write_card
 from grace.quant.pack import pack
 
-VALUES: list[Any] = [
-    None, True, 0, -1, 1, 7, 2**40, 1.5, float("nan"), "", "x", "a" * 5000, "\x00", "../../x.safetensors", "/etc/passwd",
-    "llava", "qwen2_vl", "bfloat16", [], {}, [None], ["x"], {"x": 1}, [[]], {"type": "int"}, "model.safetensors",
-]  # fmt: skip
 FAMILY = "llava-siglip"
 
 
@@ -63,59 +60,14 @@ def folders(home: Path) -> dict[str, Path]:
     return made
 
 
-def _change(draw: random.Random, value: Any) -> Any:
-    """A JSON value with one node, somewhere inside, another."""
-    if isinstance(value, dict) and value and draw.random() < 0.9:
-        value, key = dict(value), draw.choice(list(value))
-        way = draw.randrange(8)
-        if way == 0:
-            del value[key]
-        elif way == 1:
-            value[draw.choice(["x", "auto_map", "quantization_config", "text_config", ""])] = deepcopy(
-                draw.choice(VALUES)
-            )
-        else:
-            value[key] = _change(draw, value[key])
-        return value
-    if isinstance(value, list) and value and draw.random() < 0.6:
-        value, at = list(value), draw.randrange(len(value))
-        value[at] = _change(draw, value[at])
-        return value
-    return deepcopy(draw.choice(VALUES))
-
-
-def damage(draw: random.Random, folder: Path) -> str:
+def broken(draw: random.Random, folder: Path) -> str:
     """Break one file of a folder; its name."""
     small = sorted(
         p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".txt") and p.name != "environment.json"
     )
-    weights = sorted(folder.glob("*.safetensors"))
-    if draw.random() < 0.15:
-        path = draw.choice(weights)
-        data = bytearray(path.read_bytes())
-        size = int.from_bytes(data[:8], "little")
-        if draw.random() < 0.5:
-            data[draw.randrange(min(len(data), size + 8))] = draw.randrange(256)
-            path.write_bytes(bytes(data))
-        else:
-            text = json.dumps(_change(draw, json.loads(data[8 : 8 + size]))).encode()
-            path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-        return path.name
-    path = draw.choice([*small, *[p for p in small if p.name in ("config.json", "model.safetensors.index.json")] * 2])
-    way = draw.random()
-    if way < 0.05:
-        path.unlink()
-    elif way < 0.2 or path.suffix != ".json":
-        data = bytearray(path.read_bytes())
-        for _ in range(draw.choice([1, 1, 3])):
-            at = draw.randrange(len(data) + 1)
-            data[at : at + draw.choice([0, 1, 20])] = draw.choice([b"", b"\xff", b"{", b"]", b"\x00", b"NaN", b"{{ x"])
-        path.write_bytes(bytes(data))
-    else:
-        value = json.loads(path.read_text())
-        for _ in range(draw.choice([1, 1, 2])):
-            value = _change(draw, value)
-        path.write_text(json.dumps(value))
+    known = [p for p in small if p.name in ("config.json", "model.safetensors.index.json")]
+    path = draw.choice(sorted(folder.glob("*.safetensors")) if draw.random() < 0.15 else [*small, *known, *known])
+    damage(draw, path)
     return path.name
 
 
@@ -143,7 +95,7 @@ def failures(number: int, sound: dict[str, Path], home: Path) -> dict[str, Path]
     kind = draw.choice(list(sound))
     folder, out = home / f"case-{number}", home / "out"
     shutil.copytree(sound[kind], folder)
-    name = damage(draw, folder)
+    name = broken(draw, folder)
     for act, read in readers(folder, sound["plain"], out).items():
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()

@@ -49,8 +49,9 @@ from grace.files import file_entry
 from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
 from grace.teacher.index import INDEX_FILE, write_index
+from grace.teacher.manifest import read_sidecar
 from grace.teacher.reader import HEAD_FILE, TeacherCache
-from grace.teacher.shard import ShardBuilder, read_sidecar, shard_name, write_shard
+from grace.teacher.shard import ShardBuilder, shard_name, write_shard
 from grace.train.distillation import Distillation
 from grace.train.loop import Trainer
 from grace.train.objective import Objective

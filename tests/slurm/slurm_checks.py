@@ -257,7 +257,6 @@ def test_a_training_on_a_node_that_is_drained_ends_there_and_the_next_one_waits(
     change = ["scontrol", "update", "nodename=third"]
     running = real(shrunken, *AGAIN, finetune={"partition": "spare"})
     stop_after_a_checkpoint(shrunken)
-    (job,) = jobs("finetune", shrunken)
     subprocess.run([*change, "state=drain", "reason=test"], check=True)
     try:
         go_on(shrunken)
@@ -284,7 +283,7 @@ def test_a_snakemake_killed_while_a_training_runs_is_started_again(shrunken: Pat
     again = real(shrunken, *AGAIN)
     log = shrunken / RESULTS / "logs/students/finetune/int4/seed0/train.log"
     until("the second job waits", lambda: log.exists() and "waiting for process" in log.read_text())
-    first, second = jobs("finetune", shrunken)
+    first, _ = jobs("finetune", shrunken)
     assert f"(Slurm job {first['JobId']}), which writes it" in log.read_text()
     go_on(shrunken)
     ended(again, shrunken)

@@ -92,10 +92,10 @@ def prepare(
     workers: Annotated[int, typer.Option(help="processes that read images (data of your own)")] = 1,
 ) -> None:
     """Make the training conversations and the benchmarks."""
-    from grace.config.runs import DataRun
-    from grace.files import MANIFEST, read_json
+    from grace.config.runs import DataRun, read_run
+    from grace.files import MANIFEST
 
-    parameters = DataRun.model_validate(read_json(run))
+    parameters = read_run(run, DataRun)
     if parameters.data.source == "demo":
         from grace.demo.prepare import prepare as prepare_demo
 

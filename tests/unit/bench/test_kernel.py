@@ -154,5 +154,5 @@ def test_verb_writes_table_and_machine(folders, tmp_path, monkeypatch):
         with pytest.raises(GraceError, match=r"config\.json says llava and the configuration family: qwen2_vl"):
             verb(run, models, tmp_path / "kernel.csv")
     run.write_text('{"family": "llava"}')
-    with pytest.raises(GraceError, match="not the parameters of a benchmark"):
+    with pytest.raises(GraceError, match="not the frozen parameters of this job"):
         kernel(run, folders[1], tmp_path / "kernel.csv")

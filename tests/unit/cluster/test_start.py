@@ -83,6 +83,7 @@ def test_a_cut_record_is_removed_and_its_output_built_again(folder, cut):
         record.write_text(cut)
     whole = _record_path("results/demo/metrics.json")
     whole.write_text('{"rule": "metrics"}')
+    (whole.parent / "24").write_text("somebody else's")  # no name of a record
     assert sorted(start.mend_records()) == sorted(outputs)
     assert whole.is_file() and start.mend_records() == []
     marks = [path for path in (folder / ".snakemake/incomplete").rglob("*") if path.is_file()]

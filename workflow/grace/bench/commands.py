@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from grace.bench.shapes import FIELD_SHAPES, decoder_shapes
-from grace.config.runs import BenchRun
-from grace.errors import GraceError
-from grace.files import read_json, whole_file, write_json
+from grace.config.runs import BenchRun, read_run
+from grace.files import whole_file, write_json
 from grace.models.families import check_family
 
 
@@ -24,7 +21,7 @@ def kernel(run: Path, model: Path, out: Path) -> None:
 
     from grace.bench.kernel import bench_kernel
 
-    settings = _read(run)
+    settings = read_run(run, BenchRun)
     check_family(model, settings.family)
     device = _device()
     shapes = decoder_shapes(model) | FIELD_SHAPES
@@ -46,7 +43,7 @@ def decode(run: Path, models: list[Path], out: Path) -> None:
 
     from grace.bench.decode import bench_decode
 
-    settings = _read(run)
+    settings = read_run(run, BenchRun)
     for model in models:
         check_family(model, settings.family)
     device = _device()
@@ -54,15 +51,6 @@ def decode(run: Path, models: list[Path], out: Path) -> None:
     rows = bench_decode(models, bench.batches, bench.new_tokens, bench.repeats, torch.device(device))
     memory = "CUDA allocator's peak" if device == "cuda" else "sum of live tensors' storages, at its largest"
     _write(out, rows, device, {"repeats": bench.repeats, "peak_mib": f"weights + {memory}"})
-
-
-def _read(run: Path) -> BenchRun:
-    try:
-        return BenchRun(**read_json(run))
-    except (ValidationError, TypeError) as error:
-        raise GraceError(
-            f"{run}: not the parameters of a benchmark ({error}); let the workflow write it again"
-        ) from error
 
 
 def _device() -> str:

@@ -75,10 +75,14 @@ def mend_records() -> list[str]:
         place = path.relative_to(folder)
         encoded = "".join(part.removeprefix("@") for part in place.parts)
         path.unlink()
+        try:
+            output = urlsafe_b64decode(encoded).decode(errors="replace")
+        except ValueError:  # no name of a record: somebody else's file
+            continue
         mark = STATE / "incomplete" / place
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text('{"external_jobid": null}')
-        mended.append(urlsafe_b64decode(encoded).decode(errors="replace"))
+        mended.append(output)
     for path in (STATE / "incomplete").rglob("*"):
         if path.is_file() and not _readable(path):
             path.write_text('{"external_jobid": null}')

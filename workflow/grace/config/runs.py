@@ -4,9 +4,10 @@ Jobs never read config.yaml: an edit while jobs are queued would otherwise run w
 the old ones. Each class is one subcommand's complete set of parameters; paths come as command-line flags instead.
 """
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from grace.config.schema import (
     Architecture,
@@ -22,6 +23,23 @@ from grace.config.schema import (
     Section,
 )
 from grace.config.sections import PostTraining
+from grace.errors import GraceError
+from grace.files import read_json
+
+Run = TypeVar("Run", bound=Section)
+
+
+def read_run(path: Path, kind: type[Run]) -> Run:
+    """The frozen parameters of a job; a `GraceError` where the file is missing, cut or another job's."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole of it"
+        raise GraceError(
+            f"{path}: not the frozen parameters of this job (`{where}`: {first['msg'].lower()}); delete it, and Snakemake "
+            "writes it again"
+        ) from None
 
 
 class DataRun(Section):

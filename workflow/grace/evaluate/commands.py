@@ -18,14 +18,14 @@ import pandas as pd
 
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
-from grace.config.runs import EvaluateRun
+from grace.config.runs import EvaluateRun, read_run
 from grace.config.sections import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
-from grace.files import MANIFEST, list_files, read_json, sha256, write_manifest
+from grace.files import MANIFEST, list_files, sha256, write_manifest
 from grace.models.families import check_family
 from grace.progress import progress
 from grace.results.predictions import (
@@ -102,7 +102,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
         out: predictions folder.
         manifest: whether to write it; otherwise that is left to the model's own job.
     """
-    parameters = EvaluateRun.model_validate(read_json(run))
+    parameters = read_run(run, EvaluateRun)
     settings = parameters.evaluation
     check_family(model, parameters.family)
     tasks = tasks_of(settings)

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from grace.config.runs import QuantizeRun
-from grace.files import read_json, whole_folder
+from grace.config.runs import QuantizeRun, read_run
+from grace.files import whole_folder
 from grace.models.families import check_family
 
 
@@ -21,7 +21,7 @@ def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
     Raises:
         GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration data are unusable.
     """
-    parameters = QuantizeRun.model_validate(read_json(run))
+    parameters = read_run(run, QuantizeRun)
     check_family(init, parameters.family)
     settings = parameters.quantization
     outliers = (settings.outlier_every, settings.outlier_factor) if parameters.outliers else None

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from grace.errors import GraceError
-from grace.files import MANIFEST, read_json
+from grace.teacher.manifest import read_cache_manifest
 from grace.teacher.reader import check_files
 from grace.teacher.summary import summary
 
@@ -22,18 +21,11 @@ def finish(run: Path, teacher: Path, data: Path, out: Path) -> None:
     finish_cache(run, teacher, data, out)
 
 
-def _manifest(cache: Path) -> dict:
-    manifest = read_json(cache / MANIFEST)
-    if "supervised_tokens" not in manifest:
-        raise GraceError(f"{cache / MANIFEST}: not the manifest of a teacher cache; check the path")
-    return manifest
-
-
 def info(cache: Path) -> None:
     """Print what a cache holds, its sizes, and what the audit found; damaged shards do not matter here."""
-    print(summary(cache, _manifest(cache)))
+    print(summary(cache, read_cache_manifest(cache)))
 
 
 def verify(cache: Path) -> None:
     """Re-hash every file of a cache; a `GraceError` names every bad one."""
-    check_files(cache, _manifest(cache))
+    check_files(cache, read_cache_manifest(cache))

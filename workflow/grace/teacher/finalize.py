@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from grace.config.runs import CacheRun
+from grace.config.runs import CacheRun, read_run
 from grace.errors import GraceError
-from grace.files import file_entry, read_json, whole_file, write_manifest
+from grace.files import file_entry, whole_file, write_manifest
 from grace.quant.checkpoint import Checkpoint
 from grace.teacher.audit import audit
 from grace.teacher.identity import differences, run_pins
 from grace.teacher.index import INDEX_FILE, write_index
+from grace.teacher.manifest import read_sidecar
 from grace.teacher.reader import AUDIT_FILE, HEAD_FILE, TeacherCache
 from grace.teacher.sampled import entry_counts
-from grace.teacher.shard import Shard, damage, read_sidecar, shard_name, shard_range
+from grace.teacher.shard import Shard, damage, shard_name, shard_range
 
 _COPIED = ("file", "bytes", "sha256", "records", "grams", "audited", "tokens", "gate_sum")
 
@@ -29,7 +30,7 @@ def finish(run: Path, teacher: Path, data: Path, out: Path) -> None:
         run: a frozen `CacheRun`.
         teacher, data, out: as for `write`.
     """
-    parameters = CacheRun.model_validate(read_json(run))
+    parameters = read_run(run, CacheRun)
     pins = run_pins(parameters, teacher, data)
     shards = parameters.cache.shards
     sidecars = _sidecars(out, shards, pins)

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json
+from grace.files import MANIFEST
 from grace.teacher.formats import decode_int8
 from grace.teacher.identity import differences
 from grace.teacher.index import INDEX_FILE, Index
+from grace.teacher.manifest import read_cache_manifest
 from grace.teacher.sampled import SampledRecord
 from grace.teacher.shard import REBUILD, Shard, damage
 
@@ -109,9 +110,7 @@ class TeacherCache:
             raise GraceError(
                 f"{folder}: not a finished cache (no {MANIFEST}); run `grace cache finish`, or check the path"
             )
-        manifest = read_json(folder / MANIFEST)
-        if not {"format", "shards", "supervised_tokens"} <= manifest.keys():
-            raise GraceError(f"{folder / MANIFEST}: not the manifest of a teacher cache; check the path")
+        manifest = read_cache_manifest(folder)
         different = differences(manifest, dict(expect or {}))
         if different:
             raise GraceError(

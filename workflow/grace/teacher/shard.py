@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from grace.errors import GraceError
-from grace.files import read_json, sha256, whole_file, write_json
+from grace.files import sha256, whole_file, write_json
 from grace.hashes import known_sha256
 from grace.teacher.formats import decode_gram, encode_gram
 from grace.teacher.scratch import Growing, empty
@@ -142,15 +142,6 @@ def damage(folder: Path, entry: dict[str, Any], hashed: Callable[[Path], str] | 
     if hashed is not None and hashed(path) != entry["sha256"]:
         return f"{entry['file']} does not have the bytes that were written (its checksum differs)"
     return None
-
-
-def read_sidecar(folder: Path, name: str) -> dict[str, Any] | None:
-    """A shard's sidecar, or None where there is none or it is not whole."""
-    try:
-        sidecar = read_json(folder / f"{name}.json")
-    except GraceError:
-        return None
-    return sidecar if isinstance(sidecar, dict) and {"pins", "file", "bytes", "sha256"} <= sidecar.keys() else None
 
 
 class Shard:

@@ -11,22 +11,22 @@ import torch
 from torch import nn
 
 from grace import __version__
-from grace.config.runs import CacheRun
+from grace.config.runs import CacheRun, read_run
 from grace.data import Example, load_prepared
 from grace.data.batches import image_runs
 from grace.data.packed import prepare_packed
 from grace.data.prepared import Chosen
 from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
-from grace.files import read_json
 from grace.models import head_weight, image_token_id, load_model, load_processor, output_head, vocabulary
 from grace.models.families import check_family
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
 from grace.teacher.forward import Seen, check_examples, check_sight, see, supervised_tokens
 from grace.teacher.identity import run_pins
+from grace.teacher.manifest import read_sidecar
 from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
-from grace.teacher.shard import ShardBuilder, damage, read_sidecar, shard_name, shard_range, write_shard
+from grace.teacher.shard import ShardBuilder, damage, shard_name, shard_range, write_shard
 
 LOGITS_AT_ONCE = 2**26  # elements of the [tokens, vocab] logits held at a time
 MOST_AUDITED = 1024  # records of a cache: of 8 MB each with states 5,120 wide
@@ -44,7 +44,7 @@ def write(run: Path, teacher: Path, data: Path, out: Path, shard: int | None = N
         out: the cache's folder, shared by the jobs of all shards.
         shard: from 0; None writes all that are missing or damaged, in order.
     """
-    parameters = CacheRun.model_validate(read_json(run))
+    parameters = read_run(run, CacheRun)
     pins = run_pins(parameters, teacher, data)
     shards = parameters.cache.shards
     wanted = range(shards) if shard is None else [shard]

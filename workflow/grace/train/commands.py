@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from grace.config.runs import TrainRun
+from grace.config.runs import TrainRun, read_run
 from grace.data import load_prepared
 from grace.data.prepared import captions_of
 from grace.distributed import join_world, whole
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json
+from grace.files import MANIFEST
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
 from grace.models.families import check_family, family_of
 from grace.quant import save_quantization
@@ -90,7 +90,7 @@ def train(
     Raises:
         GraceError: before the first step: files that do not fit together, weights or data that cannot be trained on.
     """
-    parameters = TrainRun.model_validate(read_json(run))
+    parameters = read_run(run, TrainRun)
     if (parameters.architecture is None) == (init is None):
         raise GraceError(f"{run}: give --init exactly when the run has no architecture of its own")
     distils = parameters.kd != "none" or parameters.rcka

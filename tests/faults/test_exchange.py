@@ -1,0 +1,9 @@
+"""A short run of tests/fuzz/exchange.py: damaged files between jobs are used, or refused in a sentence."""
+
+from fuzz import exchange
+
+
+def test_damaged_files_between_jobs_are_no_tracebacks(tmp_path):
+    exchange.sound(tmp_path / "whole")
+    for number in range(12):
+        assert exchange.failures(number, tmp_path / "whole", tmp_path) == {}, number

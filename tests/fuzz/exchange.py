@@ -1,0 +1,187 @@
+"""Files that the pipeline's own jobs hand to each other, broken at random: used, or refused in one sentence.
+
+    PYTHONPATH=tests/helpers python tests/fuzz/exchange.py --seconds 600 --seed 1
+
+The teacher's cache with its sidecars and manifest, prepared data, frozen parameters, checkpoints, stored codes, and a results
+folder with predictions, speed tables, records and tables: one file is damaged, as a bad disk, a full one, a careless merge or an
+editor would, and every reader of that folder looks at it. What hashes alone would catch is let through to the readers behind.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from fake_results import make_results
+from mutate import damage
+from small_experiment import build
+
+from grace.cluster.start import mend_records
+from grace.config.runs import CacheRun, EvaluateRun, TrainRun, read_run
+from grace.data import load_prepared
+from grace.data.prepared import keys_of
+from grace.diff.compare import compare_folders
+from grace.errors import GraceError
+from grace.files import check_manifest, sha256, write_json
+from grace.provenance.accept import accepted
+from grace.provenance.snakemake_records import _record_path, _write, restore
+from grace.provenance.tree import provenance
+from grace.provenance.verify import verify
+from grace.quant.student import read_quantization
+from grace.report.tables.cells import read_cells
+from grace.report.tables.write import write_tables
+from grace.results.read import BASELINE, TEACHER, read_results
+from grace.teacher.commands import finish, info
+from grace.teacher.commands import verify as verify_cache
+from grace.teacher.reader import TeacherCache
+from grace.train.checkpoint import finished, load_checkpoint, save_checkpoint
+from grace.world import World
+
+ALONE = World()
+
+
+def sound(home: Path) -> None:
+    """What is damaged, whole."""
+    build(home)
+    (home / "growing").write_text('{"step": 1}\n')
+    for step in (1, 2):
+        save_checkpoint(home / ".running", "this run", step, {"a": torch.ones(3)}, home / "growing", ALONE)
+    results = make_results(home / "results/fake", seeds=(0,), questions=20)
+    write_tables(read_results(results), results / "tables")
+    rows = {}
+    for path in sorted(results.rglob("manifest.json")):
+        output = path.relative_to(home).as_posix()
+        given = {"input": ["results/fake/config/experiment.json"], "input_checksums": {}}
+        record = {
+            "rule": "evaluate",
+            "log": [],
+            "starttime": 1.0,
+            "endtime": 2.0,
+            "params": [],
+            "shellcmd": "",
+            **given,
+        }
+        rows[output] = {"output": output, "bytes": path.stat().st_size, "sha256": sha256(path), "record": record}
+        write_json(home / _record_path(output), record)
+    _write(results / "provenance.jsonl", rows)
+    change = {name: {} for name in ("subcommand", "frozen", "accepted", "changed", "by", "at", "reason")}
+    (results / "config/code").mkdir()
+    (results / "config/code/accepted.jsonl").write_text(f"{change}".replace("'", '"') + "\n")
+
+
+def _cache(home: Path) -> None:
+    cache = TeacherCache.open(home / "cache")
+    keys = [key for key in keys_of(load_prepared(home / "data"))][:3]
+    cache.check_keys(keys)
+    cache.batch(keys)
+    assert cache.head.ndim == 2
+
+
+def _checkpoint(home: Path) -> None:
+    done, state = load_checkpoint(home / ".running", "this run", home / "log", ALONE)
+    assert (done == 0) == (state is None)
+    finished(home / ".s", "this run")
+
+
+def _report(home: Path) -> None:
+    results = read_results(home / "results/fake", partial=True)
+    for row in (TEACHER, BASELINE):
+        for name in results.benchmarks if row in results.seeds else ():
+            if results.has(row, name):
+                results.estimate(row, name)
+    _ = results.kernel, results.decode
+    for row in results.rows():
+        results.manifest(row, 0)
+
+
+GROUPS: dict[str, tuple[str, list[Callable[[Path], Any]]]] = {
+    "cache": ("cache/*", [
+        _cache, lambda h: info(h / "cache"), lambda h: verify_cache(h / "cache"),
+        lambda h: finish(h / "cache.json", h / "teacher", h / "data", h / "cache"),
+    ]),
+    "data": ("data/*.*", [lambda h: load_prepared(h / "data")[0], lambda h: check_manifest(h / "data")]),
+    "frozen": ("*.json", [
+        lambda h: [read_run(h / f"{name}.json", TrainRun) for name in ("student", "teacher")],
+        lambda h: read_run(h / "cache.json", CacheRun), lambda h: read_run(h / "evaluation.json", EvaluateRun),
+    ]),
+    "checkpoint": (".running/*/*", [_checkpoint]),
+    "finished": (".s/finished/*.json*", [_checkpoint]),
+    "codes": ("student/quantization*", [lambda h: read_quantization(h / "student")]),
+    "results": ("results/fake/**/*.*", [
+        _report, lambda h: read_cells(h / "results/fake/tables"), lambda h: verify(h / "results/fake"),
+        lambda h: provenance(h / "results/fake/students/grace/int4/seed0/predictions"), lambda h: restore("results/fake"),
+        lambda h: compare_folders(h / "results/fake", h / "results/fake"), lambda h: accepted(h / "results/fake"),
+    ]),
+    "records": (".snakemake/metadata/*", [lambda h: mend_records(), lambda h: restore("results/fake")]),
+}  # fmt: skip
+
+
+def failures(number: int, whole: Path, home: Path) -> dict[str, str]:
+    """One case: every kind of failure, with the file."""
+    draw, found = random.Random(number), {}
+    group = draw.choice(["cache", "results", *GROUPS])
+    pattern, readers = GROUPS[group]
+    here = home / "case"
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(whole, here)
+    kept, path = Path.cwd(), draw.choice(sorted(p for p in here.glob(pattern) if p.is_file() and p.suffix != ".png"))
+    damage(draw, path)
+    os.chdir(here)
+    try:
+        for place, read in enumerate(readers):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    read(here)
+            except GraceError as error:
+                if len(str(error)) > 3000:
+                    found[f"{group} {place}: a sentence of {len(str(error))} letters"] = str(path.relative_to(here))
+            except Exception as error:
+                ours = [f for f in traceback.extract_tb(error.__traceback__) if "/grace/" in f.filename]
+                at = ours[-1] if ours else traceback.extract_tb(error.__traceback__)[-1]
+                name = f"{group}: {type(error).__name__} at {'/'.join(Path(at.filename).parts[-2:])}:{at.lineno}"
+                found[name] = str(path.relative_to(here))
+    finally:
+        os.chdir(kept)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=sys.maxsize)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    seen, number = {}, arguments.seed
+    with TemporaryDirectory() as temporary:
+        home = Path(temporary)
+        with contextlib.redirect_stderr(io.StringIO()):
+            sound(home / "whole")
+        end = time.monotonic() + arguments.seconds
+        while number < arguments.seed + arguments.cases and time.monotonic() < end:
+            for kind, file in failures(number, home / "whole", home).items():
+                if kind not in seen:
+                    seen[kind] = number
+                    print(f"case {number}: {kind} ({file})", flush=True)
+            number += 1
+    print(f"cases {arguments.seed} to {number - 1}: {len(seen)} kinds of failure")
+    return int(bool(seen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
