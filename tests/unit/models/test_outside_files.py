@@ -8,12 +8,15 @@ import pytest
 
 from fuzz import models as fuzz
 from grace.errors import GraceError
+from grace.models import load_model
 from grace.models.families.files import read_config, read_weight_map
 
 CONFIGS = {
     "[]": "holds no JSON object",
     '{"model_type": ["llava"]}': "`model_type`: input should be a valid string",
     '{"text_config": {"vocab_size": "many"}}': "`text_config.vocab_size`: input should be a valid integer",
+    '{"text_config": {"num_hidden_layers": 1000000000}}': "`text_config.num_hidden_layers`: input should be less than",
+    '{"vision_config": {"depth": 1000000000}}': "`vision_config.depth`: input should be less than or equal to 2000",
     '{"text_config": 3}': "`text_config`: input should be a valid dictionary",
     '{"quantization_config": {}}': "`quantization_config.quant_method`: field required",
     '{"auto_map": {"AutoModel": "x.Model"}}': "`auto_map`: asks for code of its own, which is never run",
@@ -54,6 +57,16 @@ def test_what_is_not_read_is_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about))
     assert read_config(tmp_path) == about
     assert read_weight_map(tmp_path) is None
+
+
+def test_a_config_without_its_sizes_takes_no_memory(tmp_path):
+    """transformers would make its default, seven billion random weights, and then say which did not fit."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        folder = fuzz.folders(tmp_path)["plain"]
+    about = read_config(folder)
+    (folder / "config.json").write_text(json.dumps({**about, "text_config": {}}))
+    with pytest.raises(GraceError, match=r"describes a model of [67],\d{3},\d{3},\d{3} weights and its files have"):
+        load_model(folder)
 
 
 def test_broken_folders_are_used_or_refused_in_a_sentence(tmp_path):

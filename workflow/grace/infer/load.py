@@ -17,7 +17,7 @@ from grace.infer.fuse import GROUPS, fuse_dense, install
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.w4a16_layout import unpack_int4
 from grace.models import decoder, load_model, model_folder
-from grace.models.load import check_loaded
+from grace.models.load import check_loaded, check_size
 from grace.quant.packed import PackedModel
 
 OLDEST_GPU = (8, 0)  # compute capability with bf16 tensor cores
@@ -113,6 +113,7 @@ def check_device(device: str, what: str | Path) -> None:
 
 def _load_packed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with compressed-tensors' packed parameters in its linears, on the CPU."""
+    check_size(folder)
     # compressed-tensors draws progress bars of a moment's work; what goes wrong is raised
     with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")

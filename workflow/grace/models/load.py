@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
 from grace.errors import GraceError, reason
 from grace.models.families import family_named, family_of_folder, lacking_package
@@ -46,6 +46,29 @@ def _no_code(folder: Path) -> None:
             )
 
 
+def check_size(folder: str | Path) -> None:
+    """Refuse a config.json of a far larger model than the weight files can hold, before memory is taken for it.
+
+    A config that lost its sizes describes transformers' default, of billions of weights; a file stores at least two bits of
+    each.
+
+    Raises:
+        GraceError: so it is, or transformers makes no model of the config.
+    """
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            asked = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    except Exception as error:  # whatever a file of others makes transformers raise
+        raise GraceError(f"{folder}: transformers makes no model of its config.json ({reason(error)})") from error
+    stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    if asked > 4 * stored:
+        raise GraceError(
+            f"{folder}: config.json describes a model of {asked:,} weights and its files have {stored:,} bytes; they do not "
+            "belong together: fetch the model again"
+        )
+
+
 def load_model(
     folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu", attention: str = "sdpa"
 ) -> PreTrainedModel:
@@ -63,6 +86,7 @@ def load_model(
     check_transformers()
     config = model_folder(folder)
     _no_code(Path(folder))
+    check_size(folder)
     more: dict[str, Any] = {}
     if "quantization_config" in config:
         more["quantization_config"] = CompressedTensorsConfig(dequantize=True)

@@ -5,18 +5,28 @@ Nothing here imports torch: a dry run reads them too.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from grace.errors import GraceError, printable
 
 INDEX = "model.safetensors.index.json"
 
 
+Layers = Annotated[int, Field(ge=0, le=2000)]  # a loop makes each: a number of millions would never end
+Rows = Annotated[int, Field(gt=0, le=20_000_000)]
+
+
 class _Text(BaseModel):
-    vocab_size: PositiveInt | None = None
+    vocab_size: Rows | None = None
     hidden_size: PositiveInt | None = None
+    num_hidden_layers: Layers | None = None
+
+
+class _Vision(BaseModel):
+    num_hidden_layers: Layers | None = None
+    depth: Layers | None = None
 
 
 class _Quantisation(BaseModel):
@@ -34,9 +44,9 @@ class ModelConfig(BaseModel):
     model_type: str | None = None
     architectures: list[str] | None = None
     text_config: _Text | None = None
-    vision_config: dict[str, Any] | None = None
+    vision_config: _Vision | None = None
     quantization_config: _Quantisation | None = None
-    vocab_size: PositiveInt | None = None
+    vocab_size: Rows | None = None
     hidden_size: PositiveInt | None = None
     image_token_index: int | None = None
     image_token_id: int | None = None
