@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -187,6 +187,12 @@ class Examples(Sequence[Example]):
             features = self._features[last - len(images) : last]
         return Example(name, key, ids, labels, bool(self.captions[index]), images, features)
 
+    def block(self, start: int, end: int) -> "Block":
+        """The examples from `start` to before `end`, of which there is one, laid end to end."""
+        tokens = slice(int(self._ends[start] - self.lengths[start]), int(self._ends[end - 1]))
+        ids, labels = self._ids[tokens].numpy(), self._labels[tokens].numpy()
+        return Block(ids, labels, self.lengths[start:end], self._index.counts[start:end])
+
     def keys(self, start: int, end: int) -> list[str]:
         """The keys of the examples from `start` to before `end`."""
         return [bytes(key).hex() for key in self._keys[start:end].numpy()]
@@ -209,6 +215,37 @@ class Chosen(Sequence[Example]):
         if isinstance(index, slice):
             return Chosen(self.examples, self.numbers[index])
         return self.examples[int(self.numbers[index])]
+
+
+class Block(NamedTuple):
+    """Examples laid end to end.
+
+    Attributes:
+        input_ids, labels: int32 or int64 [tokens].
+        lengths: int64 [examples], tokens of each.
+        images: int [examples], images of each.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    images: np.ndarray
+
+
+def blocks_of(examples: Sequence[Example]) -> Iterator[tuple[int, Block]]:
+    """(number of the first, examples) of all of them, a bounded number at a time."""
+    numbers = examples.numbers if isinstance(examples, Chosen) else np.arange(len(examples))
+    whole = examples.examples if isinstance(examples, Chosen) else examples
+    size = KEPT if isinstance(whole, Examples) else BATCH
+    for start in range(0, len(numbers), size):
+        part = numbers[start : start + size]
+        if isinstance(whole, Examples) and part[-1] - part[0] == len(part) - 1 and (np.diff(part) == 1).all():
+            yield start, whole.block(int(part[0]), int(part[-1]) + 1)
+            continue
+        some = [whole[int(number)] for number in part]
+        ids, labels = (torch.cat([getattr(e, name) for e in some]).numpy() for name in ("input_ids", "labels"))
+        lengths, images = (np.array([len(getattr(e, name)) for e in some]) for name in ("input_ids", "images"))
+        yield start, Block(ids, labels, lengths, images)
 
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:

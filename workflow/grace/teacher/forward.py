@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from grace.data import Batch, Conversation, EncodedImage, Example, collate
-from grace.data.batches import image_runs
 from grace.data.conversations import asked_and_answered
 from grace.data.examples import IGNORED, Tokeniser
 from grace.data.packed import packed_row
 from grace.data.packing import fill_rows
-from grace.data.prepared import lengths_of
+from grace.data.prepared import blocks_of, lengths_of
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
@@ -59,18 +59,25 @@ def check_examples(examples: Sequence[Example], model: nn.Module, vocabulary: in
         raise GraceError(
             f"the tokenizer has {vocabulary} tokens and the model {rows} rows for them; use the model's own tokenizer"
         )
-    for example in examples:
-        where = f"conversation {example.id}"
-        found = len(image_runs(example.input_ids, image))
-        if found != len(example.images):
+    for first, block in blocks_of(examples):
+        starts = block.lengths.cumsum() - block.lengths
+        shown = block.input_ids == image
+        begins = shown.copy()
+        begins[1:] &= ~shown[:-1]
+        begins[starts] = shown[starts]
+        runs = np.add.reduceat(begins, starts, dtype=np.int64)
+        if (other := np.flatnonzero(runs != block.images)).size:
+            at = int(other[0])
             raise GraceError(
-                f"{where}: it has {len(example.images)} images, and visual tokens (id {image}) for {found}; check that "
-                "the processor belongs to the model"
+                f"conversation {examples[first + at].id}: it has {block.images[at]} images, and visual tokens (id {image}) "
+                f"for {runs[at]}; check that the processor belongs to the model"
             )
-        asked = example.labels[example.labels != IGNORED]
-        if len(asked) and not 0 <= int(asked.min()) <= int(asked.max()) < vocabulary:
+        wrong = (block.labels != IGNORED) & ((block.labels < 0) | (block.labels >= vocabulary))
+        if wrong.any():
+            at = int(np.searchsorted(starts, int(wrong.argmax()), side="right")) - 1
             raise GraceError(
-                f"{where}: a label lies outside the model's vocabulary of {vocabulary}; use the model's tokenizer"
+                f"conversation {examples[first + at].id}: a label lies outside the model's vocabulary of {vocabulary}; use "
+                "the model's tokenizer"
             )
 
 

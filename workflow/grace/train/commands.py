@@ -131,7 +131,8 @@ def _train(
         from grace.train.distillation import Distillation, open_cache
 
         objective = Distillation(model, parameters, size, open_cache(cache, parameters, data, teacher))
-    check_examples(examples[world.rank :: world.size], model, size)
+    part = slice(len(examples) * world.rank // world.size, len(examples) * (world.rank + 1) // world.size)
+    check_examples(examples[part], model, size)
     check_sight(model, processor, examples)
     objective.check(examples)
     growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed
