@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from grace.cli import app
 from grace.errors import GraceError
 from grace.files import write_json
+from grace.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +116,13 @@ def test_code_in_a_checkpoint_is_not_run(home, monkeypatch):
     monkeypatch.chdir(home)
     folder = home / ".new/step-0000001"
     folder.mkdir(parents=True)
-    (folder / "rank0.pt").write_bytes(pickle.dumps(Attack()))
+    (folder / ".metadata").write_bytes(pickle.dumps(Attack()))
     (folder / "train.jsonl").write_text("")
     made = home / ".s/finished/manifest.json"
     identity = json.loads(made.read_text())["identity"]  # the same run as `student`
-    files = {name: sha256(folder / name) for name in ("rank0.pt", "train.jsonl")}
-    write_json(folder / "checkpoint.json", {"step": 1, "identity": identity, "processes": 1, "files": files})
+    files = {name: sha256(folder / name) for name in (".metadata", "train.jsonl")}
+    about = {"step": 1, "identity": identity, "processes": 1, "files": files, "facts": {}}
+    write_json(folder / "checkpoint.json", about | {"own_sha256": checkpoint._own_hash(about)})
     done = CliRunner().invoke(app, COMMANDS["train"].split())
     assert done.exception is None, done.exception
     assert not (home / "owned").exists() and (home / "new/manifest.json").is_file()

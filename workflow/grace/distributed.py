@@ -7,6 +7,7 @@ by the global batch's count, so gradients are summed, never averaged.
 
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from grace.models import decoder
 from grace.world import World, this_world
 
+_LONGEST = timedelta(hours=1)  # that one process may take to write a model while the others wait
+
 
 def join_world() -> World:
     """This process's place among those that torchrun started, with its GPU and, where there are others, its group."""
@@ -30,7 +33,7 @@ def join_world() -> World:
         torch.use_deterministic_algorithms(True)  # only warned, flash attention would stay as it is
         cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False  # a property that its stub lacks
     if world.size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_LONGEST, device_id=world.device if cuda else None)
     return world
 
 
@@ -99,4 +102,9 @@ def whole_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows that every process holds its part of, put together; `like` is the parameter that they belong to."""
     if not isinstance(like, DTensor):
         return part
-    return DTensor.from_local(part.contiguous(), like.device_mesh, [Shard(0)], run_check=False).full_tensor()
+    shape = torch.Size((len(like), *part.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()  # given, as processes may hold different numbers of rows
+    held = DTensor.from_local(
+        part.contiguous(), like.device_mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+    )
+    return held.full_tensor()

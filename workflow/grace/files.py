@@ -49,7 +49,7 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 
 
-def _no_space(error: Exception) -> str | None:
+def write_failure(error: BaseException) -> str | None:
     """Why a write failed, or None for an error of another sort; torch and safetensors hide the system's own one."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -66,7 +66,7 @@ def _naming(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _no_space(error)
+        reason = write_failure(error)
         if reason is None:
             raise
         raise GraceError(f"{target}: could not be written ({reason}); free space and run again") from error

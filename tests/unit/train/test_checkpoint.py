@@ -1,12 +1,16 @@
 """A checkpoint is whole or it is not used, and a finished run is not lost with its output."""
 
+import os
+import pickle
 import shutil
 
 import pytest
 import torch
 
-from grace.files import check_manifest
-from grace.train.checkpoint import finish, finished, load_checkpoint, publish, save_checkpoint
+from grace.errors import GraceError
+from grace.files import check_manifest, read_json, sha256, write_json
+from grace.train import checkpoint
+from grace.train.checkpoint import Checkpoints, Part, finish, finished, publish
 from grace.world import World
 
 ONE = World()
@@ -16,10 +20,15 @@ ONE = World()
 def folder(tmp_path):
     """Checkpoints after steps 2, 4 and 6, of which the newest two are kept."""
     log = tmp_path / "train.jsonl"
+    saver = Checkpoints(tmp_path, "mine", log, ONE)
+    weight = torch.zeros(1000)
     for step in (2, 4, 6):
         with log.open("a") as file:
             file.write(f'{{"step": {step}}}\n')
-        save_checkpoint(tmp_path, "mine", step, {"weight": torch.full((1000,), float(step))}, log, ONE)
+        weight.fill_(step)
+        saver.save(step, {"weight": Part(weight)}, {"beta": step / 3})
+        weight.fill_(-1)  # training goes on while it is written
+    saver.wait()
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-0000004", "step-0000006"]
     with log.open("a") as file:
         file.write('{"step": 7}\n{"st')  # what a kill leaves
@@ -27,8 +36,9 @@ def folder(tmp_path):
 
 
 def load(folder, identity="mine"):
-    step, state = load_checkpoint(folder, identity, folder / "train.jsonl", ONE)
-    assert state is None or torch.equal(state["weight"], torch.full((1000,), float(step)))
+    weight = torch.zeros(1000)
+    step, facts = Checkpoints(folder, identity, folder / "train.jsonl", ONE).load({"weight": Part(weight)})
+    assert torch.equal(weight, torch.full((1000,), float(step))) and (facts or {}).get("beta", 0.0) == step / 3
     return step
 
 
@@ -43,7 +53,7 @@ def flip(path, at):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name, place", [("rank0.pt", 0.5), ("rank0.pt", 0.01), ("rank0.pt", 0.99), ("train.jsonl", 0.5),
+@pytest.mark.parametrize("name, place", [("__0_0.distcp", 0.5), ("__0_0.distcp", 0.01), (".metadata", 0.5), ("train.jsonl", 0.5),
                                          ("checkpoint.json", 0.9), ("checkpoint.json", 0.0)])  # fmt: skip
 def test_a_flipped_bit_falls_back_to_the_one_before(folder, capsys, name, place):
     path = folder / "step-0000006" / name
@@ -54,7 +64,7 @@ def test_a_flipped_bit_falls_back_to_the_one_before(folder, capsys, name, place)
 
 
 def test_every_bit_of_a_checkpoint_counts(folder):
-    path = folder / "step-0000006/rank0.pt"
+    path = folder / "step-0000006/__0_0.distcp"
     whole = path.read_bytes()
     for at in range(0, len(whole), len(whole) // 40):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
@@ -64,16 +74,50 @@ def test_every_bit_of_a_checkpoint_counts(folder):
 
 
 def test_all_damaged_starts_again(folder):
-    for path in folder.glob("step-*/rank0.pt"):
+    for path in folder.glob("step-*/__0_0.distcp"):
         path.write_bytes(b"")
     assert load(folder) == 0
     assert not list(folder.glob("step-*")) and not (folder / "train.jsonl").exists()
 
 
-def test_one_that_was_not_completed_and_another_run_s_do_not_count(folder):
+def test_one_that_was_not_completed_and_another_run_s_do_not_count(folder, capsys):
     (folder / "step-0000006/checkpoint.json").unlink()
     assert load(folder) == 4
+    assert not capsys.readouterr().err
     assert load(folder, "other parameters, data or code") == 0
+    assert "its checkpoints are of other parameters, data or code; starting at step 0" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_runs_code_is_not_taken(folder, capsys):
+    """Its list of tensors is a pickle."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "owned"),)
+
+    here = folder / "step-0000006"
+    (here / ".metadata").write_bytes(pickle.dumps(Attack()))
+    about = read_json(here / "checkpoint.json")
+    del about["own_sha256"]
+    about["files"][".metadata"] = sha256(here / ".metadata")
+    write_json(here / "checkpoint.json", about | {"own_sha256": checkpoint._own_hash(about)})
+    assert load(folder) == 4
+    assert "asks for posix.mkdir" in capsys.readouterr().err and not (folder / "owned").exists()
+
+
+def test_what_fails_in_the_background_is_said(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text("")
+    saver = Checkpoints(tmp_path, "mine", tmp_path / "train.jsonl", ONE)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    saver.save(2, {"weight": Part(torch.zeros(3))}, {})
+    with pytest.raises(GraceError, match=r"step-0000002: could not be written \(No space left on device\)"):
+        saver.wait()
+    assert not list(tmp_path.glob("step-*"))
+    saver.raise_failure()  # once is enough
 
 
 def test_a_finished_run_outlives_its_output(tmp_path):

@@ -1,6 +1,5 @@
 """One loop for every recipe: same loss however the batch is cut, same bits however often the run is killed."""
 
-import json
 import os
 import re
 import resource
@@ -16,78 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import GRACE, STEPS, log, make_home, optimisation, run_file, student, weights
 
-from grace.config.runs import CacheRun, TrainRun
-from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
+from grace.config.schema import Method, Quantization
 from grace.data import collate, load_prepared, plan_batches, prepare_examples
-from grace.demo.prepare import prepare
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, write_json
 from grace.models import decoder_linears, load_model, load_processor
-from grace.teacher.commands import finish, write
 from grace.train import loop
 from grace.train.commands import train
 from grace.train.optimizer import MasterAdamW
 
-STEPS = 6
-
-
-def optimisation(**change):
-    values = dict(steps=STEPS, batch=6, micro_batch=6, learning_rate=2e-3, checkpoint_every=2)
-    return Optimisation(**{**values, **change})
-
-
-def run_file(folder, name, **change):
-    values = dict(
-        family="llava",
-        compute_dtype="float32",
-        seed=1,
-        optimisation=optimisation(),
-        method=Method(tau=0.1),
-        quantization=Quantization(group_size=32),
-    )
-    write_json(folder / f"{name}.json", TrainRun(**{**values, **change}).model_dump())
-    return folder / f"{name}.json"
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A data folder, a teacher, its cache and a baseline, all tiny and all made by the pipeline's own subcommands."""
-    home = tmp_path_factory.mktemp("experiment")
-    prepare(DemoData(images=24, questions_per_image=3), [], home / "data")
-    for name, width, seed in (("teacher", 64, 0), ("baseline", 32, 1)):
-        shape = Architecture(hidden_size=width, intermediate_size=64, layers=2, heads=2)
-        run = run_file(home, name, architecture=shape, seed=seed, optimisation=optimisation(steps=3))
-        train(run, home / "data", home / name, home / f"{name}.jsonl", home / f".{name}")
-    run = home / "cache.json"
-    write_json(
-        run, CacheRun(family="llava", compute_dtype="float32", cache=Cache(shards=2), temperature=2.0).model_dump()
-    )
-    for shard in range(2):
-        write(run, home / "teacher", home / "data", home / "cache", shard)
-    finish(run, home / "teacher", home / "data", home / "cache")
-    return home
-
-
-GRACE = dict(kd="gated", rcka=True, controller=True, bits=4)
-
-
-def student(home, folder, name, **change):
-    run = run_file(folder, name, **change)
-    train(
-        run,
-        home / "data",
-        folder / name,
-        folder / f"{name}.jsonl",
-        folder / f".{name}",
-        home / "baseline",
-        home / "cache",
-    )
-    return folder / name
-
-
-def log(folder, name):
-    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    return make_home(tmp_path_factory.mktemp("experiment"))
 
 
 RECIPES = {
@@ -169,10 +111,6 @@ def test_packed_rows_do_not_change_the_run(home, tmp_path, monkeypatch, name):
                     assert a[part] == pytest.approx(b[part], rel=2e-3), part
 
 
-def weights(folder):
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / "quantization.safetensors")}
-
-
 def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     steps = optimisation(steps=60, checkpoint_every=3)
     whole = student(home, tmp_path, "whole", **GRACE, optimisation=steps)
@@ -213,7 +151,7 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     assert [e["loss"] for e in log(tmp_path, "whole")] == [e["loss"] for e in log(tmp_path, "killed")]
 
 
-@pytest.mark.parametrize("room, file", [(100_000, "rank0.pt"), (2_000_000, "finished")])
+@pytest.mark.parametrize("room, file", [(60_000, "step-0000002"), (2_000_000, "finished")])
 def test_a_full_disk_stops_in_one_sentence_and_the_next_run_goes_on(home, tmp_path, room, file):
     """No file may grow beyond `room` bytes: first a checkpoint does not fit, then the model itself."""
     run = run_file(tmp_path, "disk", bits=4)

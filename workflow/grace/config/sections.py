@@ -133,6 +133,11 @@ class Optimisation(Section):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's smoothing of squared gradients")
     clip: PositiveFloat = Field(default=1.0, description="largest norm of the gradient")
     checkpoint_every: PositiveInt = Field(default=500, description="steps between resumable checkpoints")
+    checkpoint_in_background: bool = Field(
+        default=True,
+        description="write checkpoints while training goes on, from a copy that stays in the host's memory; false: "
+        "training waits",
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="a loss that is NaN or infinite: stop with the records named, or skip the step and count",

@@ -29,7 +29,7 @@ from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
 from grace.progress import progress
 from grace.teacher.prefetch import ahead
-from grace.train.checkpoint import load_checkpoint, note_part, noted_part, save_checkpoint
+from grace.train.checkpoint import Checkpoints, note_part, noted_part
 from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
@@ -121,11 +121,14 @@ class Trainer:
                 are listed in `nonfinite.json` in the checkpoint folder.
         """
         run, steps = self.run, self.run.optimisation.total
-        done, state = load_checkpoint(self.checkpoints, self.identity, self.log, self.world)
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.objective.load_state_dict(state["objective"])
-            self.skipped, self.part = state["skipped"], state["part"]
+        saver = self.saver = Checkpoints(
+            self.checkpoints, self.identity, self.log, self.world, run.optimisation.checkpoint_in_background
+        )
+        done, facts = saver.load(self.optimizer.parts())
+        if facts is not None:
+            self.optimizer.resume(facts["applied"])
+            self.objective.load_state_dict(facts["objective"])
+            self.skipped, self.part = facts["skipped"], facts["part"]
         self.part = noted_part(self.checkpoints, self.identity, self.part, self.world)
         self.model.train()
         kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
@@ -136,6 +139,7 @@ class Trainer:
                 while (entry := self._step(step, chosen, feed)) is None:  # out of memory: smaller parts
                     feeds.close()
                     feed = feeds.enter_context(closing(self._feed(step)))
+                saver.raise_failure()
                 if self.world.first:
                     lines.write(json.dumps(entry) + "\n")
                 shown = {name: entry[name] for name in ("loss", "ce", "kd", "rcka", "beta", "mfu") if name in entry}
@@ -145,7 +149,10 @@ class Trainer:
                 if (step + 1) % run.optimisation.checkpoint_every == 0 and step + 1 < steps:
                     if self.world.first:
                         lines.flush()
-                    self._save(step + 1)
+                    facts = {"applied": self.optimizer.applied, "objective": self.objective.state_dict(),
+                             "skipped": self.skipped, "part": self.part}  # fmt: skip
+                    saver.save(step + 1, self.optimizer.parts(), facts)
+            saver.wait()
 
     def _plan(self, done: int) -> Iterator[list[Example]]:
         """The conversations of every optimiser step after `done`."""
@@ -273,12 +280,3 @@ class Trainer:
             f"step {step + 1}: {', '.join(wrong)} is not finite{row}; the conversations at fault are listed in {where}; "
             f"lower the learning rate, leave them out of the data, or set nonfinite: skip ({_KEYS})"
         )
-
-    def _save(self, step: int) -> None:
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "objective": self.objective.state_dict(),
-            "skipped": self.skipped,
-            "part": self.part,
-        }
-        save_checkpoint(self.checkpoints, self.identity, step, state, self.log, self.world)

@@ -18,6 +18,7 @@ from grace.config.schema import Optimisation, Quantization
 from grace.distributed import local, whole_rows
 from grace.models import decoder_linears
 from grace.quant import LearnedStepSize, lsq_gradients
+from grace.train.checkpoint import Part
 from grace.world import World
 
 
@@ -151,17 +152,31 @@ class MasterAdamW:
             layers[name.removesuffix(".weight")] = (codes, scales)
         return layers
 
-    def state_dict(self) -> dict:
-        """Masters, thetas and Adam's state of this process: with the step, all that a resumed run needs."""
-        thetas = {name: size.theta.detach() for name, size in self.step_sizes.items()}
-        return {"masters": self.masters, "thetas": thetas, "adam": self.adam.state_dict()}
+    @property
+    def applied(self) -> int:
+        """Steps that Adam has taken."""
+        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
+
+    def parts(self) -> dict[str, Part]:
+        """Masters, thetas and Adam's moments of this process: with `applied`, all that a resumed run needs."""
+        parts = {}
+        for name, parameter in self.parameters.items():
+            rows = len(parameter) if isinstance(parameter, DTensor) else None
+            trained = {f"master.{name}": self.masters[name]}
+            if name in self.step_sizes:
+                trained[f"theta.{name}"] = self.step_sizes[name].theta
+            for key, tensor in trained.items():
+                state = self.adam.state[tensor]
+                if not state:  # as Adam makes it in its first step
+                    state["step"] = torch.zeros((), device=tensor.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(tensor), torch.zeros_like(tensor)
+                parts[key] = Part(tensor.detach(), rows)
+                parts |= {f"{moment}.{key}": Part(state[moment], rows) for moment in ("exp_avg", "exp_avg_sq")}
+        return parts
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; the model's weights follow."""
-        for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
-        for name, size in self.step_sizes.items():
-            size.theta.copy_(state["thetas"][name])
-        self.adam.load_state_dict(state["adam"])
+    def resume(self, applied: int) -> None:
+        """Go on from values that were put into `parts()`, after so many steps of Adam; the model's weights follow."""
+        for state in self.adam.state.values():
+            state["step"].fill_(applied)
         self.write_back()
