@@ -48,7 +48,7 @@ from grace.results.read import BASELINE, TEACHER, read_results
 from grace.teacher.commands import finish, info
 from grace.teacher.commands import verify as verify_cache
 from grace.teacher.reader import TeacherCache
-from grace.train.checkpoint import finished, load_checkpoint, save_checkpoint
+from grace.train.checkpoint import Checkpoints, Part, finished
 from grace.world import World
 
 ALONE = World()
@@ -58,8 +58,10 @@ def sound(home: Path) -> None:
     """What is damaged, whole."""
     build(home)
     (home / "growing").write_text('{"step": 1}\n')
+    saver = Checkpoints(home / ".running", "this run", home / "growing", ALONE)
     for step in (1, 2):
-        save_checkpoint(home / ".running", "this run", step, {"a": torch.ones(3)}, home / "growing", ALONE)
+        saver.save(step, {"a": Part(torch.ones(3))}, {"beta": 0.5})
+    saver.wait()
     results = make_results(home / "results/fake", seeds=(0,), questions=20)
     write_tables(read_results(results), results / "tables")
     rows = {}
@@ -92,8 +94,8 @@ def _cache(home: Path) -> None:
 
 
 def _checkpoint(home: Path) -> None:
-    done, state = load_checkpoint(home / ".running", "this run", home / "log", ALONE)
-    assert (done == 0) == (state is None)
+    done, facts = Checkpoints(home / ".running", "this run", home / "growing", ALONE).load({"a": Part(torch.zeros(3))})
+    assert (done == 0) == (facts is None)
     finished(home / ".s", "this run")
 
 
