@@ -1,6 +1,7 @@
 """The configuration: files and models agree, and a wrong value is answered with the key and the fix."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,13 @@ def test_an_explained_file_means_the_same(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_shipped_files_fit_the_schema(file: Path) -> None:
     jsonschema.validate(yaml.safe_load(file.read_text()), json.loads(schema()))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_models_of_the_hub_are_pinned(file: Path) -> None:
+    experiment = load_experiment(file)
+    for model in (experiment.teacher, experiment.student):
+        assert model.pretrained is None or re.fullmatch(r"[0-9a-f]{40}", model.revision or ""), model
 
 
 def test_the_schema_file_is_generated() -> None:

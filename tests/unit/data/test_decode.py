@@ -56,6 +56,29 @@ def test_damaged_exif_leaves_the_image_as_it_is():
     assert decode(data)[0].size == (20, 10)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_a_cut_image_is_refused_in_every_format(format):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    whole = encode(Image.fromarray(noise), format)
+    assert decode(whole)[0].size == (50, 40)
+    for share in (0.3, 0.6, 0.95):
+        with pytest.raises(Unreadable):
+            decode(whole[: int(share * len(whole))])
+
+
+def test_a_changed_byte_of_a_png_is_found():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    whole = encode(Image.fromarray(noise))
+    start = whole.index(b"IDAT") + 8
+    for at in range(start, len(whole) - 24, 97):
+        damaged = bytearray(whole)
+        damaged[at] ^= 255
+        with pytest.raises(Unreadable, match="image cannot be decoded"):
+            decode(bytes(damaged))
+        with pytest.raises(Unreadable, match="image cannot be decoded"):
+            read_header(bytes(damaged))
+
+
 def test_16_bit_grey_is_scaled():
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
     for format in ("PNG", "TIFF", "PPM"):

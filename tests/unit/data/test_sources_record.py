@@ -129,6 +129,8 @@ def test_a_data_url_holds_the_image():
         (None, "record is not an object"),
         ([1], "record is not an object"),
         ({"id": 1}, "conversation is missing"),
+        ({**llava(image=None, said=("<video>\nwhat", "red")), "video": "a.mp4"}, "record has video"),
+        ({**llava(image=None, said=("<audio>\nwhat", "red")), "audios": ["a.wav"]}, "record has audios"),
         (llava() | {"conversations": "ab"}, "conversation is not a list"),
         (llava() | {"conversations": {"a": 1}}, "conversation is not a list"),
         (llava() | {"conversations": []}, "conversation is empty"),

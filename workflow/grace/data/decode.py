@@ -74,11 +74,21 @@ def _brief(error: Exception) -> str:
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself
         return 1
+    if image.format == "PNG":
+        _load(image)  # as getexif would, whose failure here would be taken for damaged EXIF, and not be repeated
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF data: a viewer shows the image unturned
         return 1
     return value if value in _TURNS else 1
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels; raises `Unreadable`. Pillow says of a damaged image that it is one only the first time."""
+    try:
+        image.load()
+    except Exception as error:  # as in `_open`
+        raise Unreadable("image cannot be decoded", _brief(error)) from error
 
 
 def _header(image: Image.Image, min_pixels: int, max_pixels: int) -> Header:
@@ -97,7 +107,7 @@ def _header(image: Image.Image, min_pixels: int, max_pixels: int) -> Header:
 
 
 def read_header(data: bytes, min_pixels: int = 1, max_pixels: int = MOST_PIXELS) -> Header:
-    """Format and size of an encoded image, without decoding its pixels; raises `Unreadable`."""
+    """Format and size of an encoded image, without decoding its pixels (a PNG's EXIF takes that); raises `Unreadable`."""
     with _open(data) as image:
         return _header(image, min_pixels, max_pixels)
 
@@ -117,9 +127,9 @@ def decode(data: bytes, min_pixels: int = 1, max_pixels: int = MOST_PIXELS) -> t
     image = _open(data)
     with image:
         header = _header(image, min_pixels, max_pixels)
+        orientation = _orientation(image)
+        _load(image)
         try:
-            orientation = _orientation(image)
-            image.load()
             shown = _to_rgb(image)
             return shown.transpose(_TURNS[orientation]) if orientation in _TURNS else shown, header
         except Unreadable:

@@ -6,7 +6,8 @@ The rules, for every kind:
 - `<image>` in a user's text is the place of the record's next image; without any tag, all images stand before the
   first question; any other number of tags is an error;
 - an answer before the first question and a question after the last answer are left out, as nothing can be learned;
-- numbers are read as text; null, lists and objects where text belongs are errors.
+- numbers are read as text; null, lists and objects where text belongs are errors;
+- a video or a sound is an error: without it the text is about nothing.
 """
 
 import base64
@@ -135,6 +136,9 @@ def understand(record: Any, format: Format = "auto") -> Said:
     if not isinstance(record, dict):
         raise BadRecord("record is not an object", f"it is {_kind(record)}")
     notes: list[str] = []
+    for name in ("video", "videos", "audio", "audios"):
+        if record.get(name):
+            raise BadRecord(f"record has {name}", "models here read images and text")
     key = _key(record, format)
     turns = _turns(record, key)
     if any(isinstance(turn, dict) and _is_number(turn.get("value", turn.get("content"))) for turn in record[key]):
