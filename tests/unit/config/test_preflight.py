@@ -26,6 +26,7 @@ def write_model(folder: Path, rows: int = 8, image: int = 3, model_type: str = "
     (folder / "config.json").write_text(json.dumps(config))
     words = {"model": {"vocab": IDS}, "added_tokens": [{"content": "<image>", "id": 3}]}
     (folder / "tokenizer.json").write_text(json.dumps(words))
+    (folder / "preprocessor_config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
@@ -168,11 +169,23 @@ def test_several_files_are_merged_as_snakemake_merges_them(tmp_path: Path) -> No
         load_files([file, tmp_path / "own.yaml"])
 
 
+def test_a_model_without_its_processor(place: Path) -> None:
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        (place / "teacher" / name).unlink()
+    teacher = place / "teacher"
+    assert said(place) == [
+        f"{teacher}: has no preprocessor_config.json; copy the model's image processor there",
+        f"{teacher}: has no tokenizer.json, tokenizer.model or vocab.json; copy the model's tokenizer there",
+    ]
+    (teacher / "processor_config.json").write_text('{"image_processor": {"size": 64}}')
+    (teacher / "vocab.json").write_text("{}")
+    assert said(place) == []
+
+
 def test_packages_that_a_tokenizer_needs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "student/tokenizer.json").rename(place / "student/tokenizer.model")
     monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: None)
-    said = [problem.sentence for problem in preflight.missing(experiment(place), place / "results")]
-    assert said == [
+    assert said(place) == [
         f"{place / 'student'}: tokenizer.json is not there, and reading tokenizer.model needs sentencepiece and protobuf; "
         "pip install sentencepiece protobuf"
     ]

@@ -23,6 +23,7 @@ from grace.models.families import FAMILIES, Family, family_of_folder, lacking_pa
 from grace.models.families.files import read_config
 
 IMAGES = ("image", "image_1")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PACKAGES = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
 INSTALL = {
     "lm-eval": "pip install 'lm-eval>=0.4.13'",
@@ -161,7 +162,23 @@ def _model(experiment: Experiment, model: Model, role: str, configs: dict[str, d
         return
     config = read_config(folder)
     configs[role] = config
+    if isinstance(experiment.data, FilesData):
+        yield from _processor(folder)
     yield from _words(folder, config, FAMILIES[experiment.family])
+
+
+def _processor(folder: Path) -> Iterator[str]:
+    """What reads images and texts stands beside the weights."""
+    about = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file():
+        try:
+            within = about.is_file() and "image_processor" in json.loads(about.read_text())
+        except (OSError, ValueError, TypeError):
+            within = False
+        if not within:
+            yield f"{folder}: has no preprocessor_config.json; copy the model's image processor there"
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        yield f"{folder}: has no {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}; copy the model's tokenizer there"
 
 
 def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str]:
