@@ -564,6 +564,12 @@ def check(files: Annotated[list[Path], typer.Argument(help="config file, and fil
     print("everything that it names is in place")
 
 
+_PATHS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST,
+)  # fmt: skip
+"""What the operating system says of paths that a user named, or may not touch."""
+
+
 def main() -> None:
     """Entry point: a `GraceError` is one sentence on standard error and exit status 1."""
     gc.set_threshold(
@@ -576,10 +582,13 @@ def main() -> None:
         print(f"grace: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"grace: {where}could not be written ({error.strerror}); free space and run again", file=sys.stderr)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"grace: {where}could not be written ({error.strerror}); free space and run again", file=sys.stderr)
+        elif where and error.errno in _PATHS:
+            print(f"grace: {where}{error.strerror}; correct the path, or its permissions", file=sys.stderr)
+        else:
+            raise
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if (

@@ -144,7 +144,9 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; build it first, or check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise GraceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError) as error:
         raise GraceError(f"{path}: not valid JSON ({error}); delete it and build it again") from None
 
 

@@ -43,6 +43,8 @@ def job(
     with ExitStack() as held:
         targets = sorted({target for target in outputs if target is not None})
         for target in targets:
+            if not target.name:
+                raise GraceError(f"{target}: names no file or folder to make; give --out one")
             held.enter_context(one_writer(target, wait_s))
             remove_parts(target)
         manifests = [folder / MANIFEST for folder in folders if folder is not None and (folder / MANIFEST).is_file()]

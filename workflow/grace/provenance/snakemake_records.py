@@ -37,6 +37,8 @@ def save(results: str | Path) -> int:
     Rows of outputs that are not here (a partial pull) are kept as they were.
     """
     results = Path(results)
+    if not results.is_dir():
+        raise GraceError(f"{results}: no such folder; give the experiment's, results/EXPERIMENT")
     store = _store(results)
     recorded = {output: record for output, record in _recorded() if _below(output, results) and Path(output).is_file()}
     before = {row["output"]: row for row in _read(store)}

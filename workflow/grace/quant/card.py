@@ -76,17 +76,18 @@ def about(stored: StoredQuantization, config: dict, manifest: dict, source: str 
     }
 
 
-def scores_of(metrics: dict[str, Any], row: str) -> dict[str, tuple[float, float | None]]:
+def scores_of(metrics: Any, row: str) -> dict[str, tuple[float, float | None]]:
     """Scores of a row such as `grace.int4` of an experiment's metrics.json, and the average with its standard error.
 
     Raises:
         GraceError: `row` is not in the file.
     """
-    found = metrics.get("scores", {})
+    known = metrics.get("scores") if isinstance(metrics, dict) else None
+    found = known = known if isinstance(known, dict) else {}
     for name in row.split("."):
         found = found.get(name, {}) if isinstance(found, dict) else {}
     if "benchmarks" not in found:
-        rows = [f"{recipe}.{width}" for recipe, widths in metrics.get("scores", {}).items() for width in widths]
+        rows = [f"{recipe}.{width}" for recipe, widths in known.items() for width in widths]
         raise GraceError(f"--row {row}: not in the metrics; there are {', '.join(sorted(rows)) or 'no scores'}")
     scores: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in found["benchmarks"].items()}
     if "average" in found:
