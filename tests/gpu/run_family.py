@@ -48,6 +48,7 @@ PIECES = 1.1  # tokens of such a word in the small tokenizers, on average
 SIZE = (640, 480)  # of an image, as in COCO
 LENGTHS = (80, 1400)  # tokens of a conversation's text
 ROWS = 8  # of each benchmark
+FETCHED = {"teacher": "teacher/model", "student": "students/baseline/bf16/seed0/model"}
 GPU_JOBS = ("cache", "finetune", "distil", "quantize", "evaluate", "bench")
 
 
@@ -88,8 +89,8 @@ def settings(made: Path, chosen: argparse.Namespace, gpu: bool) -> dict[str, Any
     }  # fmt: skip
 
 
-def snakemake(folder: Path, chosen: argparse.Namespace, *targets: str) -> None:
-    """Build targets with the repository's workflow; its words go to this program's own output."""
+def snakemake(folder: Path, chosen: argparse.Namespace, *targets: str) -> bool:
+    """Build targets with the repository's workflow; whether all went well. Its words go to this program's own output."""
     shim = folder / "bin"
     shim.mkdir(exist_ok=True)
     (shim / "grace").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m grace.cli "$@"\n')
@@ -104,7 +105,7 @@ def snakemake(folder: Path, chosen: argparse.Namespace, *targets: str) -> None:
         "--cores", str(chosen.cores), "--configfile", str(ROOT / f"workflow/experiments/{chosen.experiment}.yaml"),
         str(folder / "changes.yaml"),
     ]  # fmt: skip
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    return subprocess.run(command, cwd=folder, env=environment).returncode == 0
 
 
 @contextmanager
@@ -156,6 +157,25 @@ def rules(folder: Path, results: Path) -> list[dict[str, Any]]:
     return found
 
 
+def fetched(made: Path, results: Path, role: str, chosen: argparse.Namespace, family: str, gpu: bool) -> bool:
+    """Make a pretrained model and have it fetched, unless it was; whether that went well."""
+    target = results / FETCHED[role] / MANIFEST
+    if target.is_file():
+        return True
+    growing = made / f".{role}"
+    shutil.rmtree(growing, ignore_errors=True)
+    if not (made / role).is_dir():
+        start = time.time()
+        snapshot(growing, family, role, real=not chosen.tiny, device="cuda" if gpu else "cpu")
+        growing.rename(made / role)
+        torch.cuda.empty_cache()
+        print(f"{role}: made in {time.time() - start:.0f} s", flush=True)
+    well = snakemake(made.parent, chosen, str(target.relative_to(made.parent)))
+    if well and chosen.spare:
+        shutil.rmtree(made / role)
+    return well
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=["llava15_7b", "qwen2vl_2b", "qwen3vl_2b"])
@@ -165,6 +185,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tiny", action="store_true", help="small models of the same classes, and 12 conversations")
     parser.add_argument("--spare", action="store_true", help="delete what nothing reads any more")
+    parser.add_argument("--report", action="store_true", help="build nothing; the table of what was built so far")
     chosen = parser.parse_args()
     if chosen.tiny:
         chosen.conversations = 12
@@ -177,28 +198,17 @@ def main() -> None:
         conversations(made, chosen.conversations, chosen.tiny)
     (folder / "changes.yaml").write_text(yaml.safe_dump(settings(made, chosen, gpu), sort_keys=False))
 
-    began = time.time()
-    for role, fetched in (("teacher", "teacher/model"), ("student", "students/baseline/bf16/seed0/model")):
-        target = results / fetched / MANIFEST
-        if target.is_file():
-            continue
-        shutil.rmtree(made / f".{role}", ignore_errors=True)
-        if not (made / role).is_dir():
-            start = time.time()
-            snapshot(made / f".{role}", shipped.family, role, real=not chosen.tiny, device="cuda" if gpu else "cpu")
-            (made / f".{role}").rename(made / role)
-            torch.cuda.empty_cache()
-            print(f"{role}: made in {time.time() - start:.0f} s", flush=True)
-        snakemake(folder, chosen, str(target.relative_to(folder)))
-        if chosen.spare:
-            shutil.rmtree(made / role)
-    with watched(folder, results, chosen.spare):
-        snakemake(folder, chosen)
+    began, well = time.time(), True
+    if not chosen.report:
+        with watched(folder, results, chosen.spare):
+            well = all(fetched(made, results, role, chosen, shipped.family, gpu) for role in FETCHED)
+            well = well and snakemake(folder, chosen)
     table = rules(folder, results)
     write_json(chosen.out, {"experiment": chosen.experiment, "machine": describe(torch.device("cuda" if gpu else "cpu")), "jobs": table})  # fmt: skip
     print(f"\nthis start: {time.time() - began:.0f} s\n\n| job | s | host GiB | GPU GiB |\n| --- | --- | --- | --- |")
     for row in table:
         print(f"| {row['job']} | {row['seconds']:.0f} | {row['rss_gib']:.1f} | {row['gpu_gib']:.1f} |")
+    sys.exit(0 if well else 1)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def _write_weights(folder: Path, family: str, role: str, real: bool, device: str
     dtype = torch.float16 if family == "llava" else torch.bfloat16
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(len(family) + len(role))
-        made_in = {"dtype": dtype} if real else {}
+        made_in = {"dtype": torch.bfloat16} if real else {}
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), **made_in)
         with torch.no_grad():
             for name, parameter in () if real else model.named_parameters():
