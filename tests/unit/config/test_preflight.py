@@ -21,7 +21,7 @@ def write_model(folder: Path, rows: int = 8, image: int = 3, model_type: str = "
     config = {
         "model_type": model_type,
         "image_token_index": image,
-        "text_config": {"vocab_size": rows, "hidden_size": 8},
+        "text_config": {"vocab_size": rows, "hidden_size": 128},
     }
     (folder / "config.json").write_text(json.dumps(config))
     words = {"model": {"vocab": IDS}, "added_tokens": [{"content": "<image>", "id": 3}]}
@@ -167,6 +167,19 @@ def test_several_files_are_merged_as_snakemake_merges_them(tmp_path: Path) -> No
     with pytest.raises(GraceError, match=r"qwen2vl_2b.yaml \+ .*own.yaml: `teacher` is"):
         (tmp_path / "own.yaml").write_text("teacher: 3\n")
         load_files([file, tmp_path / "own.yaml"])
+
+
+def test_groups_divide_the_students_widths(place: Path) -> None:
+    config = json.loads((place / "student/config.json").read_text())
+    config["text_config"] |= {"hidden_size": 96, "num_attention_heads": 3, "head_dim": 48}
+    for role in ("teacher", "student"):  # a teacher is not quantised
+        (place / role / "config.json").write_text(json.dumps(config))
+    said_of = f"{place / 'student'}: its decoder's"
+    assert said(place) == [
+        f"{said_of} hidden_size is 96, no multiple of quantization.group_size 128; lower that",
+        f"{said_of} num_attention_heads x head_dim is 144, no multiple of quantization.group_size 128; lower that",
+    ]
+    assert len(said(place, quantization={"group_size": 32})) == 1
 
 
 def test_a_model_without_its_processor(place: Path) -> None:

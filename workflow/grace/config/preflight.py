@@ -164,6 +164,8 @@ def _model(experiment: Experiment, model: Model, role: str, configs: dict[str, d
     configs[role] = config
     if isinstance(experiment.data, FilesData):
         yield from _processor(folder)
+    if role == "student":
+        yield from _groups(folder, config, experiment.quantization.group_size)
     yield from _words(folder, config, FAMILIES[experiment.family])
 
 
@@ -179,6 +181,20 @@ def _processor(folder: Path) -> Iterator[str]:
             yield f"{folder}: has no preprocessor_config.json; copy the model's image processor there"
     if not any((folder / name).is_file() for name in TOKENIZERS):
         yield f"{folder}: has no {', '.join(TOKENIZERS[:-1])} or {TOKENIZERS[-1]}; copy the model's tokenizer there"
+
+
+def _groups(folder: Path, config: dict[str, Any], group_size: int) -> Iterator[str]:
+    """Groups of weights along the input divide every decoder linear's."""
+    text = config.get("text_config") or config
+    heads, each = text.get("num_attention_heads"), text.get("head_dim")
+    widths = {name: text.get(name) for name in ("hidden_size", "intermediate_size")}
+    if isinstance(heads, int) and isinstance(each, int):
+        widths["num_attention_heads x head_dim"] = heads * each
+    for name, width in widths.items():
+        if isinstance(width, int) and width % group_size:
+            yield (
+                f"{folder}: its decoder's {name} is {width}, no multiple of quantization.group_size {group_size}; lower that"
+            )
 
 
 def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str]:
