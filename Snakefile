@@ -111,6 +111,7 @@ include: "rules/bench.smk"
 include: "rules/eval.smk"
 include: "rules/report.smk"
 include: "rules/versions.smk"
+include: "rules/plan.smk"
 
 
 # Everything that the tables, figures and the page are made of, and those themselves.

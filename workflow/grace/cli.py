@@ -533,6 +533,18 @@ def plan(
     estimate(configfile, price, slurm)
 
 
+@app.command()
+def size(
+    configfile: Annotated[Path, typer.Argument(help="the experiment")] = Path("config.yaml"),
+    gpu: Annotated[str, typer.Option(help="kind of GPU: H200, H100, A100, L40S or B200")] = "H200",
+    disk: Annotated[float, typer.Option(min=0.001, help="GB/s that the disk takes")] = 1.0,
+) -> None:
+    """Say what trainings and the teacher's cache need: memory of a GPU, tokens, FLOPs, hours, bytes; and what runs took."""
+    from grace.cluster.size import size as estimate
+
+    estimate(configfile, gpu, disk)
+
+
 @config_commands.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of the configuration."""

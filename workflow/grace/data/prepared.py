@@ -193,6 +193,10 @@ class Examples(Sequence[Example]):
         ids, labels = self._ids[tokens].numpy(), self._labels[tokens].numpy()
         return Block(ids, labels, self.lengths[start:end], self._index.counts[start:end])
 
+    def images_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int [numbers]: how many images each of these examples has."""
+        return self._index.counts[numbers]
+
     def keys(self, start: int, end: int) -> list[str]:
         """The keys of the examples from `start` to before `end`."""
         return [bytes(key).hex() for key in self._keys[start:end].numpy()]
