@@ -77,7 +77,7 @@ rule train_baseline:
     resources:
         **plan.resources("train_baseline"),
     params:
-        data=subpath(input.data, parent=True),
+        data=plan.pretraining,
         out=subpath(output.model, parent=True),
         checkpoints="results/{experiment}/.checkpoints/students/baseline/bf16/seed{seed}",
     message:

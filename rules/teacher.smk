@@ -58,7 +58,7 @@ rule train_teacher:
     resources:
         **plan.resources("train_teacher"),
     params:
-        data=subpath(input.data, parent=True),
+        data=plan.pretraining,
         out=subpath(output.model, parent=True),
         checkpoints="results/{experiment}/.checkpoints/teacher",
     message:

@@ -157,6 +157,12 @@ class Plan:
         name = self.experiment.experiment
         return [self.cache_part(ending).format(experiment=name, shard=number) for number in numbers]
 
+    @property
+    def pretraining(self) -> str:
+        """The data folder that the models made here are trained on."""
+        own = getattr(self.experiment.data, "finetune_images", None)
+        return f"{self.folder}/data/pretraining" if own else f"{self.folder}/data"
+
     def start(self, wildcards: Any) -> str:
         """What a student starts from: another recipe's bf16 student, the baseline of its seed, or the one that was fetched."""
         start = self.experiment.recipes[wildcards.recipe].start

@@ -42,7 +42,18 @@ class DemoData(Section):
     """Images composed from real garments, digits and textures; nothing is downloaded."""
 
     source: Literal["demo"] = Field(default="demo", description="demo: made here; files: files of your own")
-    images: PositiveInt = Field(default=4000, description="training images")
+    images: PositiveInt = Field(
+        default=4000, description="training images; with finetune_images of the models made here"
+    )
+    finetune_images: PositiveInt | None = Field(
+        default=None,
+        description="further images, for the students' training alone, as instruction data that no pretraining saw; "
+        "null: the same images",
+    )
+    label_noise: Fraction = Field(
+        default=0.0,
+        description="share of wrong answers of the right kind in the students' training data, as annotators leave them",
+    )
     questions_per_image: PositiveInt = Field(
         default=12, description="questions asked of each training image, in one conversation"
     )

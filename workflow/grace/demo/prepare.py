@@ -15,12 +15,12 @@ from grace.data.conversations import SCHEMA, as_row, asked_and_answered
 from grace.demo.benchmarks import find_benchmark, items
 from grace.demo.images import draw_scene, encode, generator, render
 from grace.demo.processor import build_processor
-from grace.demo.questions import caption, conversation
+from grace.demo.questions import caption, conversation, mistake
 from grace.demo.sources import load_sources
-from grace.files import whole_folder
+from grace.files import MANIFEST, list_files, whole_folder, write_json
 from grace.progress import progress
 
-TRAIN = SCHEMA.append(pa.field("sources", pa.list_(pa.string())))
+TRAIN = SCHEMA.append(pa.field("sources", pa.list_(pa.string()))).append(pa.field("wrong", pa.list_(pa.bool_())))
 QUESTIONS = Features(
     {
         "id": Value("string"),
@@ -33,13 +33,13 @@ QUESTIONS = Features(
         "sources": List(Value("string")),
     }
 )
-DEVELOPMENT = Features({"benchmark": Value("string"), **QUESTIONS})
-
 SCENE_SHARES = {"garments": 0.35, "crowd": 0.22, "text": 0.18, "keypad": 0.12, "degraded": 0.13}
 """How often each sort of image is trained on."""
 
 CAPTION_SHARE = 0.4
 """Share of the training images that are described; the others are asked about."""
+
+PRETRAINING = "pretraining"
 
 _TOWER = Path(__file__).parent / "data" / "tower"
 
@@ -48,21 +48,28 @@ def _image(name: str, image) -> dict[str, Any]:
     return {"bytes": encode(image), "path": f"{name.replace('/', '-')}.jpg"}
 
 
-def training_rows(data: DemoData) -> Iterator[dict[str, Any]]:
-    """One row per training image: either a caption or questions, of which none gives another's answer away.
+def training_rows(data: DemoData, numbers: range, captions: float, wrong: float = 0.0) -> Iterator[dict[str, Any]]:
+    """One row per training image of these numbers: a caption or questions, of which none gives another's answer away.
 
     Never both: behind a caption, questions could be answered without looking.
+
+    Args:
+        captions: share of the images that are described; the others are asked about.
+        wrong: share of the answers that are replaced by a wrong one of the same kind; the column `wrong` tells which.
     """
     sources = load_sources("train")
-    for index in range(data.images):
+    for index in numbers:
         rng = generator(data.seed, "train", "conversations", index)
         scene = draw_scene(rng, str(rng.choice(list(SCENE_SHARES), p=list(SCENE_SHARES.values()))), sources)
-        captioned = rng.random() < CAPTION_SHARE
+        captioned = rng.random() < captions
         asked = [caption(scene, rng)] if captioned else conversation(scene, rng, data.questions_per_image)
         name = f"train/{index}"
         image = EncodedImage.from_bytes(name, encode(render(rng, scene, sources)))
-        messages = asked_and_answered([(q.question, q.answer) for q in asked])
-        yield as_row(Conversation(name, (image,), messages, bool(captioned)), sources=scene.source_ids(sources))
+        mistaken = generator(data.seed, "train", "wrong", index)
+        turns = [(q.question, q.answer if mistaken.random() >= wrong else mistake(q, mistaken)) for q in asked]
+        row = as_row(Conversation(name, (image,), asked_and_answered(turns), bool(captioned)))
+        told = [answer != q.answer for q, (_, answer) in zip(asked, turns, strict=True)]
+        yield row | {"sources": scene.source_ids(sources), "wrong": told}
 
 
 def question_rows(name: str, split: str, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
@@ -93,31 +100,52 @@ def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, advanc
     pq.write_table(pa.Table.from_pylist(kept, schema=schema), path, compression="zstd")
 
 
-def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
-    """Write `train.parquet`, `development.parquet`, `benchmarks/*.parquet`, `processor/` and `vision_tower/` to `out`.
+def _training(folder: Path, rows: Iterable[dict[str, Any]], processor, advance) -> None:
+    """What a training reads: train.parquet, its examples and index, the processor and the tower."""
+    _write(folder / "train.parquet", rows, TRAIN, advance)
+    processor.save_pretrained(folder / "processor")
+    shutil.copytree(_TOWER, folder / "vision_tower")
+    prepare_examples(folder, processor, folder / "vision_tower")
 
-    Beside them goes `examples.safetensors`, what training reads of the conversations. The content depends on `data`
-    and `benchmarks` alone. A `GraceError` names an unknown benchmark or a source file that cannot be read.
+
+def _questions(folder: Path, split: str, names: list[str], data: DemoData, wanted: int, processor, advance) -> None:
+    """One Parquet file per benchmark, and the tower's features of their images."""
+    for name in names:
+        _write(
+            folder / f"{name}.parquet", question_rows(name, split, data.seed, wanted), QUESTIONS.arrow_schema, advance
+        )
+    asked = [folder / f"{name}.parquet" for name in sorted(names)]
+    if asked:
+        prepare_features(asked, processor, _TOWER, folder / "features.safetensors")
+
+
+def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
+    """Write the data folder `out`; its content depends on `data` and `benchmarks` alone.
+
+    It holds what the students are trained on (train.parquet, with examples.safetensors and index.arrow, which training
+    reads), processor/, vision_tower/, the test questions in benchmarks/ and the development questions in
+    development/benchmarks/. With `finetune_images`, pretraining/ is a folder of the same form, of other images, for
+    the models that are made here.
+
+    A `GraceError` names an unknown benchmark or a source file that cannot be read.
     """
     for name in benchmarks:
         find_benchmark(name)
-    total = data.images + len(benchmarks) * (data.development_questions + data.benchmark_questions)
-    with whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder:
-        with progress("images and questions", total) as advance:
-            _write(folder / "train.parquet", training_rows(data), TRAIN, advance)
-            development = (
-                {"benchmark": name, **row}
-                for name in benchmarks
-                for row in question_rows(name, "development", data.seed, data.development_questions)
-            )
-            _write(folder / "development.parquet", development, DEVELOPMENT.arrow_schema, advance)
-            for name in benchmarks:
-                rows = question_rows(name, "test", data.seed, data.benchmark_questions)
-                _write(folder / "benchmarks" / f"{name}.parquet", rows, QUESTIONS.arrow_schema, advance)
-        processor = build_processor()
-        processor.save_pretrained(folder / "processor")
-        shutil.copytree(_TOWER, folder / "vision_tower")
-        prepare_examples(folder, processor, folder / "vision_tower")
-        asked = sorted((folder / "benchmarks").glob("*.parquet"))
-        if asked:
-            prepare_features(asked, processor, folder / "vision_tower", folder / "benchmarks" / "features.safetensors")
+    own = data.finetune_images or 0
+    total = data.images + own + len(benchmarks) * (data.development_questions + data.benchmark_questions)
+    processor = build_processor()
+    with (
+        whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder,
+        progress("images and questions", total) as advance,
+    ):
+        made = training_rows(data, range(data.images), CAPTION_SHARE, 0 if own else data.label_noise)
+        if own:
+            _training(folder / PRETRAINING, made, processor, advance)
+            write_json(folder / PRETRAINING / MANIFEST, {"files": list_files(folder / PRETRAINING)})
+            made = training_rows(data, range(data.images, data.images + own), 0.0, data.label_noise)
+        _training(folder, made, processor, advance)
+        for place, split, wanted in (
+            ("development/benchmarks", "development", data.development_questions),
+            ("benchmarks", "test", data.benchmark_questions),
+        ):
+            _questions(folder / place, split, benchmarks, data, wanted, processor, advance)

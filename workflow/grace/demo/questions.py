@@ -258,3 +258,29 @@ def conversation(scene: Scene, rng: np.random.Generator, length: int) -> list[Qu
                 known |= question.tells | {question.fact}
                 chosen.append(question)
     return chosen
+
+
+_ANSWERS = {
+    "what colour is the": _COLOURS,
+    "what kind is": tuple(CATEGORIES),
+    "what is": GARMENTS,
+    "where is the": POSITIONS,
+    "is": ("yes", "no"),
+    "count the": NUMBERS,
+}
+"""What a question that begins so can be answered with, beside that it is unanswerable."""
+
+
+def mistake(question: Question, rng: np.random.Generator) -> str:
+    """A wrong answer of the same kind as the right one: another colour, place, garment or number; a caption stays."""
+    if question.fact[0] == "caption":
+        return question.answer
+    if question.question == "read the digits":
+        length = len(question.answer.split()) if question.answer != UNANSWERABLE else int(rng.integers(1, 4))
+        while True:
+            read = " ".join(str(digit) for digit in rng.integers(len(DIGITS), size=length))
+            if read != question.answer:
+                return read
+    known = next((answers for start, answers in _ANSWERS.items() if question.question.startswith(start)), ())
+    wrong = [answer for answer in question.options or known if answer != question.answer]
+    return str(rng.choice(wrong))
