@@ -80,7 +80,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
     [
         ({"finetun": {}}, "`finetun` is not a key; did you mean `finetune`?"),
         ({"data__imags": 3}, "`data.imags` is not a key; did you mean `images`?"),
-        ({"data__zebra": 3}, "`data.zebra` is not a key; use `source`, `images`, `questions_per_image`"),
+        ({"data__zebra": 3}, "`data.zebra` is not a key; use `source`, `images`, `finetune_images`"),
         ({"recipes__grace__rkca": True}, "`recipes.grace.rkca` is not a key; did you mean `rcka`?"),
         ({"recipes__grace__method": {"omga": 1}}, "`recipes.grace.method.omga` is not a key; did you mean `omega`?"),
         ({"recipes__grace__train": {"steps": 0}}, "`recipes.grace.train.steps` is 0: input should be greater than 0"),

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from grace.config.schema import DemoData
+from grace.data import load_prepared
 from grace.demo import sources
 from grace.demo.benchmarks import BENCHMARKS, POPULAR, draw_item, items
 from grace.demo.images import CELL, SCENES, Scene, Thing, draw_scene, encode, generator, render
 from grace.demo.prepare import prepare, training_rows
-from grace.demo.questions import ASKED, caption, conversation
+from grace.demo.questions import ASKED, caption, conversation, mistake, reading, unanswerable
 from grace.demo.sources import SPLITS, load_sources
 from grace.demo.vocabulary import (
     CATEGORIES,
@@ -63,7 +64,7 @@ def test_no_background_pixel_is_in_two_splits():
 
 def test_rows_name_only_sources_of_their_split():
     known = {split: {name for ids in load_sources(split).ids for name in ids} for split in SPLITS}
-    for row in islice(training_rows(DemoData()), 30):
+    for row in islice(training_rows(DemoData(), range(30), 0.4), 30):
         assert row["sources"] and set(row["sources"]) <= known["train"]
     for split in ("development", "test"):
         for name in BENCHMARKS:
@@ -72,7 +73,7 @@ def test_rows_name_only_sources_of_their_split():
 
 
 def test_a_image_is_a_function_of_seed_split_and_index():
-    one, again, other = (list(islice(training_rows(DemoData(seed=seed)), 8)) for seed in (0, 0, 1))
+    one, again, other = (list(islice(training_rows(DemoData(seed=seed), range(8), 0.4), 8)) for seed in (0, 0, 1))
     assert one == again
     assert all(a["images"] != b["images"] for a, b in zip(one, other, strict=True))
     # The hundredth item alone is the hundredth of the whole series.
@@ -264,15 +265,52 @@ def test_prepare_writes_the_same_folder_twice(tmp_path):
     assert manifests[0] == manifests[1]
     train = pd.read_parquet(tmp_path / "one" / "train.parquet")
     assert (
-        list(train.columns) == ["id", "images", "messages", "caption", "sources"]
+        list(train.columns) == ["id", "images", "messages", "caption", "sources", "wrong"]
         and train.id.is_unique
         and len(train) == 12
     )
     assert all(len(said) <= 8 for said in train.messages)
     test = pd.read_parquet(tmp_path / "one" / "benchmarks" / "presence.parquet")
     assert test.id.is_unique and len(test) == 5 and test.image_id.nunique() == 3
-    development = pd.read_parquet(tmp_path / "one" / "development.parquet")
-    assert dict(development.benchmark.value_counts()) == {"colour": 3, "presence": 3}
+    assert not (tmp_path / "one" / "pretraining").exists() and not any(wrong.any() for wrong in train.wrong)
+    for name in ("colour", "presence"):
+        assert len(pd.read_parquet(tmp_path / "one" / "development" / "benchmarks" / f"{name}.parquet")) == 3
+
+
+def test_finetuning_has_images_of_its_own_and_its_share_of_wrong_answers(tmp_path):
+    data = DemoData(images=9, finetune_images=40, label_noise=0.4, development_questions=1, benchmark_questions=2)
+    prepare(data, ["options"], tmp_path)
+    pretraining, finetuning = (load_prepared(folder) for folder in (tmp_path / "pretraining", tmp_path))
+    assert len(pretraining) == 9 and len(finetuning) == 40
+    assert not {e.key for e in pretraining} & {e.key for e in finetuning}
+    assert not any(e.caption for e in finetuning)
+    clean = {row["id"]: row for row in training_rows(data, range(9, 49), 0.0)}
+    told = []
+    for row in training_rows(data, range(9, 49), 0.0, data.label_noise):
+        for now, right, wrong in zip(
+            row["messages"], clean[row["id"]]["messages"], np.repeat(row["wrong"], 2), strict=True
+        ):
+            assert (now != right) == (wrong and now["role"] == "assistant")
+        told += row["wrong"]
+    assert 0.3 < np.mean(told) < 0.5
+    rows = pd.read_parquet(tmp_path / "train.parquet")
+    assert np.concatenate(list(rows.wrong)).tolist() == told
+    assert (tmp_path / "pretraining" / "vision_tower" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_a_mistake_is_another_answer_of_the_same_kind(ask):
+    rng = np.random.default_rng(0)
+    answers, mistakes = set(), set()
+    for index in range(300):
+        scene = draw_scene(generator(0, "train", "mistakes", index), SCENES[index % len(SCENES)], load_sources("train"))
+        for question in ask(scene, rng):
+            wrong = mistake(question, rng)
+            assert wrong != question.answer
+            assert not question.options or wrong in question.options
+            answers.add(question.answer), mistakes.add(wrong)
+    if ask not in (unanswerable, reading):  # these are mistaken for an answer; numbers are many
+        assert mistakes <= answers and len(mistakes) > 1
 
 
 def test_datasets_decodes_the_images(tmp_path):
