@@ -65,6 +65,16 @@ def test_a_head_without_a_row_for_each_token_is_refused(home, tmp_path):
         check_pair(tmp_path / "teacher", home / "student")
 
 
+def test_another_image_token_than_the_configs_is_refused(home, tmp_path):
+    shutil.copytree(home / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/config.json"
+    file.write_text(json.dumps(read_json(file) | {"image_token_id": 7}))
+    with pytest.raises(
+        GraceError, match=r"<\|image_pad\|> is token \d+ and config\.json says 7; use the model's own tokenizer"
+    ):
+        check_pair(tmp_path / "teacher", home / "student")
+
+
 def test_the_configuration_names_the_family_that_is_there(home):
     check_family(home / "student", "qwen2_vl")
     with pytest.raises(GraceError, match=r"config\.json says qwen2_vl and the configuration family: llava"):

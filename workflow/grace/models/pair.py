@@ -26,8 +26,8 @@ def head_rows(folder: str | Path) -> int:
 def check_pair(teacher: Path, student: Path) -> None:
     """Refuse a teacher and a student between which no logit and no visual token corresponds.
 
-    Both read what the student's processor makes. So the same id must be the same token, both heads must have a row for
-    each, and an image must be cut and normalised alike; rows that only pad a head do not matter.
+    Both read what the student's processor makes. So the same id must be the same token, that of an image the one that
+    config.json names, both heads must have a row for each, and an image must be cut and normalised alike; rows that only pad a head do not matter.
 
     Raises:
         GraceError: one sentence that names the first difference.
@@ -40,6 +40,8 @@ def check_pair(teacher: Path, student: Path) -> None:
             raise GraceError(
                 f"{folder}: its head has {head_rows(folder)} rows and the tokenizer {size} tokens; use the model's own tokenizer"
             )
+    for folder, processor in ((teacher, one), (student, other)):
+        _check_image_token(folder, processor)
     for name in _GEOMETRY:
         values = [_plain(getattr(p, name, None) or getattr(p.image_processor, name, None)) for p in (one, other)]
         if values[0] != values[1]:
@@ -47,6 +49,17 @@ def check_pair(teacher: Path, student: Path) -> None:
                 f"{teacher} and {student}: their processors differ in {name} ({values[0]} and {values[1]}), so their visual "
                 "tokens do not correspond; distil between models of one image geometry"
             )
+
+
+def _check_image_token(folder: Path, processor: Any) -> None:
+    """The tokenizer gives an image the id that the model looks for."""
+    config = model_folder(folder)
+    wanted = config.get("image_token_index", config.get("image_token_id"))
+    found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if wanted is not None and found != wanted:
+        raise GraceError(
+            f"{folder}: {processor.image_token} is token {found} and config.json says {wanted}; use the model's own tokenizer"
+        )
 
 
 def _check_vocabularies(teacher: Path, student: Path, one: dict[str, int], other: dict[str, int]) -> None:
