@@ -40,3 +40,36 @@ rule evaluate:
         " --out {params.out:q}"
         " --others results/{wildcards.experiment:q}"
         " > {log:q} 2>&1"
+
+
+# Questions that show an image which was trained on: the same bytes, or nearly the same look.
+rule overlap:
+    input:
+        run="results/{experiment}/config/evaluation.json",
+        data="results/{experiment}/data/manifest.json",
+        code=plan.code("overlap"),
+    output:
+        "results/{experiment}/overlap.json",
+    log:
+        "results/{experiment}/logs/overlap.log",
+    benchmark:
+        "results/{experiment}/logs/overlap.tsv"
+    wildcard_constraints:
+        experiment=plan.where(plan.overlap),
+    priority: 20
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("prepare")
+    resources:
+        **plan.resources("prepare"),
+    params:
+        data=subpath(input.data, parent=True),
+    message:
+        "look for training images in the benchmarks"
+    shell:
+        "grace overlap"
+        " --run {input.run:q}"
+        " --data {params.data:q}"
+        " --workers {threads}"
+        " --out {output:q}"
+        " > {log:q} 2>&1"

@@ -7,6 +7,7 @@ rule tables:
     input:
         experiment="results/{experiment}/config/experiment.json",
         predictions=plan.predictions,
+        overlap=plan.overlap,
         packed=plan.packed,
         bench=[
             "results/{experiment}/bench/kernel.csv",

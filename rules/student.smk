@@ -215,3 +215,37 @@ rule quantize:
         " --data {params.data:q}"
         " --out {params.out:q}"
         " > {log:q} 2>&1"
+
+
+# A student that the authors of GRACE released, as it is.
+rule fetch_released:
+    input:
+        source="results/{experiment}/config/students/{recipe}/{precision}/seed{seed}.json",
+        code=plan.code("fetch"),
+    output:
+        "results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
+    log:
+        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/fetch.log",
+    benchmark:
+        "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/fetch.tsv"
+    wildcard_constraints:
+        recipe=plan.released,
+    priority: 80
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("fetch")
+    resources:
+        **plan.resources("fetch"),
+    params:
+        out=subpath(output[0], parent=True),
+        model=plan.released_model,
+        revision=plan.released_revision,
+    message:
+        "fetch {params.model}"
+    shell:
+        "grace fetch"
+        " {params.model:q}"
+        " {params.revision}"
+        " --source {input.source:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"

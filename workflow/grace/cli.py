@@ -65,7 +65,9 @@ def _job(
 def _read_by_reports(results: Path) -> tuple[Path, ...]:
     """What stands for everything that tables, figures and the page are made of."""
     folders = [path for part in ("data", "teacher", "students") for path in (results / part).rglob("manifest.json")]
-    return (results / "config/experiment.json", *folders, *(results / "bench").glob("*.*"))
+    return (
+        results / "config/experiment.json", results / "overlap.json", *folders, *(results / "bench").glob("*.*"),
+    )  # fmt: skip
 
 
 Run = Annotated[Path, typer.Option(help="frozen parameters of this job (JSON)")]
@@ -318,16 +320,30 @@ def evaluate(
 @app.command()
 def overlap(
     data: Data,
-    benchmark: Annotated[list[str], typer.Option(help="benchmark of the registry; repeat for several")],
     out: Annotated[Path, typer.Option(help="JSON file to write")],
+    benchmark: Annotated[list[str] | None, typer.Option(help="benchmark of the registry; repeat for several")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="frozen parameters of the evaluation, for its benchmarks and protocols")
+    ] = None,
     predictions: Annotated[
         list[Path] | None, typer.Option(help="predictions folder to score without them; repeat")
     ] = None,
+    workers: Annotated[int, typer.Option(help="processes that open the training images")] = 1,
 ) -> None:
     """Count the benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
+    from grace.benchmarks.protocols import protocols_of
+    from grace.config.runs import EvaluateRun
     from grace.evaluate.overlap import write_overlap
+    from grace.files import read_json
 
-    found = write_overlap(data, out, benchmark, predictions or [])
+    if (run is None) == (not benchmark):
+        raise GraceError("grace overlap: give either --benchmark, once or more, or --run")
+    asked, limit = {name: protocols_of(name)[0] for name in benchmark or ()}, None
+    if run is not None:
+        settings = EvaluateRun.model_validate(read_json(run)).evaluation
+        asked, limit = {name: settings.protocols(name)[0] for name in settings.benchmarks}, settings.limit
+    with _job(out, files=(run,), folders=(data,), subcommand="overlap"):
+        found = write_overlap(data, out, asked, predictions or [], limit, workers)
     for name, entry in found.items():
         typer.echo(
             f"{name}: {entry['exact_count']} exact, {entry['near_count']} near of {entry['questions']} questions"

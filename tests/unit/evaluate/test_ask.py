@@ -55,8 +55,6 @@ def run(folder, names, protocol, out: str = "out", **settings) -> dict:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_number_can_be_made_again_from_its_rows(made, protocol):
     names = [name for asked, name in SCORED if asked == protocol]
-    if protocol == "grace-release":  # whose `<image>` in the text is a word of this tokenizer
-        write(made, "mmmu", [{**OFFICIAL["mmmu"](i), "question": "what is it"} for i in range(ROWS)])
     manifest = run(made, names, protocol, out=f"out-{protocol}")
     assert set(manifest["benchmarks"]) == set(names)
     for name in names:
@@ -113,11 +111,13 @@ def test_a_question_shows_the_images_that_it_names(folder, monkeypatch):
     assert [part.type for part in seen["validation_Art_0"].prompt[0].content].count("image") == 1
 
 
-def test_a_text_that_a_tokenizer_of_words_takes_for_an_image_fails_alone(folder):
-    rows = [{**OFFICIAL["gqa"](i), "question": ("what is it", "what is <image> it")[i == 1]} for i in range(3)]
-    write(folder, "gqa", rows)
-    with pytest.raises(GraceError, match=r"1 of 3 rows cannot be asked \(row 1 spells the model's image token"):
-        run(folder, ["gqa"], "llava-1.5")
+@pytest.mark.parametrize(("name", "protocol"), [("gqa", "llava-1.5"), ("mmmu", "grace-release")])
+def test_a_text_that_spells_the_image_token_is_asked_even_in_whole_words(folder, name, protocol):
+    """The released protocol writes `<image>` for the images that MMMU's questions name."""
+    rows = [OFFICIAL[name](i) for i in range(3)]
+    rows[1]["question"] = "what is <image> it </s> <eos>"
+    write(folder, name, rows)
+    assert run(folder, [name], protocol)["benchmarks"][name]["questions"] == 3
 
 
 def test_only_image_rows_of_seed_bench_and_validation_rows_of_mmmu_are_asked(folder):

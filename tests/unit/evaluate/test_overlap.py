@@ -8,11 +8,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from official_rows import OFFICIAL
 from PIL import Image, ImageFilter
+from typer.testing import CliRunner
 
 from grace.benchmarks.protocols import PROTOCOLS, spec
+from grace.cli import app
 from grace.data.images import EncodedImage
+from grace.errors import GraceError
 from grace.evaluate import overlap as room
 from grace.results.predictions import SCHEMA, write_predictions
 
@@ -63,8 +67,31 @@ def test_questions_are_counted_and_scored_without_them(tmp_path, monkeypatch):
     said = {name: [""] * 3 for name in SCHEMA.names} | {"sample_id": ["0", "1", "2"], "score": [1.0, 1.0, 0.0]}
     said |= {name: [0.0] * 3 for name in ("logprob", "entropy")}
     write_predictions(tmp_path / "predictions/gqa.parquet", pd.DataFrame(said), "key")
-    room.write_overlap(tmp_path, tmp_path / "overlap.json", ["gqa"], [tmp_path / "predictions"])
+    room.write_overlap(tmp_path, tmp_path / "overlap.json", {"gqa": "lmms-eval"}, [tmp_path / "predictions"])
     found = json.loads((tmp_path / "overlap.json").read_text())["benchmarks"]["gqa"]
     assert (found["exact"], found["near"], found["questions"], found["unreadable"]) == (["0"], ["1"], 4, 1)
     (scores,) = found["models"].values()
     assert scores == {"score": 2 / 3, "clean_score": 0.0, "clean_questions": 1}
+
+
+def test_worker_processes_find_the_same(tmp_path):
+    images = [EncodedImage.from_bytes(str(i), encoded(picture(i % 5), "PNG")) for i in range(9)]
+    alone, together = room.Seen(images), room.Seen(images, workers=2)
+    assert alone.exact == together.exact and len(alone.exact) == 5
+    assert alone.bands == together.bands
+
+
+def test_the_experiments_own_benchmarks_and_protocols_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        room, "training_images", lambda data: iter([EncodedImage.from_bytes("a", encoded(picture(2), "PNG"))])
+    )
+    rows = [{**OFFICIAL["gqa"](i), "image": {"bytes": encoded(picture(i), "PNG"), "path": None}} for i in range(4)]
+    (tmp_path / "data/benchmarks/llava-1.5").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/benchmarks/llava-1.5/gqa.parquet")
+    evaluation = {"benchmarks": ["gqa"], "harness": "grace", "protocol": "llava-1.5", "limit": 3}
+    (tmp_path / "run.json").write_text(json.dumps({"family": "llava", "evaluation": evaluation}))
+    words = ["overlap", "--data", tmp_path / "data", "--out", tmp_path / "overlap.json"]
+    done = CliRunner().invoke(app, [*map(str, words), "--run", str(tmp_path / "run.json")])
+    assert done.exit_code == 0 and done.output == "gqa: 1 exact, 0 near of 3 questions\n", done.output
+    with pytest.raises(GraceError, match="give either --benchmark, once or more, or --run"):
+        CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)

@@ -1,75 +1,26 @@
 """Importing checkpoints in the formats of the authors' release, made here."""
 
-import shutil
-
 import pytest
 import torch
 from chat_models import talking_student
+from released_folders import GROUP, awq, dense
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from grace.cli import app
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, write_json
+from grace.files import MANIFEST, read_json, sha256
 from grace.infer.load import load_for_inference
 from grace.models import load_model, load_processor
 from grace.quant.import_release import MODULES, SIDECAR, import_release
 from grace.quant.names import quantised_module
 from grace.quant.packed import PackedModel
 
-GROUP = 32
-NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # output column of the i-th nibble
-
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A model folder as published, before anything is quantised."""
     return talking_student(tmp_path_factory.mktemp("release") / "model", "qwen3_vl")
-
-
-def made(plain, out, bits: int, log_scale: torch.dtype):
-    """(weights, codes and log_scale by module) of a release; the weights are bf16(code * exp(log_scale))."""
-    shutil.copytree(plain, out)
-    for name in ("quantization.json", "quantization.safetensors", MANIFEST):
-        (out / name).unlink()
-    weights, layers = load_file(out / "model.safetensors"), {}
-    random = torch.Generator().manual_seed(bits)
-    for key, weight in weights.items():
-        if quantised_module(key):
-            codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), weight.shape, generator=random)
-            steps = torch.rand(weight.numel() // GROUP, generator=random) - 5
-            layers[key.removesuffix(".weight")] = codes, steps.to(log_scale)
-            scales = steps.to(log_scale).float().exp().view(len(codes), -1).repeat_interleave(GROUP, 1)
-            weights[key] = (codes * scales).bfloat16()
-    config = read_json(out / "config.json")
-    write_json(out / "config.json", {**config, "qat": {"bits": bits, "group_size": GROUP, "num_replaced": len(layers)}})
-    return weights, layers
-
-
-def dense(plain, out, bits: int = 4, log_scale: torch.dtype = torch.bfloat16):
-    """As training writes it: dense weights, and the sidecar."""
-    weights, layers = made(plain, out, bits, log_scale)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    sidecar = {f"{name}.weight": weights[f"{name}.weight"] for name in layers}
-    torch.save(sidecar | {f"{name}.log_scale": steps for name, (_, steps) in layers.items()}, out / SIDECAR)
-    return weights, layers
-
-
-def awq(plain, out):
-    """As the packer writes it: nibbles in GEMM order, fp16 scales, a list of modules."""
-    weights, layers = made(plain, out, 4, torch.float32)
-    for name, (codes, steps) in layers.items():
-        del weights[f"{name}.weight"]
-        rows, columns = codes.shape
-        words = torch.zeros(columns, rows // 8, dtype=torch.int64)
-        for place, column in enumerate(NIBBLES):
-            words |= (codes.T[:, column::8] + 8) << 4 * place
-        weights[f"{name}.qweight"] = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-        weights[f"{name}.qzeros"] = torch.full((columns // GROUP, rows // 8), -2004318072, dtype=torch.int32)
-        weights[f"{name}.scales"] = steps.exp().view(rows, -1).T.contiguous().half()
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    write_json(out / MODULES, {"bits": 4, "group_size": GROUP, "modules": list(layers)})
-    return layers
 
 
 @pytest.mark.parametrize(("bits", "log_scale"), [(4, torch.bfloat16), (4, torch.float32), (8, torch.bfloat16)])
@@ -88,6 +39,11 @@ def test_a_dense_release_is_the_same_function_packed(plain, tmp_path, bits, log_
     ):
         assert torch.equal(ours, released), name
     assert "dense folder" in read_json(tmp_path / "out" / MANIFEST)["imported"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{len(layers)} linears of the language model hold signed {bits}-bit codes in groups of {GROUP}" in card
+    assert "the authors of GRACE" in card and "dense folder" in card
+    for name in ("model.safetensors", SIDECAR):
+        assert sha256(tmp_path / "release" / name) in card
     assert not (tmp_path / "out" / SIDECAR).exists() and "qat" not in read_json(tmp_path / "out/config.json")
     load_processor(tmp_path / "out")
 

@@ -25,6 +25,7 @@ from grace.report.paper import AVERAGE, canonical, label, paper_beside, paper_nu
 from grace.report.tables.benchmark_metrics import jackknife
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
+from grace.report.tables.overlap import overlap_table
 from grace.report.tables.pairs import pairs, pairs_table
 from grace.report.tables.protocols import protocols_table
 from grace.report.tables.scores import Group, groups_of, on_shared_seeds, score_table
@@ -202,7 +203,7 @@ def _check_latex(text: str) -> None:
     assert text.count("{") == text.count("}")
     assert re.findall(r"\\begin{(\w+\*?)}", text) == re.findall(r"\\end{(\w+\*?)}", text)[::-1]
     if r"\begin{tabular}" not in text:  # an empty table: its notes say why
-        assert "tab:language" in text or "tab:protocols" in text
+        assert any(f"tab:{name}" in text for name in ("language", "protocols", "overlap"))
         return
     declared = re.search(r"\\begin{tabular}{(.+)}\n", text)
     columns = len(re.sub(r"p{\d+cm}", "p", declared[1]))
@@ -537,6 +538,43 @@ def test_what_the_protocol_changes(tmp_path, results_folder):
     assert release.value == 25 and release.stderr > 0
     assert paper.value == two.estimate(Row("grace", "int4"), "colour").value
     assert cells["QAT", "int4"][0].value and cells["QAT", "int4"][1].value is None
+
+
+def test_scores_on_the_clean_questions_stand_beside_the_whole(tmp_path, results_folder):
+    assert "were not looked for" in overlap_table(read_results(results_folder)).notes[0]
+    folder = shutil.copytree(results_folder, tmp_path / "seen")
+    row, results = Row("grace", "int4"), read_results(folder)
+    first = results.predictions(row, 0, "colour")
+    seen = first["sample_id"].tolist()[:30]
+    entry = {
+        "questions": len(first),
+        "unreadable": 1,
+        "exact_count": 10,
+        "near_count": 20,
+        "exact": seen[:10],
+        "near": seen[10:],
+    }
+    none = {"questions": 9, "unreadable": 0, "exact_count": 0, "near_count": 0, "exact": [], "near": []}
+    about = {"near_bits": 3, "training_images": 5000, "benchmarks": {"colour": entry, "presence": none}}
+    (folder / "overlap.json").write_text(json.dumps(about))
+    table = overlap_table(read_results(folder))
+    assert table.columns == [results.mirrors["colour"], f"{results.mirrors['colour']}, clean"]
+    cells = {tuple(line.heads): line.cells for line in table.lines}
+    whole, clean = cells["GRACE", "int4"]
+    frames = [results.predictions(row, seed, "colour") for seed in results.seeds[row]]
+    assert whole.value == pytest.approx(100 * np.mean([frame["score"].mean() for frame in frames]))
+    kept = [frame[~frame["sample_id"].isin(seen)]["score"].mean() for frame in frames]
+    assert clean.value == pytest.approx(100 * np.mean(kept)) and clean.value != whole.value
+    assert any(
+        "10 show the very file of a training image and 20 nearly" in note and "images of 1 could not" in note
+        for note in table.notes
+    )
+    entry["near"] = first["sample_id"].tolist()
+    (folder / "overlap.json").write_text(json.dumps(about))
+    assert overlap_table(read_results(folder)).lines[0].cells[1].text == "none left"
+    about["benchmarks"] = {"presence": none}
+    (folder / "overlap.json").write_text(json.dumps(about))
+    assert overlap_table(read_results(folder)).notes[0] == "No question of any benchmark shows a training image."
 
 
 def test_weight_files_are_weighed_by_their_headers(tmp_path, results_folder):

@@ -22,7 +22,7 @@ from grace.config.runs import (
     teacher_run,
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
-from grace.config.sections import DEMO_BENCHMARKS, Job, Section
+from grace.config.sections import DEMO_BENCHMARKS, Job, Release, Section
 from grace.files import read_json
 
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
@@ -90,9 +90,12 @@ class Plan:
 
         Where the folder is not here, as in a clone that pulled the results, what was frozen of it stands.
         """
-        model = getattr(self.experiment, who)
-        about = {"model": model.pretrained, "revision": model.revision}
-        frozen = Path(self.folder, "config", f"{who}-source.json")
+        return self._about(getattr(self.experiment, who), Path(self.folder, "config", f"{who}-source.json"))
+
+    @staticmethod
+    def _about(model: Model | Release, frozen: Path) -> str:
+        assert model.pretrained is not None
+        about: dict[str, Any] = {"model": model.pretrained, "revision": model.revision}
         if Path(model.pretrained).is_dir():
             about["files"] = source_hashes(model.pretrained)
         elif frozen.is_file():
@@ -113,7 +116,10 @@ class Plan:
         return EvaluateRun(family=self.experiment.family, evaluation=self.experiment.evaluation)
 
     def frozen_student(self, wildcards: Any) -> str:
-        """The parameters of one student, and nothing that it does not depend on."""
+        """The parameters of one student, and nothing that it does not depend on; of a released one where it is from."""
+        if release := self._release(wildcards):
+            below = self._below(wildcards.recipe, wildcards.precision, wildcards.seed)
+            return self._about(release, Path(self.folder, "config", f"{below}.json"))
         return _json(student_run(self.experiment, wildcards.recipe, wildcards.precision, int(wildcards.seed)))
 
     # Which recipe is made by which rule, as wildcard constraints.
@@ -121,17 +127,39 @@ class Plan:
     @property
     def trained(self) -> str:
         """Recipes that train without a teacher."""
-        return self._recipes(lambda r: not r.post_training and r.kd == "none" and not r.rcka)
+        return self._recipes(lambda r: not (r.post_training or r.released) and r.kd == "none" and not r.rcka)
 
     @property
     def distilled(self) -> str:
         """Recipes that learn from the teacher's cache."""
-        return self._recipes(lambda r: not r.post_training and (r.kd != "none" or r.rcka))
+        return self._recipes(lambda r: not (r.post_training or r.released) and (r.kd != "none" or r.rcka))
 
     @property
     def rounded(self) -> str:
         """Recipes that round without training."""
         return self._recipes(lambda r: r.post_training)
+
+    @property
+    def released(self) -> str:
+        """Recipes whose students are fetched."""
+        return self._recipes(lambda r: r.released)
+
+    @property
+    def made(self) -> str:
+        """Recipes whose students are made here."""
+        return self._recipes(lambda r: not r.released)
+
+    def _release(self, wildcards: Any) -> Release | None:
+        recipe = self.experiment.recipes.get(wildcards.recipe)  # the baseline is none
+        return recipe.released.get(wildcards.precision) if recipe else None
+
+    def released_model(self, wildcards: Any) -> str:
+        """The folder or hub id of a released student."""
+        return self._release(wildcards).pretrained  # type: ignore[union-attr]  # its rule is constrained to them
+
+    def released_revision(self, wildcards: Any) -> str:
+        """Which revision of it is fetched."""
+        return self.revision_flag(self._release(wildcards))  # type: ignore[arg-type]
 
     def _recipes(self, wanted: Any) -> str:
         names = [re.escape(name) for name, recipe in self.experiment.recipes.items() if wanted(recipe)]
@@ -231,13 +259,19 @@ class Plan:
         return [f"{self.folder}/{folder}/predictions/manifest.json" for folder in folders]
 
     @property
+    def overlap(self) -> list[str]:
+        """Which questions show training images; of data of the user's own, for the demo draws both apart."""
+        data = self.experiment.data
+        return [f"{self.folder}/overlap.json"] if data.source != "demo" and data.sources else []
+
+    @property
     def curves(self) -> list[str]:
         """Training logs of every model that is trained here."""
         e = self.experiment
         logs = [f"{self.folder}/teacher/train.jsonl"] if e.teacher.train else []
         for recipe, precision, seed in e.students():
-            made = e.student.train if recipe == "baseline" else not e.recipes[recipe].post_training
-            if made:
+            chosen = e.recipes.get(recipe)
+            if not (chosen.post_training or chosen.released) if chosen else e.student.train:
                 logs.append(f"{self.student(recipe, precision, seed)}/train.jsonl")
         return logs
 
@@ -273,7 +307,7 @@ class Plan:
         folder = getattr(self.experiment.data, "benchmarks", None)
         return f"--benchmarks {shlex.quote(folder)}" if folder else ""
 
-    def revision_flag(self, model: Model) -> str:
+    def revision_flag(self, model: Model | Release) -> str:
         """Which revision of a pretrained model is fetched."""
         return f"--revision {shlex.quote(model.revision)}" if model.revision else ""
 

@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.protocols import Spec, spec
 from grace.config.schema import Experiment, FilesData, Model
+from grace.config.sections import Release
 from grace.errors import GraceError
 from grace.models.families import FAMILIES, Family, family_of_folder, lacking_package
 from grace.models.families.files import read_config
@@ -62,6 +63,11 @@ def missing(experiment: Experiment, folder: Path) -> list[Missing]:
         ),
     }  # fmt: skip
     configs: dict[str, dict[str, Any]] = {}
+    for recipe, precision, seed in experiment.students():
+        release = experiment.recipes[recipe].released.get(precision) if recipe in experiment.recipes else None
+        if release and not (folder / f"students/{recipe}/{precision}/seed{seed}/model/manifest.json").is_file():
+            role = f"recipes.{recipe}.released.{precision}"
+            found += [Missing("fetch_released", text) for text in _model(experiment, release, role, {})]
     for rule, (model, role, fetched) in models.items():
         if model.pretrained is None or (fetched / "manifest.json").is_file():
             continue
@@ -137,7 +143,9 @@ def _columns(path: Path, asked: Spec, limit: int | None) -> Iterator[str]:
         )
 
 
-def _model(experiment: Experiment, model: Model, role: str, configs: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _model(
+    experiment: Experiment, model: Model | Release, role: str, configs: dict[str, dict[str, Any]]
+) -> Iterator[str]:
     """A folder, or what the hub's cache has; else the hub must be there."""
     assert model.pretrained is not None
     folder = Path(model.pretrained)
@@ -226,7 +234,7 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
         )
 
 
-def _cached(model: Model) -> Path | None:
+def _cached(model: Model | Release) -> Path | None:
     """A snapshot in the hub's cache, of the revision that is asked for."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
@@ -237,7 +245,7 @@ def _cached(model: Model) -> Path | None:
     return snapshot if revision and (snapshot / "config.json").exists() else None
 
 
-def _hub(model: Model, role: str) -> Iterator[str]:
+def _hub(model: Model | Release, role: str) -> Iterator[str]:
     said = f"{model.pretrained}: neither a local folder nor in the hub's cache"
     fix = f"download it, and name its folder as {role}.pretrained"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):

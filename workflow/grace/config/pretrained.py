@@ -7,7 +7,8 @@ from pathlib import Path
 from grace.errors import GraceError
 from grace.hashes import known_hashes
 
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+SIDECAR = "qat_quantized_weights.bin"  # of a released GRACE checkpoint: its codes' scales
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", SIDECAR]
 
 
 def source_files(model: Path) -> Iterator[tuple[str, Path]]:

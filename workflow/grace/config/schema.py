@@ -28,6 +28,7 @@ from grace.config.sections import (
     PostTraining,
     PrecisionName,
     Quantization,
+    Release,
     Resources,
     Section,
     Seed,
@@ -69,6 +70,10 @@ class Recipe(Section):
         "baseline",
         pattern=r"^[^/]+/bf16$",
     )
+    released: dict[PrecisionName, Release] = Field(
+        default_factory=dict,
+        description="fetch students instead of making them: by precision a checkpoint in a format of GRACE's release",
+    )
     label: str | None = Field(default=None, description="name in tables; null: the recipe's own name")
     method: MethodChanges = Field(default=MethodChanges(), description="constants of `method` that this recipe changes")
     train: OptimisationChanges = Field(
@@ -96,6 +101,13 @@ class Recipe(Section):
                 raise ValueError(f"`{name}` is no constant of `{self.kd}`'s own; {fix}")
         if self.post_training and (self.kd != "none" or self.rcka or self.controller or self.train or self.method):
             raise ValueError("a post-training recipe takes no training keys (kd, rcka, controller, method, train)")
+        if self.released and (self.post_training or self.start or self.train or self.method or self.constants):
+            raise ValueError(
+                "a released student is not made here: beside `released` and `label` a recipe takes only what it was trained "
+                "with (kd, rcka, controller)"
+            )
+        if odd := [name for name in self.released if name not in ("bf16", "int4", "int8")]:
+            raise ValueError(f"released.{odd[0]}: there are releases at bf16, int8 and int4")
         if self.scale != "maxabs" and self.post_training != "rtn":
             raise ValueError("`scale` is of `post_training: rtn` alone; the others take the best of 20")
         if self.controller and self.kd == "none":
@@ -147,7 +159,10 @@ class Experiment(Section):
     )
     method: Method = Field(default=Method(), description="GRACE's own constants, under the paper's names")
     quantization: Quantization = Field(default=Quantization(), description="how decoder weights become integers")
-    finetune: Optimisation = Field(description="training of every student recipe, starting from the baseline")
+    finetune: Optimisation | None = Field(
+        default=None,
+        description="training of every student recipe, starting from the baseline; null where nothing is trained",
+    )
     recipes: dict[Name, Recipe] = Field(
         default_factory=lambda: dict(STANDARD),
         description="what students are trained with, beside the standard recipes; `baseline` is the starting point and needs "
@@ -195,6 +210,10 @@ class Experiment(Section):
             )
         if isinstance(self.data, FilesData) and self.student.pretrained is None:
             raise ValueError("data.source `files` needs student.pretrained: its processor reads the images")
+        made = [name for run in self.runs for name in run.recipes if not self.recipes[name].released]
+        made += [] if self.teacher.pretrained else ["teacher"]
+        if isinstance(self.data, FilesData) and not self.data.sources and made:
+            raise ValueError(f"data.sources is empty, and `{made[0]}` is made from them; name the conversations")
         return self
 
     def _check_benchmarks(self) -> None:
@@ -218,7 +237,8 @@ class Experiment(Section):
                         "set cache.format to hidden or hidden-int8"
                     )
                 self.recipe_method(recipe)
-                self.recipe_optimisation(recipe)
+                if self.finetune is not None:
+                    self.recipe_optimisation(recipe)
             except ValidationError as error:
                 raise ValueError(f"recipes.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
@@ -227,7 +247,7 @@ class Experiment(Section):
         seen = [name]
         while start := self.recipes[seen[-1]].start:
             before = start.split("/")[0]
-            trained = [other for other, recipe in self.recipes.items() if not recipe.post_training]
+            trained = [other for other, recipe in self.recipes.items() if not (recipe.post_training or recipe.released)]
             if before not in trained:
                 raise ValueError(
                     f"recipes.{seen[-1]}.start `{start}`: no trained recipe `{before}`; there are {', '.join(trained)}"
@@ -243,7 +263,15 @@ class Experiment(Section):
                     raise ValueError(
                         f"runs[{index}].recipes names `{name}`, which `recipes` lacks; it has {', '.join(self.recipes)}"
                     )
-                if self.recipes[name].post_training and any(p.startswith("bf16") for p in run.precisions):
+                recipe = self.recipes[name]
+                lacking = [p for p in run.precisions if recipe.released and p not in recipe.released]
+                if lacking:
+                    raise ValueError(
+                        f"runs[{index}]: recipes.{name}.released has no {lacking[0]}; it has {', '.join(recipe.released)}"
+                    )
+                if self.finetune is None and not recipe.released and not recipe.post_training:
+                    raise ValueError(f"finetune: is not set, and runs[{index}] trains `{name}`; set it")
+                if recipe.post_training and any(p.startswith("bf16") for p in run.precisions):
                     raise ValueError(f"runs[{index}]: `{name}` rounds weights, so bf16 is not a precision for it")
             missing = sorted(set(run.seeds) - set(self.baseline_seeds))
             if missing and self.student.pretrained is None:
@@ -259,7 +287,9 @@ class Experiment(Section):
         return Method(**{**self.method.model_dump(), **recipe.method.model_dump()})
 
     def recipe_optimisation(self, recipe: Recipe) -> Optimisation:
-        """`finetune` as this recipe changes it."""
+        """`finetune` as this recipe changes it; a `ValueError` where nothing is trained."""
+        if self.finetune is None:
+            raise ValueError("finetune: is not set")
         changes = recipe.train.model_dump()
         length = {"steps", "epochs"}
         kept = self.finetune.model_dump(exclude=length if length & changes.keys() else None)

@@ -88,7 +88,9 @@ class FilesData(Section):
     """Conversations and images of your own, as in LLaVA-1.5's mix665k, from one or several sources."""
 
     source: Literal["files"] = Field(description="demo: made here; files: files of your own")
-    sources: list[Source] = Field(min_length=1, description="what the mix is made of")
+    sources: list[Source] = Field(
+        default=[], description="what the mix is made of; none where every student is a released one"
+    )
     max_length: PositiveInt | None = Field(
         default=2048, description="longest conversation in tokens; longer ones lose their last turns, or are left out"
     )
@@ -211,6 +213,13 @@ class Model(Section):
         if made == (self.pretrained is not None):
             raise ValueError("give either `pretrained`, or both `architecture` and `train`")
         return self
+
+
+class Release(Section):
+    """A checkpoint that the authors of GRACE released: dense with its codes beside it, packed for AWQ, or bf16."""
+
+    pretrained: str = Field(description="folder or hub id of the checkpoint")
+    revision: str | None = Field(default=None, description="hub revision of `pretrained`")
 
 
 class Cache(Section):

@@ -31,7 +31,8 @@ from grace.progress import progress
 def prepare_files(
     data: FilesData, processor: Path, benchmarks: Path | None, out: Path, parts: Path, workers: int = 1
 ) -> None:
-    """Write `out`: train.parquet, examples.safetensors, report.json and .md, processor/ and benchmarks/.
+    """Write `out`: train.parquet, examples.safetensors, report.json and .md, processor/ and benchmarks/; without sources
+    the last two alone.
 
     Images that lie in files stay where they are; `train.parquet` names them by the number of their source and their
     path inside its image folder, with their SHA-256. Where these folders lie stands in image_folders.json, which is
@@ -51,6 +52,10 @@ def prepare_files(
     for section in data.sources:
         if section.images is not None and not Path(section.images).is_dir():
             raise GraceError(f"{section.images}: no such folder; correct `images` of {section.path} in data.sources")
+    if not data.sources:  # nothing is trained
+        with whole_folder(out, data=_settings(data)) as folder:
+            _copy_asked(folder, processor, benchmarks)
+        return
     opened = [open_source(section.path) for section in data.sources]
     before = _stamps(opened)
     _keep_only(parts, data, processor, before)
@@ -79,12 +84,17 @@ def prepare_files(
         write_mix(written, order, ids, folder, parts)
         write_report(folder, data, written, summary, len(order.rows))
         write_json(folder / FOLDERS, {str(n): s.images for n, s in enumerate(data.sources) if s.images is not None})
-        from grace.models import load_processor
-
-        load_processor(processor).save_pretrained(folder / "processor")  # with the template and geometry of training
-        if benchmarks is not None:
-            shutil.copytree(benchmarks, folder / "benchmarks")
+        _copy_asked(folder, processor, benchmarks)
     shutil.rmtree(parts)
+
+
+def _copy_asked(folder: Path, processor: Path, benchmarks: Path | None) -> None:
+    """What evaluation reads."""
+    from grace.models import load_processor
+
+    load_processor(processor).save_pretrained(folder / "processor")  # with the template and geometry of training
+    if benchmarks is not None:
+        shutil.copytree(benchmarks, folder / "benchmarks")
 
 
 def _settings(data: FilesData) -> dict[str, Any]:

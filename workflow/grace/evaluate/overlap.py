@@ -4,14 +4,16 @@ Two images look the same when their difference hashes differ in at most `NEAR` o
 9 x 8 grey values, which of two neighbours in a row is brighter, and survives resizing and recompression but no crop.
 """
 
-from collections.abc import Iterable, Iterator
+import multiprocessing
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from grace.benchmarks.protocols import Spec, protocols_of, spec
+from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import Benchmark, benchmark
 from grace.data.conversations import read_images
 from grace.data.images import EncodedImage
@@ -22,6 +24,7 @@ from grace.files import write_json
 from grace.results.predictions import read_rows
 
 NEAR = 3  # bits
+CHUNK = 64  # images that a worker is handed at once
 _BANDS = NEAR + 1  # of 64 / _BANDS bits: hashes within NEAR bits agree in one of them
 
 
@@ -35,20 +38,25 @@ def _hashed(image: EncodedImage) -> tuple[str, int]:
     return image.sha256, difference_hash(image.open())
 
 
+def _all_hashed(images: Iterable[EncodedImage], workers: int) -> list[tuple[str, int]]:
+    if workers <= 1:
+        return list(map(_hashed, images))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return list(pool.map(_hashed, images, chunksize=CHUNK))
+
+
 class Seen:
     """Images of the training data, to be asked whether one is among them.
 
     Args:
         images: each once or more.
+        workers: processes that open them.
     """
 
-    def __init__(self, images: Iterable[EncodedImage]) -> None:
-        self.exact: set[str] = set()
-        looks: set[int] = set()
-        for image in images:
-            if image.sha256 not in self.exact:
-                self.exact.add(image.sha256)
-                looks.add(difference_hash(image.open()))
+    def __init__(self, images: Iterable[EncodedImage], workers: int = 1) -> None:
+        apart = {image.sha256: image for image in images}
+        self.exact = set(apart)
+        looks = {look for _, look in _all_hashed(apart.values(), workers)}
         self.bands: list[dict[int, list[int]]] = [{} for _ in range(_BANDS)]
         for look in looks:
             for band, part in zip(self.bands, _parts(look), strict=True):
@@ -73,14 +81,14 @@ def training_images(data: Path) -> Iterator[EncodedImage]:
         yield from images
 
 
-def overlap(seen: Seen, path: Path, entry: Benchmark, spec: Spec) -> dict:
+def overlap(seen: Seen, path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> dict:
     """Questions of a benchmark whose images were trained on: counts, and their ids by kind.
 
     Images that cannot be decoded are counted and belong to neither.
     """
     found: dict[str, list[str]] = {"exact": [], "near": []}
     questions = unreadable = 0
-    items = demo_items(path, None) if entry.mirrors else read_items(path, entry, spec, limit=spec.size)
+    items = demo_items(path, limit) if entry.mirrors else read_items(path, entry, spec, limit or spec.size)
     for name, item in items:
         questions += 1
         if isinstance(item, str):
@@ -113,20 +121,31 @@ def clean_score(rows: pd.DataFrame, found: dict) -> dict[str, float | int | None
     }
 
 
-def write_overlap(data: Path, out: Path, benchmarks: list[str], predictions: list[Path]) -> dict:
-    """Write to the JSON file `out` which questions of `benchmarks` show images of `data`/train.parquet.
+def write_overlap(
+    data: Path,
+    out: Path,
+    asked: Mapping[str, str],
+    predictions: Iterable[Path] = (),
+    limit: int | None = None,
+    workers: int = 1,
+) -> dict:
+    """Write to the JSON file `out` which questions show images of `data`/train.parquet.
 
     With folders of predictions also each benchmark's score over all questions and over the clean ones.
 
+    Args:
+        asked: the protocol whose questions are looked at, by benchmark.
+        limit: only the first so many questions of each benchmark.
+        workers: processes that open the training images.
+
     Raises:
-        GraceError: a benchmark is unknown or its file is missing or unreadable.
+        GraceError: a benchmark is unknown or its file is missing or unreadable, or a training image is.
     """
-    seen = Seen(training_images(data))
+    seen = Seen(training_images(data), workers)
     found = {}
-    for name in benchmarks:
-        entry, protocol = benchmark(name), protocols_of(name)[0]
-        how = spec(protocol, name)
-        found[name] = overlap(seen, questions_file(data, name, protocol), entry, how)
+    for name, protocol in asked.items():
+        path = questions_file(data, name, protocol)
+        found[name] = overlap(seen, path, benchmark(name), spec(protocol, name), limit)
         scores = {str(folder): folder / f"{name}.parquet" for folder in predictions}
         found[name]["models"] = {
             folder: clean_score(read_rows(path), found[name]) for folder, path in scores.items() if path.is_file()

@@ -2,7 +2,8 @@
 
 The template is rendered once for every form of conversation (roles, and images and texts in their order), with a mark
 in the place of each text. What it writes itself is read for control tokens; texts are put in afterwards and are not: one
-that spells `</s>` or `<image>` becomes the characters' tokens. Between two control tokens lies a run of text, which is
+that spells `</s>` or `<image>` becomes the characters' tokens (in a tokenizer of whole words, which has none, the unknown
+word). Between two control tokens lies a run of text, which is
 tokenised at once as the tokenizer does it inside the whole string, so a SentencePiece tokenizer puts its leading space
 where it always does.
 
@@ -99,6 +100,11 @@ class Template:
         self.image = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._controls = _control_tokens(self.tokenizer, processor.image_token)
         self._plain = _plain(self.tokenizer, self._controls)
+        self._control_ids = {
+            number
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if self._controls.fullmatch(token.content)
+        }
         started = self.tokenizer("")["input_ids"]
         self._start = started[:1] if started and started[0] == self.tokenizer.bos_token_id else []
         self._forms = cache(self._form)
@@ -207,6 +213,11 @@ class Template:
 
     def _content(self, ids: list[int], opens: bool) -> list[int]:
         ids = ids if opens else ids[1:]
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and not self._control_ids.isdisjoint(
+            ids
+        ):  # whole words: the text's token is the control's
+            ids = [unknown if token in self._control_ids else token for token in ids]
         if self._plain.token_to_id(_ANCHOR) in ids:
             raise GraceError(f"a text holds the characters {_ANCHOR.encode('unicode_escape').decode()}; leave it out")
         return ids

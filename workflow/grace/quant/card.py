@@ -23,6 +23,7 @@ METHODS = {
     "rtn": "round-to-nearest, without training",
     "awq": "AWQ, without training",
     "gptq": "GPTQ, without training",
+    "release": "the authors of GRACE, whose released checkpoint this is, code by code",
 }
 FORMATS = {
     "pack-quantized": ("compressed-tensors `pack-quantized`", "compressed-tensors"),
@@ -189,10 +190,13 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 content = [{{"type": "image", "path": "image.jpg"}}, {{"type": "text", "text": "{question}"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 ).to(model.device, model.dtype)
 answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)
-print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 _VLLM = """In vLLM (`pip install vllm`):
 

@@ -15,20 +15,21 @@ from typing import Any
 
 import torch
 
+from grace.config.pretrained import SIDECAR
 from grace.errors import GraceError
-from grace.files import read_json, whole_folder, write_json
+from grace.files import MANIFEST, read_json, sha256, whole_folder, write_json
 from grace.models.families import family_of_folder
 from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.awq_gemm import unpack_gemm
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
+from grace.quant.card import ABOUT, write_card
 from grace.quant.checkpoint import Checkpoint, TensorSpec, copy_companions, plain_config, write_checkpoint
 from grace.quant.grid import code_range
 from grace.quant.names import quantised_module
 from grace.quant.pack import quantization_config
 
 MODULES = "awq_quantized_modules.json"
-SIDECAR = "qat_quantized_weights.bin"
 ZERO_POINTS = -2004318072  # 0x88888888: eight zero points of 8
 OWN = ("qat", "awq_packing")  # parts of config.json that mean nothing here
 
@@ -94,7 +95,27 @@ def import_release(folder: Path, out: Path) -> None:
         (part / MODULES).unlink(missing_ok=True)
         plain = {key: value for key, value in plain_config(config, None).items() if key not in OWN}
         write_json(part / "config.json", {**plain, "quantization_config": settings})
+        write_json(part / ABOUT, _about(folder, config, released))
+        write_card(part)
         _verify(released, Checkpoint.of_folder(part), out)
+
+
+def _about(folder: Path, config: dict[str, Any], released: Released) -> dict[str, Any]:
+    """What `card.json` keeps of a release: `grace.quant.card.about` for codes that no student of ours holds."""
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    sources = sorted([*folder.glob("*.safetensors"), *folder.glob(SIDECAR)])
+    return {
+        "architecture": config["architectures"][0],
+        "bits": released.bits,
+        "group_size": released.group_size,
+        "method": "release",
+        "linears": len(released.linears),
+        "recipe": {
+            "imported": released.imported,
+            **{key: manifest[key] for key in ("pretrained", "revision") if manifest.get(key)},
+        },
+        "hashes": {path.name: sha256(path) for path in sources},
+    }
 
 
 def _verify(released: Released, written: Checkpoint, out: Path) -> None:

@@ -48,11 +48,12 @@ def role(recipe: Recipe) -> str:
 def roles(experiment: Experiment) -> dict[str, str]:
     """Role of every recipe. Where two share one, it goes to the first that is run and changes no constants, and the others
     are `variant`: the paper has one GRACE, not a sweep."""
-    run = {name for runs in experiment.runs for name in runs.recipes}
+    run = list(dict.fromkeys(name for runs in experiment.runs for name in runs.recipes))
 
-    def order(item: tuple[str, Recipe]) -> tuple[bool, bool]:
+    def order(item: tuple[str, Recipe]) -> tuple[bool, bool, int]:
         name, recipe = item
-        return name not in run, bool(recipe.method or recipe.train or recipe.constants or recipe.scale != "maxabs")
+        changes = bool(recipe.method or recipe.train or recipe.constants or recipe.scale != "maxabs")
+        return name not in run, changes, run.index(name) if name in run else len(run)
 
     found: dict[str, str] = {}
     for name, recipe in sorted(experiment.recipes.items(), key=order):
@@ -175,7 +176,8 @@ def what_was_run(experiment: Experiment, seeds: tuple[int, ...] = ()) -> str:
     else:
         names = [model.pretrained for model in (experiment.teacher, experiment.student) if model.pretrained]
         what = " to ".join(name.rstrip("/").split("/")[-1] for name in names) or experiment.family
-        what += ", on " + " + ".join(Path(source.path).stem for source in experiment.data.sources)
+        on = " + ".join(Path(source.path).stem for source in experiment.data.sources)
+        what += f", on {on}" if on else ", nothing trained"
     return f"{what}; {seed_range(seeds)}" if seeds else what
 
 

@@ -52,6 +52,7 @@ FILES = {
 }
 """The conversations that the authors' code names; the paper's text names none."""
 GROUP_SIZE = 128
+AUTHORS = ("ForeverBlue/", "FoeverBLUE/")  # the hub names that their pages give, newer and older
 METHOD = Method()  # its defaults are the sources' values
 UNSTATED = {"omega_warmup", "logits_dtype"}
 
@@ -87,6 +88,9 @@ def made_otherwise(experiment: Experiment, recipe: Recipe, quantised: bool) -> l
         found.append(f"quantization.group_size is {quantization.group_size} (there {GROUP_SIZE})")
     if recipe.post_training:
         return found
+    if recipe.released:
+        models = [hub_id(release.pretrained) for release in recipe.released.values()]
+        return [f"{name} is no hub id of the authors'" for name in models if not name.startswith(AUTHORS)]
     data = experiment.data
     if not isinstance(data, FilesData) or not {Path(source.path).name for source in data.sources} <= FILES:
         found.append("data.sources are other files")

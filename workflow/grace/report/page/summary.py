@@ -97,7 +97,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         f"{side}: {model.pretrained or _shape(model)}"
         for side, model in (("teacher", experiment.teacher), ("student", experiment.student))
     ]
-    data = experiment.data
+    data, length = experiment.data, experiment.finetune
     trained = f"{data.images:,} images made here" if data.source == "demo" else ", ".join(s.path for s in data.sources)
     first = next(iter(results.seeds))
     asked = sum(results.scores(first, name).values.shape[1] for name in results.benchmarks if results.has(first, name))
@@ -106,7 +106,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     averaged = "all" if len(results.averaged) == len(results.benchmarks) else f"{len(results.averaged)}"
     return [
         ("Models", f"{experiment.family} family; {'; '.join(models)}"),
-        ("Trained on", f"{trained}; every student {experiment.finetune.duration} in batches of {experiment.finetune.batch} from its seed's baseline"),
+        ("Trained on", f"{trained}; every student {length.duration} in batches of {length.batch} from its seed's baseline"
+         if length else "nothing: every student is a released one, or rounded"),
         ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in {len(results.benchmarks)} benchmarks "
          f"({', '.join(named)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
         ("Numbers", f"points, ± standard error (clustered by image, with the variance between seeds); the average is of {averaged} benchmarks"),

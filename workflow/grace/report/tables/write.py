@@ -8,6 +8,7 @@ from grace.report.tables.cells import CELLS, cell_lines
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
 from grace.report.tables.language import language_table
+from grace.report.tables.overlap import overlap_table
 from grace.report.tables.pairs import pairs_table
 from grace.report.tables.protocols import protocols_table
 from grace.report.tables.scores import groups_of, score_table
@@ -21,7 +22,7 @@ TITLES = {
     "table4": ("4", "Table 4: what distillation adds to quantisation-aware training"),
     "outliers": ("outliers", "Outliers: INT4 under the outlier transform, which is no table of the paper"),
 }
-NAMES = ("claims", "pairs", *TITLES, "measures", "protocols", "language", "deployment")
+NAMES = ("claims", "pairs", *TITLES, "measures", "protocols", "overlap", "language", "deployment")
 
 
 def build_tables(results: Results, known: dict | None = None) -> list[Table]:
@@ -35,6 +36,7 @@ def build_tables(results: Results, known: dict | None = None) -> list[Table]:
         *tables,
         measures_table(results),
         protocols_table(results),
+        overlap_table(results),
         language_table(results),
         deployment_table(results),
     ]

@@ -1,0 +1,78 @@
+"""Scores with and without the questions whose images were trained on."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from grace.files import read_json
+from grace.report.paper import label, what_was_run
+from grace.report.tables.footnotes import gaps
+from grace.report.tables.table import Cell, Line, Table
+from grace.results.read import TEACHER, Results, Row
+from grace.results.statistics import Scores, estimate
+
+FILE = "overlap.json"
+
+
+def overlap_table(results: Results) -> Table:
+    """Rows are models; two columns for each benchmark that shares images with the training data: all questions, and the rest."""
+    path = results.folder / FILE
+    table = Table(
+        "overlap", "Overlap: scores without the questions whose images were trained on", ["Model", "Bits"], []
+    )
+    if not path.is_file():
+        table.notes = ["Images of the benchmarks were not looked for in the training data."]
+        return table
+    about = read_json(path)
+    found = {name: entry for name, entry in about["benchmarks"].items() if name in results.benchmarks}
+    table.notes = [_counts(results, name, entry) for name, entry in found.items()]
+    table.notes += [
+        f"Near: a 64-bit difference hash (9 x 8 grey values) that differs in at most {about['near_bits']} bits from one of "
+        f"the {about['training_images']:,} training images'. It survives resizing and recompression, not cropping."
+    ]
+    shared = {name: {*entry["exact"], *entry["near"]} for name, entry in found.items()}
+    shared = {name: samples for name, samples in shared.items() if samples}
+    if not shared:
+        table.notes = ["No question of any benchmark shows a training image.", *table.notes]
+        return table
+    table.columns = [text for name in shared for text in (results.mirrors[name], f"{results.mirrors[name]}, clean")]
+    for row in results.seeds:
+        cells = []
+        for name, samples in shared.items():
+            cells += _cells(results, row, name, samples) if results.has(row, name) else [Cell(), Cell()]
+        run = what_was_run(results.experiment, results.seeds[row])
+        table.lines.append(Line([label(results.experiment, row), row.precision], cells, "", run))
+    table.notes = [
+        "100 × the mean score over all questions, and over those whose images were not trained on; mean over seeds ± standard "
+        "error (clustered by image, with the variance between seeds). Nothing is tested here.",
+        *table.notes,
+        *gaps(results),
+    ]
+    return table
+
+
+def _counts(results: Results, name: str, entry: dict[str, Any]) -> str:
+    unread = f"; images of {entry['unreadable']:,} could not be read" if entry["unreadable"] else ""
+    return (
+        f"{results.mirrors[name]}: of {entry['questions']:,} questions {entry['exact_count']:,} show the very file of a "
+        f"training image and {entry['near_count']:,} nearly the same look{unread}."
+    )
+
+
+def _cells(results: Results, row: Row, name: str, shared: set[str]) -> list[Cell]:
+    """All questions, and the clean ones."""
+    frames = [results.predictions(row, seed, name, ["sample_id", "image_id", "score"]) for seed in results.seeds[row]]
+    values = 100 * np.stack([frame["score"].to_numpy(dtype=float) for frame in frames])
+    images = pd.factorize(frames[0]["image_id"])[0]
+    clean = ~frames[0]["sample_id"].isin(shared).to_numpy()
+    seeds = ("teacher",) if row == TEACHER else results.seeds[row]
+    files = (*results.files(row, name), FILE)
+    cells = []
+    for kept in (np.ones_like(clean), clean):
+        if not kept.any():
+            cells.append(Cell(text="none left"))
+            continue
+        score = estimate([Scores(values[:, kept], images[kept], seeds)])
+        cells.append(Cell(score.value, score.stderr, files=files))
+    return cells
