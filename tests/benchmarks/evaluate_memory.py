@@ -1,6 +1,6 @@
-"""Peak memory of asking a large benchmark, without a model: python tests/benchmarks/evaluate_memory.py {grace|lmms-eval} ROWS
+"""Peak memory of asking a large benchmark, without a model: python tests/benchmarks/evaluate_memory.py {grace|lmms-eval} ROWS [WIDTH]
 
-Rows are VQAv2's with a JPEG of about 60 kB each; a stand-in answers at once, so that what is measured is reading,
+Rows are VQAv2's with a JPEG each, WIDTH x 3/4 WIDTH pixels (640: about 100 kB); a stand-in answers at once, so that what is measured is reading,
 rendering, holding and scoring.
 """
 
@@ -23,6 +23,7 @@ from grace.benchmarks.protocols import spec
 from grace.benchmarks.registry import benchmark
 
 HARNESS, ROWS = sys.argv[1], int(sys.argv[2])
+WIDTH = int(sys.argv[3]) if len(sys.argv) > 3 else 640
 
 
 class Silent:
@@ -46,7 +47,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         path, pixels = Path(folder) / "vqav2.parquet", np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
         kept = io.BytesIO()
-        Image.fromarray(pixels).resize((640, 480)).save(kept, "JPEG", quality=90)
+        Image.fromarray(pixels).resize((WIDTH, WIDTH * 3 // 4)).save(kept, "JPEG", quality=90)
         answers = [{"answer": "red", "answer_id": i} for i in range(10)]
         with pq.ParquetWriter(path, pa.Table.from_pylist([
             {"question_id": 0, "question": "what", "answers": answers, "image": {"bytes": b"", "path": ""}}

@@ -26,6 +26,7 @@ from grace.models.families.files import read_config
 IMAGES = ("image", "image_1")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PACKAGES = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
+VLLM = "evaluation.engine: vllm is not installed in this environment; `pip install vllm` there, or set engine: grace"
 INSTALL = {
     "lm-eval": "pip install 'lm-eval>=0.4.13'",
     "lmms-eval": "pip install --no-deps -r envs/lmms-eval.txt",
@@ -268,6 +269,8 @@ def _harness(experiment: Experiment) -> Iterator[str]:
     for name in dict.fromkeys(harnesses):
         if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
             yield f"evaluation.harness: {name} is not installed; {INSTALL[name]}"
+    if evaluation.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield VLLM
     if evaluation.harness == "vlmeval":
         checkout = evaluation.vlmeval_checkout
         if checkout is None:

@@ -203,6 +203,9 @@ class Experiment(Section):
                 raise ValueError(
                     f"resources.{job}.nodes {asked.nodes}: such a job runs on one machine; {', '.join(TRAININGS)} share several"
                 )
+        asking = self.resources.get("evaluate")
+        if self.evaluation.engine == "vllm" and asking is not None and asking.gpus > 1:
+            raise ValueError("resources.evaluate.gpus: evaluation.engine `vllm` takes one GPU a model; set it to 1")
         unknown = [b for b in self.evaluation.benchmarks if b not in DEMO_BENCHMARKS]
         if isinstance(self.data, DemoData) and unknown:
             raise ValueError(

@@ -297,6 +297,10 @@ class Evaluation(Section):
         default="lm-eval",
         description="whose code asks and scores: grace (any protocol), or a harness's own (its own protocol)",
     )
+    engine: Literal["grace", "vllm"] = Field(
+        default="grace",
+        description="what computes the answers: grace (this package), or vllm where that is installed, with harness grace",
+    )
     language: list[str] = Field(
         default=[], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
     )
@@ -309,6 +313,10 @@ class Evaluation(Section):
         stems = [task.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml") for task in self.language]
         if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
             raise ValueError(f"language names `{repeated[0]}` twice, and their scores share a file; rename one")
+        if self.engine == "vllm" and (self.harness != "grace" or self.language):
+            raise ValueError(
+                "engine `vllm` answers questions of harness `grace` alone, and no language tasks; change either"
+            )
         if nowhere := unknown(self.protocol):
             raise ValueError(f"protocol: there is no `{nowhere[0]}`; protocols are {', '.join(PROTOCOLS)}")
         return self

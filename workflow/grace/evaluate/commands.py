@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pandas as pd
 
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.config.preflight import VLLM
 from grace.config.runs import EvaluateRun, read_run
 from grace.config.sections import Evaluation
 from grace.errors import GraceError
@@ -108,7 +110,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     tasks = tasks_of(settings)
     harness = _harness(settings)
     made_by, world = model_hash(model), this_world()
-    how = settings.model_dump(include={"batch", "harness"})
+    how = settings.model_dump(include={"batch", "harness"})  # the engine stands in `harness`
     answers = answers_key(made_by, how, harness)
     out.mkdir(parents=True, exist_ok=True)
     failed, keys, files = [], {}, {}
@@ -205,9 +207,16 @@ def _asking(
     from grace.teacher.forward import check_sight_alone
 
     settings, world = parameters.evaluation, this_world()
+    asks = importlib.import_module(ADAPTERS[settings.harness])
     sizes = [task.spec.size for task in pending]
     total = sum(size if settings.limit is None else min(size, settings.limit) for size in sizes)
     with progress(f"evaluating {model}", total) if world.first else nullcontext(lambda steps: None) as advance:
+        if settings.engine == "vllm":
+            from grace.evaluate.engine_vllm import VllmRunner
+
+            with VllmRunner.of_folder(model, settings.batch) as vllm:
+                yield vllm, asks.predictor(vllm, settings, advance)
+            return
         if world.device.type == "cuda":  # packed weights are decoded as they ship
             loaded = load_for_inference(model, device=str(world.device))
         else:
@@ -216,14 +225,14 @@ def _asking(
         processor = load_processor(model)
         check_sight_alone(loaded, processor)
         runner = Runner(loaded, processor, settings.batch, kept=kept)
-        yield runner, importlib.import_module(ADAPTERS[settings.harness]).predictor(runner, settings, advance)
+        yield runner, asks.predictor(runner, settings, advance)
 
 
 def _harness(settings) -> dict[str, str]:
     """Name and version of the harness; a `GraceError` says how to install a missing one."""
     name = settings.harness
     if name == GRACE:
-        return {"name": name, "version": PROTOCOL_CODE}
+        return {"name": name, "version": PROTOCOL_CODE, **_engine(settings)}
     if name == VLMEVAL:
         if settings.vlmeval_checkout is None:
             raise GraceError("evaluation.vlmeval_checkout: is not set; give the folder of a VLMEvalKit checkout")
@@ -238,6 +247,19 @@ def _harness(settings) -> dict[str, str]:
         return {"name": name, "version": importlib.metadata.version(_PACKAGES[name])}
     except importlib.metadata.PackageNotFoundError:
         raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {_INSTALL[name]}") from None
+
+
+def _engine(settings) -> dict[str, str]:
+    """What else than this package computes the answers, with its version."""
+    if settings.engine == GRACE:
+        return {}
+    if importlib.util.find_spec("vllm") is None:
+        raise GraceError(VLLM)
+    name, *_ = importlib.metadata.packages_distributions().get("vllm", ["vllm"])  # a CPU build has a name of its own
+    try:
+        return {"engine": f"{name} {importlib.metadata.version(name)}"}
+    except importlib.metadata.PackageNotFoundError:
+        return {"engine": "vllm, of no known version"}
 
 
 def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluation, about: dict) -> None:

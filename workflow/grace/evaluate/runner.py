@@ -92,10 +92,7 @@ class Runner:
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
-            asked = [questions[i] for i in rows]
-            seen = self.sight(asked)
-            read = [Prompt(prompts[i], images) for i, images in zip(rows, seen, strict=True)]
-            found = self._generate(read, alike[rows[0]][0])
+            found = self._answer([questions[i] for i in rows], [prompts[i] for i in rows], alike[rows[0]][0])
             if self.parts:
                 self.parts.add(name, rows, found)
             advance(len(rows) * self.world.size)
@@ -106,6 +103,11 @@ class Runner:
 
         answers |= self._together(self._batches(order, alike), ask, answers, before)
         return [answers[i] for i in range(len(questions))]
+
+    def _answer(self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
+        """One batch, from its questions and their prompts' tokens."""
+        seen = self.sight(questions)
+        return self._generate([Prompt(*each) for each in zip(prompts, seen, strict=True)], new_tokens)
 
     def _tokens(self, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of every prompt, as training has them, visual tokens included."""
