@@ -295,8 +295,10 @@ def evaluate(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
     _start(processes)
+    from grace.config.runs import EvaluateRun
     from grace.evaluate.commands import evaluate as ask
     from grace.evaluate.waiting import ask_waiting
+    from grace.files import read_json
     from grace.world import this_world
 
     failed, since = [], time.monotonic()
@@ -313,7 +315,8 @@ def evaluate(
         with _job(predictions, files=(run,), folders=(one, data), subcommand="evaluate", wait_s=0):
             ask(run, one, data, predictions, manifest=False)
 
-    if others is not None and this_world().size == 1:
+    own_engine = EvaluateRun.model_validate(read_json(run)).evaluation.engine == "grace"  # vLLM starts for each anew
+    if others is not None and own_engine and this_world().size == 1:
         ask_waiting(others, since, ask_too)
 
 

@@ -78,7 +78,7 @@ def _from(file: str, **more: str) -> dict[str, str]:
 _LMMS = {
     "vqav2": Spec(
         "{{question}}" + _SHORT, 16, "vqa_challenge", "vqa_challenge", "vqa_accuracy", 214_354,
-        _from("vqav2/{vqav2_val.yaml,utils.py}"), unverified=("size",),
+        _from("vqav2/{vqav2_val.yaml,utils.py}"),
     ),
     "gqa": Spec(
         "{{question}}" + _SHORT, 16, "whole", "exact_match", "exact_match", 12_578, _from("gqa/{gqa.yaml,utils.py}"),
@@ -185,7 +185,7 @@ _KIT = {
     "vizwiz": _kit_vqa("{{question}}", "vqa_vlmevalkit", "vqa_vlmevalkit", "vqa_accuracy", 4_319),
     "pope": _kit_yes_no("pope", 9_000, ("size",)),
     "mme": _kit_yes_no("mme", 2_374),
-    "hallusionbench": _kit_yes_no("hallusion", 951, ("size",), group=("subcategory",), rows="with_image"),
+    "hallusionbench": _kit_yes_no("hallusion", 951, group=("subcategory",), rows="with_image"),
     "scienceqa-img": _kit_choice("exact_match", 2_017, ("size",)),
     "mmbench": _kit_choice("circular", 4_329, ("size",)),
     "mmbench-test": _kit_choice("circular", 6_666, ("size",), hidden=True),
@@ -293,7 +293,7 @@ _RELEASE = {
     ),
     "hallusionbench": Spec(
         "{{question | trim}}\nAnswer with only 'Yes' or 'No'.", 8, "yes_no_grace", "same", "hallusion", 1_129,
-        _from("HallusionBench/eval_hallusion.py"), group=("category", "subcategory"), unverified=("size",),
+        _from("HallusionBench/eval_hallusion.py"), group=("category", "subcategory"),
     ),
     "ocrbench": Spec(
         "{{question | trim}}", 128, "whole", "contains_grace", "contains", 1_000, _from("OCRBench/eval_ocrbench.py"),

@@ -6,7 +6,7 @@ each imitates one of the paper's (`mirrors`) and brings its prompt, extraction a
 
 `unverified` names the fields whose values are not from the source (the data set's own card or the harness's code):
 treat them as hearsay. Sizes of POPE, MME, AI2D, OCRBench and MMStar agree with their cards' rounded counts; those of
-TextVQA, VizWiz and MMMU stand on the cards exactly. A revision is the data set's newest when its card was read; the
+TextVQA, VizWiz, MMMU and HallusionBench stand on the cards exactly, VQAv2's on its download page. A revision is the data set's newest when its card was read; the
 tasks themselves pin none.
 """
 
@@ -89,7 +89,7 @@ _RELEASED = {"release": "grace-release"}  # the released table's columns that ha
 PAPER = (
     Benchmark(
         "vqav2", "VQAv2", "validation", "CC-BY-4.0 (annotations), COCO terms (images)", 214_354,
-        **_harnesses("vqav2_val", "", "lmms-lab-encoder/VQAv2", ""), unverified=_HEARSAY,
+        **_harnesses("vqav2_val", "", "lmms-lab-encoder/VQAv2", ""), unverified=("licence",),
     ),
     Benchmark(
         "gqa", "GQA", "testdev", "CC-BY-4.0", 12_578, **_harnesses(
@@ -142,7 +142,7 @@ PAPER = (
     Benchmark(
         "hallusionbench", "HallusionBench", "image", "BSD-3-Clause", 951, **_harnesses(
             "", "HallusionBench", "", "0c23ac0dc9ef46832d7a24504f2a0c7c",
-        ), paper=_RELEASED, unverified=("size",),
+        ), paper=_RELEASED,
     ),
     Benchmark(
         "ai2d", "AI2D", "test", "CC-BY-SA-4.0", 3_088, **_harnesses(
