@@ -295,10 +295,9 @@ def evaluate(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
     _start(processes)
-    from grace.config.runs import EvaluateRun
+    from grace.config.runs import EvaluateRun, read_run
     from grace.evaluate.commands import evaluate as ask
     from grace.evaluate.waiting import ask_waiting
-    from grace.files import read_json
     from grace.world import this_world
 
     failed, since = [], time.monotonic()
@@ -315,7 +314,7 @@ def evaluate(
         with _job(predictions, files=(run,), folders=(one, data), subcommand="evaluate", wait_s=0):
             ask(run, one, data, predictions, manifest=False)
 
-    own_engine = EvaluateRun.model_validate(read_json(run)).evaluation.engine == "grace"  # vLLM starts for each anew
+    own_engine = read_run(run, EvaluateRun).evaluation.engine == "grace"  # vLLM starts for each anew
     if others is not None and own_engine and this_world().size == 1:
         ask_waiting(others, since, ask_too)
 
@@ -335,15 +334,14 @@ def overlap(
 ) -> None:
     """Count the benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
     from grace.benchmarks.protocols import protocols_of
-    from grace.config.runs import EvaluateRun
+    from grace.config.runs import EvaluateRun, read_run
     from grace.evaluate.overlap import write_overlap
-    from grace.files import read_json
 
     if (run is None) == (not benchmark):
         raise GraceError("grace overlap: give either --benchmark, once or more, or --run")
     asked, limit = {name: protocols_of(name)[0] for name in benchmark or ()}, None
     if run is not None:
-        settings = EvaluateRun.model_validate(read_json(run)).evaluation
+        settings = read_run(run, EvaluateRun).evaluation
         asked, limit = {name: settings.protocols(name)[0] for name in settings.benchmarks}, settings.limit
     with _job(out, files=(run,), folders=(data,), subcommand="overlap"):
         found = write_overlap(data, out, asked, predictions or [], limit, workers)
