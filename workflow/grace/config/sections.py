@@ -151,6 +151,10 @@ class Optimisation(Section):
         description="write checkpoints while training goes on, from a copy that stays in the host's memory; false: "
         "training waits",
     )
+    validate_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between measurements of the cross-entropy on the data's development split, for the log alone",
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
         description="a loss that is NaN or infinite: stop with the records named, or skip the step and count",

@@ -7,6 +7,7 @@ import torch
 
 from grace.config.runs import TrainRun, read_run
 from grace.data import load_prepared
+from grace.data.development import development_examples
 from grace.data.prepared import captions_of
 from grace.distributed import join_world, whole
 from grace.errors import GraceError
@@ -20,6 +21,7 @@ from grace.teacher.forward import check_examples, check_sight
 from grace.train.checkpoint import finish, finished, publish
 from grace.train.loop import Trainer, counted, run_identity
 from grace.train.objective import Objective
+from grace.train.watch import check_watchers
 from grace.world import World
 
 
@@ -118,11 +120,13 @@ def _train(
     teacher: Path | None,
 ) -> None:
     """All steps that are left, and the finished run beside the checkpoints."""
+    check_watchers()
     torch.manual_seed(parameters.seed)
     processor = load_processor(data / "processor")
     model = _starting_model(parameters, processor, data, init, world)
     _check_weights(model, init)
     size = vocabulary(processor)
+    development = development_examples(data, processor) if parameters.optimisation.validate_every else []
     examples = load_prepared(data, vision_tower(model))
     asked = int((~captions_of(examples)).sum())
     parameters = parameters.model_copy(update={"optimisation": counted(parameters.optimisation, asked)})
@@ -136,6 +140,17 @@ def _train(
     check_sight(model, processor, examples)
     objective.check(examples)
     growing = checkpoints / "train.jsonl"  # the log is a rule's output, which Snakemake deletes when the job is killed
-    trainer = Trainer(model, processor, examples, parameters, objective, growing, checkpoints, identity, world)
+    trainer = Trainer(
+        model,
+        processor,
+        examples,
+        parameters,
+        objective,
+        growing,
+        checkpoints,
+        identity,
+        world,
+        development=development,
+    )
     trainer.train()
     _finish(model, processor, trainer)

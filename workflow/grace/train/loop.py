@@ -33,6 +33,7 @@ from grace.train.checkpoint import Checkpoints, note_part, noted_part
 from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
 from grace.train.optimizer import MasterAdamW
+from grace.train.watch import Watchers
 from grace.world import World
 
 _KEYS = "under teacher.train, student.train, finetune or the recipe's train, whichever is trained here"
@@ -74,6 +75,7 @@ class Trainer:
         checkpoints: folder for resumable checkpoints, outside the rule's outputs.
         identity: what a checkpoint must agree with (`run_identity`).
         sharding: of the decoder over several processes.
+        development: what the loss is also measured on, where `validate_every` asks for it.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Trainer:
         identity: str,
         world: World,
         sharding: Sharding = Sharding(),  # noqa: B008  (it is frozen)
+        development: Sequence[Example] = (),
     ) -> None:
+        self.development = list(development)
         self.model, self.processor, self.examples, self.run, self.world = model, processor, examples, run, world
         self.log, self.checkpoints, self.identity = log, checkpoints, identity
         self.lengths, self.captions = lengths_of(examples), captions_of(examples)
@@ -132,7 +136,13 @@ class Trainer:
         self.part = noted_part(self.checkpoints, self.identity, self.part, self.world)
         self.model.train()
         kept = self.log.open("a") if self.world.first else io.StringIO()  # the others write nothing
-        with progress("training", steps) as advance, kept as lines, ExitStack() as feeds:
+        watchers = Watchers(self.checkpoints, done, run.model_dump(), self.world)
+        with (
+            progress("training", steps) as advance,
+            kept as lines,
+            closing(watchers),
+            ExitStack() as feeds,
+        ):
             feed = feeds.enter_context(closing(self._feed(done)))
             advance(done)
             for step, chosen in zip(range(done, steps), self._plan(done), strict=False):
@@ -140,6 +150,9 @@ class Trainer:
                     feeds.close()
                     feed = feeds.enter_context(closing(self._feed(step)))
                 saver.raise_failure()
+                if run.optimisation.validate_every and (step + 1) % run.optimisation.validate_every == 0:
+                    entry["development_ce"] = float(f"{self._validate():.7g}")
+                watchers.step(entry)
                 if self.world.first:
                     lines.write(json.dumps(entry) + "\n")
                 shown = {name: entry[name] for name in ("loss", "ce", "kd", "rcka", "beta", "mfu") if name in entry}
@@ -153,6 +166,17 @@ class Trainer:
                              "skipped": self.skipped, "part": self.part}  # fmt: skip
                     saver.save(step + 1, self.optimizer.parts(), facts)
             saver.wait()
+
+    def _validate(self) -> float:
+        """The mean cross-entropy over the development split's labels; changes nothing."""
+        self.model.eval()
+        sums = {"ce": 0.0, "tokens": 0.0}
+        for micro in self._cuts(self.development):
+            ce, tokens = self.objective.cross_entropy(self._batch(micro.examples))
+            sums = {"ce": sums["ce"] + micro.share * float(ce), "tokens": sums["tokens"] + micro.share * tokens}
+        sums = self.world.add(sums)
+        self.model.train()
+        return sums["ce"] / max(sums["tokens"], 1.0)
 
     def _plan(self, done: int) -> Iterator[list[Example]]:
         """The conversations of every optimiser step after `done`."""
@@ -184,11 +208,15 @@ class Trainer:
         chosen = islice(self._plan(done), self.run.optimisation.total - done)
         return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
 
-    def _prepare(self, micro: MicroBatch) -> tuple[Batch, Targets | None]:
-        """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
-        batch = collate(micro.examples, self.processor)
+    def _batch(self, examples: list[Example]) -> Batch:
+        batch = collate(examples, self.processor)
         if self.packed:
             batch.packed = packed_row(self.model, batch, self.part)
+        return batch
+
+    def _prepare(self, micro: MicroBatch) -> tuple[Batch, Targets | None]:
+        """The tensors of a micro-batch and the teacher's record of it; runs in the background."""
+        batch = self._batch(micro.examples)
         targets = self.objective.targets(batch.keys)
         if self.world.device.type == "cuda":
             return batch.pin_memory(), targets and targets.pin_memory()

@@ -15,6 +15,8 @@ from grace.data import Batch, Example
 from grace.distill.cross_entropy import cross_entropy_from_hidden
 from grace.models import forward_inputs, head_weight, output_head
 
+LOGITS_ROWS = 512  # tokens whose logits are made together where nothing is trained on them
+
 
 class Targets(Protocol):
     """What the teacher says of a micro-batch."""
@@ -65,6 +67,18 @@ class Objective:
             loss, parts = loss + aligned, parts | more
         loss.backward()
         return parts | {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def cross_entropy(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """The sum of the cross-entropy over a batch's labels, fp64 on the device, and how many there are."""
+        rows, columns, labels = batch.supervised()
+        rows, columns, labels = map(self._here, (*batch.place(rows, columns), labels))
+        inputs = forward_inputs(self.model, batch.input_ids, batch.attention_mask, batch.pixels, batch.packed)
+        states = cast(nn.Module, self.model.model)(**inputs, use_cache=False).last_hidden_state[rows, columns]
+        head, total = head_weight(self.model, self.vocabulary), torch.zeros((), dtype=torch.float64, device=self.device)
+        for some, asked in zip(states.split(LOGITS_ROWS), labels.split(LOGITS_ROWS), strict=True):
+            total += nn.functional.cross_entropy(some.float() @ head.float().T, asked, reduction="sum")
+        return total, len(labels)
 
     def _here(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, non_blocking=True)
