@@ -47,7 +47,7 @@ def environment(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
         for side in (a, b):
             made_with = side / name / ENVIRONMENT
             about = {"environment": read_json(made_with)} if made_with.is_file() else {}
-            about |= read_json(side / name / MANIFEST)
+            about |= read_manifest(side / name / MANIFEST)
             kept = {key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT}
             sides.append(dict(flatten(kept, lists=True)))
         for key, old, new in _differences(*sides):

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from grace.config.accepted import accepted, resolved
 from grace.config.code import CodeIndex, changed
 from grace.errors import GraceError
@@ -135,7 +137,7 @@ class Results:
         step = Step(
             output, state, now, len(files) or int(path.is_file()),
             sum(sizes) if files else path.stat().st_size if path.is_file() else 0,
-            environment=read_json(made_with) if path.name == MANIFEST and made_with.is_file() else None,
+            environment=_made_with(made_with) if path.name == MANIFEST and made_with.is_file() else None,
         )  # fmt: skip
         if record is not None:
             self._add_record(step, record)
@@ -221,6 +223,42 @@ class Results:
             found[name] = self.step(name)
             waiting += [i.path for i in found[name].inputs if self.record(i.path) is not None]
         return found
+
+
+class _Code(BaseModel):
+    revision: str | None = None
+    modified: bool | None = None
+    sha256: str | None = None
+
+
+class _Hardware(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    processor: str = ""
+    cores: int = 0
+    memory_gib: float = 0
+    gpus: list[str] = []
+    visible: str | None = None
+
+
+class _Environment(BaseModel):
+    """`environment.json`, as `grace.environment` writes it; by any version."""
+
+    model_config = ConfigDict(extra="allow")
+
+    code: _Code = _Code()
+    packages: dict[str, str] = {}
+    hardware: _Hardware = _Hardware()
+    python: str = ""
+
+
+def _made_with(path: Path) -> dict[str, Any]:
+    try:
+        return _Environment.model_validate(read_json(path)).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole of it"
+        raise GraceError(f"{path}: damaged (`{where}`: {first['msg'].lower()}); take it from DVC, or remove it") from None
 
 
 def _gpus(environment: dict[str, Any] | None) -> int:
