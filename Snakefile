@@ -42,10 +42,18 @@ os.environ.update(
 # What a killed run left is put in order; after a clone and a `dvc pull`, results that match their records are as good
 # as built here.
 if workflow.is_main_process:
-    if take_over():
-        mend_records()
-        drop_accepted(plan.folder)
-    restore(plan.folder)
+    try:
+        if take_over():
+            mend_records()
+            drop_accepted(plan.folder)
+        restore(plan.folder)
+    except GraceError as error:
+        raise WorkflowError(str(error)) from None
+    except OSError as error:
+        raise WorkflowError(
+            f"{error.filename or plan.folder}: {error.strerror}; Snakemake has to write here, in .snakemake and "
+            "results: run it in a folder of yours, or ask the owner of this one for the right to write"
+        ) from None
 
 
 # What is not in place is said before the first job, all of it at once; a dry run says it too, and shows its plan.

@@ -44,6 +44,17 @@ def test_a_second_run_finds_nothing_to_do(built: Tree) -> None:
     assert built.planned() == []
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    """Of another user or on a read-only disk; played by a file where a folder has to be, which stops root too."""
+    tree = Tree.make(tmp_path / "tree")
+    (tree.folder / ".snakemake").mkdir()
+    (tree.folder / ".snakemake/grace").touch()
+    done = tree.snakemake("--dry-run", check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and ".snakemake/grace: File exists; Snakemake has to write here" in said
+    assert "Traceback" not in said
+
+
 def test_a_recipes_setting_reruns_that_recipe_and_what_follows(tree: Tree) -> None:
     tree.edit(recipes__finetune={"train": {"learning_rate": 2e-3}})
     name = "finetune at int4, seed 0"

@@ -35,7 +35,7 @@ def take_over(wait_s: float = 3.0) -> bool:
     """
     path = STATE / "grace" / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # a group that shares the folder has its umask say so
     _held.append(descriptor)
     end = time.monotonic() + wait_s
     while not (alone := _locked(descriptor, fcntl.LOCK_EX)) and _left() and time.monotonic() < end:
