@@ -8,13 +8,12 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from grace.cluster.start import drop_accepted, mend_records, take_over
+from grace.cluster.start import put_in_order
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.preflight import missing
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
-from grace.provenance.snakemake_records import restore
 
 min_version("9.27")
 
@@ -43,17 +42,9 @@ os.environ.update(
 # as built here.
 if workflow.is_main_process:
     try:
-        if take_over():
-            mend_records()
-            drop_accepted(plan.folder)
-        restore(plan.folder)
+        put_in_order(plan.folder)
     except GraceError as error:
         raise WorkflowError(str(error)) from None
-    except OSError as error:
-        raise WorkflowError(
-            f"{error.filename or plan.folder}: {error.strerror}; Snakemake has to write here, in .snakemake and "
-            "results: run it in a folder of yours, or ask the owner of this one for the right to write"
-        ) from None
 
 
 # What is not in place is said before the first job, all of it at once; a dry run says it too, and shows its plan.

@@ -16,11 +16,30 @@ from base64 import urlsafe_b64decode
 from pathlib import Path
 
 from grace.cluster.lock import lock_path
+from grace.errors import GraceError
 from grace.files import MANIFEST
-from grace.provenance.snakemake_records import _record_path
+from grace.provenance.snakemake_records import _record_path, restore
 
 STATE = Path(".snakemake")
 _held: list[int] = []  # open for as long as this process lives
+
+
+def put_in_order(results: str | Path) -> None:
+    """All of it, before the DAG is made; and the records of results that came by git and DVC are put back.
+
+    Raises:
+        GraceError: this folder can't be written, or its records are damaged.
+    """
+    try:
+        if take_over():
+            mend_records()
+            drop_accepted(results)
+        restore(results)
+    except OSError as error:
+        raise GraceError(
+            f"{error.filename or results}: {error.strerror}; Snakemake has to write here, in .snakemake and results: run it "
+            "in a folder of yours, or ask the owner of this one for the right to write"
+        ) from None
 
 
 def take_over(wait_s: float = 3.0) -> bool:

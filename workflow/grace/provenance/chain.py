@@ -258,7 +258,9 @@ def _made_with(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole of it"
-        raise GraceError(f"{path}: damaged (`{where}`: {first['msg'].lower()}); take it from DVC, or remove it") from None
+        raise GraceError(
+            f"{path}: damaged (`{where}`: {first['msg'].lower()}); take it from DVC, or remove it"
+        ) from None
 
 
 def _gpus(environment: dict[str, Any] | None) -> int:
