@@ -55,7 +55,7 @@ class Llava(Family):
             LlavaProcessor,
         )
 
-        from grace.models.families.sentencepiece import read_sentencepiece
+        from grace.models.families.llama_vocabulary import read_sentencepiece
 
         if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
             tokenizer = read_sentencepiece(folder)
