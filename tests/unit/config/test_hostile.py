@@ -93,6 +93,16 @@ WRONG_VALUES = {
     "infinite": ("finetune.learning_rate", float("inf"), "`finetune.learning_rate` is inf: input should be a finite"),
     "a recipe's": ("recipes.grace.method", {"tau": float("nan")}, "`recipes.grace.method.tau` is nan: input should be"),
     "a billion terabytes": ("resources.prepare", {"mem_mb": 1e30}, "`resources.prepare.mem_mb` is 1e+30"),
+    "a command in a partition": (
+        "resources.prepare",
+        {"partition": "x'; touch y; '"},
+        "`resources.prepare.partition` is",
+    ),
+    "an option as an account": (
+        "resources.prepare",
+        {"account": "--wrap=id"},
+        "`resources.prepare.account` is '--wrap",
+    ),
     "a path": ("experiment", "../../x", "`experiment` is '../../x': string should match pattern"),
     "a command": ("experiment", "a;touch x", "`experiment` is 'a;touch x': string should match"),
     "a line break": ("experiment", "demo\n", "`experiment` is 'demo\\n': string should match"),

@@ -205,7 +205,7 @@ class Model(Section):
     """A model: either made here (`architecture` and `train`) or fetched (`pretrained`)."""
 
     pretrained: str | None = Field(
-        default=None, description="folder or hub id of a pretrained model; null: train one here"
+        default=None, pattern=r"^[^-]", description="folder or hub id of a pretrained model; null: train one here"
     )
     revision: str | None = Field(default=None, description="hub revision of `pretrained`")
     architecture: Architecture | None = Field(default=None, description="shape of the model made here")
@@ -222,7 +222,7 @@ class Model(Section):
 class Release(Section):
     """A checkpoint that the authors of GRACE released: dense with its codes beside it, packed for AWQ, or bf16."""
 
-    pretrained: str = Field(description="folder or hub id of the checkpoint")
+    pretrained: str = Field(pattern=r"^[^-]", description="folder or hub id of the checkpoint")
     revision: str | None = Field(default=None, description="hub revision of `pretrained`")
 
 
@@ -360,6 +360,10 @@ Job = Literal[
 TRAININGS = ("train_teacher", "train_baseline", "finetune", "distil")  # kinds of job that several machines can share
 
 
+SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*$"
+"""Snakemake's Slurm plugin puts these into a shell's command line."""
+
+
 class Resources(Section):
     """What one job asks of the machine or the cluster."""
 
@@ -369,9 +373,11 @@ class Resources(Section):
     nodes: PositiveInt = Field(default=1, description="machines that share one training, on a cluster")
     runtime: PositiveInt = Field(default=60, description="longest run in minutes, on a cluster")
     partition: str | None = Field(
-        default=None, description="Slurm partition; null: the profile's or the cluster's default"
+        default=None, pattern=SLURM_NAME, description="Slurm partition; null: the profile's or the cluster's default"
     )
-    account: str | None = Field(default=None, description="Slurm account; null: the profile's or the cluster's default")
+    account: str | None = Field(
+        default=None, pattern=SLURM_NAME, description="Slurm account; null: the profile's or the cluster's default"
+    )
 
 
 class Changes(Section):
