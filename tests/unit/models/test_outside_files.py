@@ -8,7 +8,7 @@ import pytest
 
 from fuzz import models as fuzz
 from grace.errors import GraceError
-from grace.models import load_model
+from grace.models import load_model, load_processor
 from grace.models.families.files import read_config, read_weight_map
 
 CONFIGS = {
@@ -57,6 +57,17 @@ def test_what_is_not_read_is_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about))
     assert read_config(tmp_path) == about
     assert read_weight_map(tmp_path) is None
+
+
+@pytest.mark.parametrize("read", [load_model, load_processor])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json", "config.json"])
+def test_code_of_its_own_is_refused_in_whichever_file_it_is_asked_for(tmp_path, read, name):
+    """Folders that lie there as they are, without `grace fetch`."""
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / name).write_text('{"model_type": "llava", "auto_map": {"AutoModel": "own.Model"}}')
+    with pytest.raises(GraceError, match="code of its own.*never run"):
+        read(tmp_path)
 
 
 def test_a_config_without_its_sizes_takes_no_memory(tmp_path):
