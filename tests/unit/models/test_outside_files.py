@@ -66,7 +66,7 @@ def test_code_of_its_own_is_refused_in_whichever_file_it_is_asked_for(tmp_path, 
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "model.safetensors").touch()
     (tmp_path / name).write_text('{"model_type": "llava", "auto_map": {"AutoModel": "own.Model"}}')
-    with pytest.raises(GraceError, match="code of its own.*never run"):
+    with pytest.raises(GraceError, match=r"code of its own.*never run"):
         read(tmp_path)
 
 
