@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -162,3 +163,35 @@ def test_an_orphan_under_older_parameters_renames_nothing_over_a_newer_result(pl
     write(place)
     assert (place / "old/made").read_text() == "the new result"
     assert "weights" in read_json(place / "model/manifest.json")["files"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from grace.cluster.job import job
+
+with job(Path(sys.argv[1])):
+    Path(sys.argv[2]).touch()
+    time.sleep(60)
+"""
+
+
+def test_a_second_job_of_an_output_waits_for_the_first_however_that_ends(tmp_path):
+    held = tmp_path / "held"
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out"), str(held)])
+    try:
+        while not held.exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        with (
+            pytest.raises(GraceError, match=f"is being written by process {first.pid} on"),
+            job(tmp_path / "out", wait_s=0.2),
+        ):
+            pass
+        with job(tmp_path / "other", wait_s=0.2):
+            pass
+    finally:
+        first.kill()
+        first.wait()
+    with job(tmp_path / "out", wait_s=5.0):
+        pass
