@@ -6,6 +6,7 @@ Chosen by the environment and not by the configuration: no result depends on the
     GRACE_PROFILE       steps to profile, behind three others; the trace lies beside the checkpoints
 """
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -51,8 +52,7 @@ class Watchers:
 
             self._board = SummaryWriter(str(Path(folder) / name), purge_step=done + 1)
         if world.first and (project := os.environ.get("GRACE_WANDB")):
-            import wandb
-
+            wandb: Any = importlib.import_module("wandb")
             mode: Any = os.environ.get("WANDB_MODE", "offline")
             folder = str(checkpoints)
             self._run = wandb.init(
