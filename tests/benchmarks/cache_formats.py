@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grace.bench.machine import describe
 from grace.distill.gated_dkd import entropy_gate
-from grace.files import sha256
+from grace.files import file_entry, read_json
 from grace.quant.grid import best_scales, dequantize, quantize
 from grace.teacher.audit import audit
 from grace.teacher.finalize import _write_audit
 from grace.teacher.formats import encode_int8
-from grace.teacher.manifest import read_sidecar
+from grace.teacher.index import INDEX_FILE, write_index
 from grace.teacher.reader import AUDIT_FILE, HEAD_FILE, TeacherCache
 from grace.teacher.sampled import encode_sampled
 from grace.teacher.shard import ShardBuilder, shard_name, write_shard
@@ -62,14 +62,15 @@ def write_cache(
         else:
             tensors = {"hidden": state.bfloat16()}
         builder.put(index, **({"gates": entropy_gate(logits)} | tensors))
-        builder.put_gram(index, keys[index], torch.eye(2))
-        builder.put_audit(index, asked, state, torch.eye(2))
+        builder.put_grams(index, [keys[index]], [torch.eye(2)])
+        builder.put_audit(index, asked, state, [torch.eye(2)])
     name = shard_name(0, 1)
     write_shard(folder, name, builder.finished(), pins={})
-    entry = read_sidecar(folder, name)
+    entry = read_json(folder / f"{name}.json")
     save_file({"weight": head}, folder / HEAD_FILE)
     _write_audit(folder, [entry])
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in (HEAD_FILE, AUDIT_FILE)}
+    write_index(folder, [entry])
+    files = {name: file_entry(folder / name) for name in (HEAD_FILE, AUDIT_FILE, INDEX_FILE)}
     return TeacherCache(folder, dict(
         format=form, vocabulary=len(head), width=head.shape[1], temperature=TEMPERATURE if form == "sampled" else None,
         records=len(keys), supervised_tokens=sum(map(len, labels)), shards=[entry], files=files,

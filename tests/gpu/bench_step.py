@@ -45,11 +45,10 @@ from grace.data import Example
 from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
 from grace.distributed import Sharding, join_world
-from grace.files import file_entry
+from grace.files import file_entry, read_json
 from grace.models import decoder_linears, vocabulary
 from grace.teacher.formats import gram
 from grace.teacher.index import INDEX_FILE, write_index
-from grace.teacher.manifest import read_sidecar
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, shard_name, write_shard
 from grace.train.distillation import Distillation
@@ -205,7 +204,7 @@ def build_cache(folder: Path, shape: Shape, examples: list[Example], device: tor
     from safetensors.torch import save_file
 
     save_file({"weight": head.cpu()}, folder / HEAD_FILE)
-    entry = read_sidecar(folder, name)
+    entry = read_json(folder / f"{name}.json")
     write_index(folder, [entry])
     files = {name: file_entry(folder / name) for name in (HEAD_FILE, INDEX_FILE)}
     manifest = dict(format="hidden", vocabulary=shape.vocabulary, width=width, temperature=None, records=len(examples),

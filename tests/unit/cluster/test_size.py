@@ -117,7 +117,8 @@ def test_an_experiment_is_sized_and_what_ran_stands_beside_it(experiment, capsys
     assert [(line.name, line.jobs) for line in lines] == [("cache", 2), ("finetune int4", 2), ("grace int4", 2)]
     tokens = prepared_size(experiment.parent / "results/tiny/data").tokens
     assert lines[0].need.tokens == tokens / 2 and lines[1].need.tokens == 2 * tokens
-    assert "64 conversations" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "64 conversations" in said and "The cache by cache.format: hidden 0.0 GB" in said
     log = experiment.parent / "results/tiny/students/grace/int4/seed0/train.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps({"memory_gib": g, "seconds": 1800}) + "\n" for g in (1.5, 77.25)))

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from grace.cluster.predict import GPUS, DataSize, Gpu, ModelSize, Need, caching, training
+from grace.cluster.predict import GPUS, DataSize, Gpu, ModelSize, Need, cache_bytes, caching, training
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.runs import TrainRun, student_run
@@ -81,6 +81,9 @@ def size(configfile: Path, gpu: str, disk: float) -> list[Line]:
     data = data_size(experiment.data, Path(plan.folder) / "data", folders["student"])
     lines = list(_lines(experiment, plan, teacher, student, data, GPUS[gpu], disk * 1e9))
     _show(experiment, lines, data, GPUS[gpu], disk)
+    if lines and lines[0].name == "cache":
+        forms = ((form, cache_bytes(data, teacher.hidden, form) / 1e9) for form in ("hidden", "hidden-int8", "sampled"))
+        print("The cache by cache.format: " + ", ".join(f"{form} {room:,.1f} GB" for form, room in forms) + ".")
     return lines
 
 

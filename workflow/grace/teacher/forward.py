@@ -22,7 +22,7 @@ from grace.data.prepared import blocks_of, lengths_of
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.formats import gram
-from grace.teacher.prefetch import ahead
+from grace.teacher.prefetch import ahead, spare_threads
 
 TOKENS_AT_ONCE = 8192  # padded tokens of one forward pass
 ROWS_TOGETHER = 64  # packed rows that are filled from the same conversations
@@ -174,7 +174,8 @@ def see(
     def prepared(indices: list[int]) -> Batch:
         return _prepared(model, processor, [examples[index] for index in indices], pass_tokens)
 
-    for indices, batch in zip(batches, ahead(prepared, batches), strict=True):
+    threads = spare_threads(1) if torch.cuda.is_available() else 1
+    for indices, batch in zip(batches, ahead(prepared, batches, max(2, threads), threads), strict=True):
         states, labels, visual = _forward(model, batch, image)
         counts = [supervised_tokens(examples[index]) for index in indices]
         parts = zip(indices, states.split(counts), labels.split(counts), strict=True)

@@ -28,7 +28,7 @@ from grace.errors import GraceError
 from grace.files import contents_hash, write_json
 from grace.models import freeze_vision
 from grace.progress import progress
-from grace.teacher.prefetch import ahead
+from grace.teacher.prefetch import ahead, spare_threads
 from grace.train.checkpoint import Checkpoints, note_part, noted_part
 from grace.train.meter import Meter
 from grace.train.objective import Objective, Targets
@@ -206,7 +206,9 @@ class Trainer:
     def _feed(self, done: int) -> Generator[tuple[Batch, Targets | None]]:
         """The prepared micro-batches of all steps after `done`, one after the other."""
         chosen = islice(self._plan(done), self.run.optimisation.total - done)
-        return ahead(self._prepare, chain.from_iterable(map(self._cuts, chosen)), MICRO_BATCHES_AHEAD)
+        threads = spare_threads(self.world.size) if self.world.device.type == "cuda" else 1
+        cuts = chain.from_iterable(map(self._cuts, chosen))
+        return ahead(self._prepare, cuts, max(MICRO_BATCHES_AHEAD, threads), threads)
 
     def _batch(self, examples: list[Example]) -> Batch:
         batch = collate(examples, self.processor)
