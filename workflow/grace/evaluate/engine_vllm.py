@@ -74,7 +74,7 @@ class VllmRunner(Runner):
                 trust_remote_code=False,
             )  # fmt: skip
         except Exception as error:  # whatever its loaders and compilers raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
             raise GraceError(f"{folder}: vLLM does not load it ({reason}); set evaluation.engine: grace") from error
         try:
             yield cls(engine, processor, _ends(folder, processor), batch)
