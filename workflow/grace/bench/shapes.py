@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.infer.fuse import GROUPS
 
 _DECODER = re.compile(
@@ -58,4 +58,4 @@ def _linears(file: Path) -> list[tuple[str, tuple[int, int]]]:
                 if hit
             ]
     except SafetensorError as error:
-        raise GraceError(f"{file}: not a whole safetensors file ({error}); copy or build it again") from error
+        raise GraceError(f"{file}: not a whole safetensors file ({reason(error)}); copy or build it again") from error

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 _KEYS = {"subcommand", "frozen", "accepted", "changed", "by", "at", "reason"}
 
@@ -39,7 +39,7 @@ def accepted(results: str | Path) -> list[dict[str, Any]]:
             if missing := _KEYS - change.keys():
                 raise KeyError(*missing)
     except (ValueError, KeyError, TypeError) as error:
-        raise GraceError(f"{path}: damaged ({error}); take it from git again: git checkout -- {path}") from None
+        raise GraceError(f"{path}: damaged ({reason(error)}); take it from git again: git checkout -- {path}") from None
     return changes
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.data.images import EncodedImage, image_file
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 Role = Literal["system", "user", "assistant"]
 
@@ -146,7 +146,9 @@ def _read(path: str | Path, columns: list[str]) -> Iterator[pa.Table]:
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; run `grace prepare` first") from None
     except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: not a readable Parquet file ({error}); delete it and build it again") from error
+        raise GraceError(
+            f"{path}: not a readable Parquet file ({reason(error)}); delete it and build it again"
+        ) from error
     raise GraceError(f"{path}: column {', '.join(missing)} is missing; it needs {', '.join(SCHEMA.names)}")
 
 

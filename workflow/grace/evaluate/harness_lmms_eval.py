@@ -28,7 +28,7 @@ from grace.benchmarks.extraction import Answer, extract, normalise
 from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import LMMS_EVAL, Benchmark
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.evaluate.ask import demo_items, judged
 from grace.evaluate.parquet_rows import ParquetRows
 from grace.evaluate.rows import read_items
@@ -81,7 +81,7 @@ class RunnerLMM(lmms):
             images = tuple(_encoded(image) for image in doc_to_visual(self.task_dict[task][split][doc_id]))
         except (AttributeError, TypeError, OSError, SyntaxError) as error:  # no image, or one that is none
             raise GraceError(
-                f"lmms-eval task {task}: document {doc_id} has no readable image ({error}); mend that row"
+                f"lmms-eval task {task}: document {doc_id} has no readable image ({reason(error)}); mend that row"
             ) from error
         parts = [*({"type": "image"} for _ in images), {"type": "text", "text": context}]
         prompt = turns([{"role": "user", "content": parts}])

@@ -28,7 +28,7 @@ from grace.benchmarks.extraction import Answer, extract, normalise
 from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import VLMEVAL, Benchmark
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.evaluate.ask import demo_items, judged
 from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner, turns
@@ -48,7 +48,7 @@ def predictor(
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
         raise GraceError(
-            f"{settings.vlmeval_checkout}: VLMEvalKit does not import here ({error}); pip install -r envs/vlmeval.txt "
+            f"{settings.vlmeval_checkout}: VLMEvalKit does not import here ({reason(error)}); pip install -r envs/vlmeval.txt "
             "and the checkout's requirements.txt in an environment of its own, and call grace evaluate from it"
         ) from error
     finally:

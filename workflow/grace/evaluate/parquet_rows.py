@@ -8,7 +8,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.evaluate.rows import ROWS, shards
 
 _IMAGE = datasets.Image()
@@ -39,7 +39,9 @@ class ParquetRows:
             words = [name for name in schema.names if name not in self.shown]
             self.words = pa.concat_tables([file.read(columns=words) for file in self.files])
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise GraceError(f"{path}: not a readable Parquet file ({error}); copy the data set again") from error
+            raise GraceError(
+                f"{path}: not a readable Parquet file ({reason(error)}); copy the data set again"
+            ) from error
         self.rows = [
             row for row, value in enumerate(self.words[only[0]].to_pylist()) if value == only[1]
         ] if only and only[0] in words else list(range(self.words.num_rows))  # fmt: skip

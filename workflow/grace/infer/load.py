@@ -90,7 +90,9 @@ def check_safetensors(folder: Path) -> None:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise GraceError(f"{file}: damaged or cut short ({error}); copy it again, or build it again") from error
+            raise GraceError(
+                f"{file}: damaged or cut short ({reason(error)}); copy it again, or build it again"
+            ) from error
 
 
 def check_device(device: str, what: str | Path) -> None:

@@ -13,7 +13,7 @@ from grace.data.conversations import Message, Part
 from grace.data.decode import Unreadable, decode
 from grace.data.examples import Tokeniser
 from grace.data.images import read_regular
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 _URL = re.compile(r"^(https?|ftp|s3|data):", re.IGNORECASE)
 
@@ -30,7 +30,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise GraceError(f"{path}: not a readable image ({error.strerror or error}); give a JPEG or PNG file") from None
     except Unreadable as error:
         advice = "scale it down" if "max_pixels" in error.reason else "give a whole JPEG or PNG file"
-        raise GraceError(f"{path}: not a readable image ({error}); {advice}") from None
+        raise GraceError(f"{path}: not a readable image ({reason(error)}); {advice}") from None
 
 
 def user_turn(images: Sequence[Image.Image], question: str) -> dict[str, Any]:

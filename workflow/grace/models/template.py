@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 from tokenizers import AddedToken, Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.limits import within
 
 SECONDS = 10.0  # for one form of conversation; a template of transformers takes milliseconds
@@ -261,7 +261,7 @@ def _rendered(tokenizer: Any, template: str, shape: Shape, prompt: bool) -> tupl
         raise
     except Exception as error:  # jinja's own, and whatever a template raises
         raise GraceError(
-            f"the chat template cannot be rendered ({error}); use the template of the model's family"
+            f"the chat template cannot be rendered ({reason(error)}); use the template of the model's family"
         ) from error
     return texts[0], [(start, end) for start, end in spans[0]]
 

@@ -21,7 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import MANIFEST, read_json, read_manifest, sha256, whole_file
 from grace.hashes import known_hashes
 
@@ -165,7 +165,9 @@ def _read(store: Path) -> list[dict[str, Any]]:
         inputs = head["inputs"]
         return [{**row, "record": _unfolded(row["record"], inputs)} for row in rows]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise GraceError(f"{store}: damaged ({error}); take it from git again: git checkout -- {store}") from error
+        raise GraceError(
+            f"{store}: damaged ({reason(error)}); take it from git again: git checkout -- {store}"
+        ) from error
 
 
 def _folded(record: dict[str, Any], places: dict[str, int], checksums: dict[str, str | None]) -> dict[str, Any]:

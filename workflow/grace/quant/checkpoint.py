@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import ENVIRONMENT, MANIFEST, read_json, whole_file, write_json
 from grace.models.families.files import INDEX, read_config, read_weight_map
 
@@ -48,7 +48,7 @@ def _open(path: Path):
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; build or copy the model again") from None
     except (SafetensorError, OSError) as error:
-        raise GraceError(f"{path}: truncated or damaged ({error}); build or copy the model again") from None
+        raise GraceError(f"{path}: truncated or damaged ({reason(error)}); build or copy the model again") from None
 
 
 class Checkpoint:

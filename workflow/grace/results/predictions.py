@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from grace.benchmarks.extraction import Answer
 from grace.benchmarks.metrics import METRICS, clustered_stderr
 from grace.benchmarks.protocols import Spec
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import MANIFEST, contents_hash, sha256, whole_file
 
 NAMED = 3  # failed rows that a message names
@@ -115,7 +115,7 @@ def read_questions(path: Path, limit: int | None = None) -> pd.DataFrame:
         ) from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise GraceError(
-            f"{path}: not a readable Parquet file ({error}); delete it and build the data again"
+            f"{path}: not a readable Parquet file ({reason(error)}); delete it and build the data again"
         ) from error
     rows = table.to_pandas()
     if rows.empty:
@@ -200,4 +200,4 @@ def read_rows(path: Path) -> pd.DataFrame:
     try:
         return pq.read_table(path).to_pandas()
     except (OSError, ValueError) as error:
-        raise GraceError(f"{path}: not readable ({error}); delete it and evaluate again") from error
+        raise GraceError(f"{path}: not readable ({reason(error)}); delete it and evaluate again") from error

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from grace.benchmarks.question_points import COLUMNS, SAID, UNLIKE_PERCENT, points
 from grace.config.schema import Experiment
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import MANIFEST, read_json
 from grace.results.predictions import about
 from grace.results.statistics import Estimate, Scores, estimate
@@ -188,7 +188,7 @@ class Results:
         except FileNotFoundError:
             raise GraceError(f"{path}: no such file; train this model first") from None
         except ValueError as error:
-            raise GraceError(f"{path}: not a training log ({error}); train this model again") from error
+            raise GraceError(f"{path}: not a training log ({reason(error)}); train this model again") from error
 
     @cached_property
     def kernel(self) -> pd.DataFrame | None:
@@ -268,7 +268,7 @@ def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFra
         raise GraceError(f"{path}: no such file; evaluate this model first, or pull it with `dvc pull`") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise GraceError(
-            f"{path}: not a readable Parquet file ({error}); delete it and evaluate this model again"
+            f"{path}: not a readable Parquet file ({reason(error)}); delete it and evaluate this model again"
         ) from error
     frame = table.to_pandas().sort_values("sample_id", kind="stable", ignore_index=True)
     if frame["sample_id"].duplicated().any():
@@ -285,7 +285,7 @@ def _bench(path: Path, columns: tuple[str, ...]) -> pd.DataFrame | None:
     try:
         frame = pd.read_csv(path)
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise GraceError(f"{path}: not a readable CSV file ({error}); run the benchmark again") from error
+        raise GraceError(f"{path}: not a readable CSV file ({reason(error)}); run the benchmark again") from error
     lacking = [name for name in columns if name not in frame.columns]
     if lacking:
         raise GraceError(f"{path}: column {', '.join(lacking)} is missing; run the benchmark again")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import whole_file
 from grace.hashes import known_sha256
 from grace.teacher.shard import Shard, damage
@@ -70,7 +70,7 @@ class Index:
         try:
             tensors = {name: tensor.numpy() for name, tensor in load_file(folder / INDEX_FILE).items()}
         except (OSError, SafetensorError) as error:
-            raise GraceError(f"{folder / INDEX_FILE}: damaged ({error}); {_AGAIN}") from error
+            raise GraceError(f"{folder / INDEX_FILE}: damaged ({reason(error)}); {_AGAIN}") from error
         self._keys = _sortable(tensors["keys"])
         self.shards, self.records, self.gate_sums = (tensors[name] for name in ("shards", "records", "gate_sums"))
 

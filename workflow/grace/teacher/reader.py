@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import MANIFEST
 from grace.teacher.formats import decode_int8
 from grace.teacher.identity import differences
@@ -212,5 +212,5 @@ def load_audit(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / AUDIT_FILE)
     except (OSError, SafetensorError) as error:
         raise GraceError(
-            f"{folder / AUDIT_FILE}: missing or damaged ({error}); run `grace cache finish` again"
+            f"{folder / AUDIT_FILE}: missing or damaged ({reason(error)}); run `grace cache finish` again"
         ) from error

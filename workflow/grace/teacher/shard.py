@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import sha256, whole_file, write_json
 from grace.hashes import known_sha256
 from grace.teacher.formats import decode_gram, encode_gram
@@ -116,7 +116,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], **abo
         with whole_file(path) as part:
             save_file(tensors, part)
     except SafetensorError as error:
-        raise GraceError(f"{path}: could not be written ({error}); free space and run again") from error
+        raise GraceError(f"{path}: could not be written ({reason(error)}); free space and run again") from error
     records = len(tensors["keys"]) if tensors else 0
     entry = {
         "file": path.name,
@@ -161,7 +161,7 @@ class Shard:
             self.offsets = self.tensors["token_offsets"].numpy()
             self.images = self.tensors["image_offsets"].numpy()
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise GraceError(f"{path}: damaged ({error}); {REBUILD}") from error
+            raise GraceError(f"{path}: damaged ({reason(error)}); {REBUILD}") from error
         self.rows = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).numpy()
         self.pairs = torch.cat([sizes.new_zeros(1), (sizes * (sizes - 1) // 2).cumsum(0)]).numpy()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.report.tables.table import Table
 
 CELLS = "cells.jsonl"
@@ -79,7 +79,9 @@ def read_cells(folder: Path) -> list[Number]:
     except FileNotFoundError as error:
         raise GraceError(f"{error.filename}: no such file; write the tables again with Snakemake") from None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise GraceError(f"{path}: does not belong to the tables beside it ({error}); write them again") from error
+        raise GraceError(
+            f"{path}: does not belong to the tables beside it ({reason(error)}); write them again"
+        ) from error
 
 
 def find_cells(numbers: list[Number], row: str, column: str, where: Path) -> list[Number]:
