@@ -75,12 +75,15 @@ class Checkpoints:
         self.seconds = 0.0  # that training waited
         self._group: Any = None
         self._mesh: DeviceMesh | None = None
-        if world.size > 1:  # of its own, for the background exchanges over it what training does not wait for
-            self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
-            self._mesh = DeviceMesh.from_group(self._group, "cpu")
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._copies: dict[str, torch.Tensor] = {}
+
+    def _join(self) -> None:
+        """Make the processes' own group, over which the background exchanges what training does not wait for."""
+        if self.world.size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
+            self._mesh = DeviceMesh.from_group(self._group, "cpu")
 
     def save(self, step: int, parts: Mapping[str, Part], facts: Mapping[str, Any]) -> None:
         """Begin a checkpoint after `step`, behind the one before; a `GraceError` where that could not be written.
@@ -91,6 +94,7 @@ class Checkpoints:
             facts: JSON-able values, the same on every process.
         """
         start = time.monotonic()
+        self._join()
         self.wait()
         curves = self.log.read_bytes() if self.world.first else b""
         copied = {name: (self._copied(name, part.local), part.rows) for name, part in parts.items()}
@@ -216,6 +220,7 @@ class Checkpoints:
         return about, None
 
     def _read(self, here: Path, parts: Mapping[str, Part]) -> None:
+        self._join()
         kept = {name: self._copied(name, part.local) for name, part in parts.items()}
         with _quiet():
             dcp.load({name: self._whole(kept[name], part.rows) for name, part in parts.items()},
