@@ -65,6 +65,12 @@ onstart:
         raise WorkflowError(
             "nothing was started, for this is missing:\n" + "\n".join(stops)
         )
+    cores = workflow.resource_settings.cores
+    if workflow.executor_plugin.name == "local" and cores:
+        # Snakemake would lower a job's threads to the cores there are, and a CPU's sums depend on its threads.
+        kinds = {job.resources.get("kind") for job in workflow.dag.needrun_jobs()}
+        if short := plan.short_of_cores(kinds, cores):
+            raise WorkflowError("\n".join(short))
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
         from grace.cluster.again import again

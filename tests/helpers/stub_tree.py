@@ -77,7 +77,8 @@ def main():
 
 REAL = ("accept", "config", "plan", "provenance", "records", "verify")
 MADE_WITH = {
-    "code": {"revision": "0" * 40, "modified": False, "sha256": "0" * 64}, "packages": {}, "system": "", "threads": None,
+    "code": {"revision": "0" * 40, "modified": False, "sha256": "0" * 64}, "packages": {}, "system": "",
+    "arithmetic": {},
     "hardware": {"processor": "", "cores": 1, "memory_gib": 1, "gpus": []},
 }  # fmt: skip
 READ = ("--run", "--data", "--init", "--cache", "--teacher", "--model")

@@ -1,70 +1,37 @@
-"""The same bits on every x86-64 processor: which instructions a CPU computes with, and whose matrix products.
+"""The same bits on every x86-64 processor: with which instructions a CPU computes, and on how many threads.
 
-PyTorch, oneDNN and MKL choose code by the processor they run on, and sums in another order differ in their last bits;
-a training turns these into other weights. Three environment variables fix the choice: ATen's and oneDNN's to AVX2,
-which every x86-64 processor of the last ten years has, and MKL's to its compatible code, the only one that it gives
-to every maker's processors. That code is slow at matrix products, so these go to oneDNN, which compiles its own.
+PyTorch, oneDNN, MKL and OpenBLAS choose their code by the processor that they run on, and sums in another order differ in
+their last digits, which a training turns into other weights. Environment variables fix the choice: AVX2, which every
+x86-64 processor of the last ten years has, and of MKL its compatible code, the only one that it gives to every maker's
+processors. `MKL_CBWR=AVX2,STRICT` would be 1.4 to 1.7 times as fast in training and is not enough: between an AMD and an Intel
+processor products of few rows, attention of odd lengths, exp and log differ.
 """
 
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
-SETTINGS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-
-_libraries: list[Any] = []  # registrations end with the object that made them
+SETTINGS = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+    "OPENBLAS_CORETYPE": "Haswell",
+}
+THREADS = "OMP_NUM_THREADS"  # sums are cut among threads; a Snakemake job has its rule's `threads` here
+_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def settle() -> None:
-    """Choose this process's instructions and one thread, unless the environment does; before torch is imported.
+    """Fix this process's instructions, and one thread where nobody chose; call it before numpy and torch are imported.
 
-    Nothing changes where a GPU computes, or where the processor has other instructions.
+    Nothing changes where a GPU computes or the processor is no x86-64, nor a variable that is set already.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or Path("/proc/driver/nvidia/gpus").exists():
+    if platform.machine() not in ("x86_64", "AMD64") or _GPUS.exists():
         return
-    for name, value in {**SETTINGS, "OMP_NUM_THREADS": "1"}.items():
+    for name, value in {**SETTINGS, THREADS: "1"}.items():
         os.environ.setdefault(name, value)
 
 
-def settled() -> bool:
-    """Whether the instructions of this process are the fixed ones."""
-    return all(os.environ.get(name) == value for name, value in SETTINGS.items())
-
-
-def products_by_onednn() -> None:
-    """Have every fp32 matrix product of this process computed by oneDNN, where the instructions are fixed."""
-    import torch
-
-    if _libraries or os.environ.get("NOOV") or not settled() or not torch.backends.mkldnn.is_available():
-        return
-    linear = torch.ops.mkldnn._linear_pointwise.default
-
-    def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        # [m, k] x [k, n]: what oneDNN does not take goes through the batched product, which is MKL's
-        if a.dtype == torch.float32 == b.dtype and min(*a.shape, *b.shape) > 0:
-            return linear(a, b.t(), bias, "none", [], "")
-        whole = torch.bmm(a[None], b[None])[0]
-        return whole if bias is None else whole + bias
-
-    def addmm(
-        added: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
-    ) -> torch.Tensor:
-        if beta == alpha == 1 and added.dim() == 1 and len(added) == b.shape[1]:
-            return product(a, b, added)
-        whole = product(a, b)
-        whole = whole if alpha == 1 else whole * alpha
-        return whole if beta == 0 else whole + (added if beta == 1 else beta * added)
-
-    def mm_out(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        return out.resize_(a.shape[0], b.shape[1]).copy_(product(a, b))
-
-    def addmm_out(added, a, b, *, beta: float = 1, alpha: float = 1, out: torch.Tensor) -> torch.Tensor:
-        return out.resize_(a.shape[0], b.shape[1]).copy_(addmm(added, a, b, beta=beta, alpha=alpha))
-
-    library = torch.library.Library("aten", "IMPL")
-    for name, function in (
-        ("mm", product), ("mm.out", mm_out), ("addmm", addmm), ("addmm.out", addmm_out), ("addmm_", lambda s, a, b, **k: s.copy_(addmm(s, a, b, **k))),
-    ):  # fmt: skip
-        library.impl(name, function, "CPU", allow_override=True)
-    _libraries.append(library)
+def settled() -> dict[str, str | None]:
+    """The variables as this process has them, for the record."""
+    return {name: os.environ.get(name) for name in (*SETTINGS, THREADS)}

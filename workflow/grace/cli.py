@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from grace.arithmetic import settle
 from grace.errors import GraceError
 
 app = typer.Typer(
@@ -604,6 +605,7 @@ def main() -> None:
     gc.set_threshold(
         200_000
     )  # at Python's 700, importing torch and transformers spends a quarter of its time collecting
+    settle()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading is quick here; a bar in a log says nothing
     try:
         app()

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from grace.arithmetic import settled
+
 PACKAGE = Path(__file__).resolve().parent
 
 # whatever a tensor, an image, a token or a score passes through
@@ -27,7 +29,7 @@ def environment() -> dict[str, Any]:
             it) and `sha256` over the package's Python files.
         packages: versions of those of `PACKAGES` that are installed.
         hardware: processor, cores, memory in GiB, GPUs by name with their driver.
-        python, system: versions; threads: of the arithmetic, where OMP_NUM_THREADS says so.
+        python, system: versions; arithmetic: the variables that choose a CPU's instructions and threads.
     """
     return {
         "code": {**_git(), "sha256": code_sha256()},
@@ -35,7 +37,7 @@ def environment() -> dict[str, Any]:
         "hardware": _hardware(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "arithmetic": settled(),
     }
 
 

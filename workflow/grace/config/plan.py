@@ -22,9 +22,10 @@ from grace.config.runs import (
     teacher_run,
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
-from grace.config.sections import DEMO_BENCHMARKS, Job, Release, Section
+from grace.config.sections import DEMO_BENCHMARKS, TRAININGS, Job, Release, Section
 from grace.files import read_json
 
+COMPUTED: tuple[Job, ...] = (*TRAININGS, "cache", "quantize", "evaluate")  # kinds of jobs that compute with floats
 NOTHING = "(?!)"  # a pattern that no text matches: a rule that this experiment has no use for
 
 
@@ -316,6 +317,15 @@ class Plan:
     def threads(self, job: Job) -> int:
         """Processor cores of one such job."""
         return self._asked(job).cpus
+
+    def short_of_cores(self, jobs: Iterable[str], cores: int) -> list[str]:
+        """A sentence for each of these kinds of jobs whose numbers fewer threads would change; GPUs do not ask for threads."""
+        return [
+            f"resources.{job}.cpus is {asked.cpus} and --cores {cores}: on fewer threads a CPU's results differ in their last "
+            "digits; give --cores at least that, or lower cpus, which makes it another result"
+            for job in COMPUTED
+            if job in jobs and not (asked := self._asked(job)).gpus and asked.cpus > cores
+        ]
 
     def resources(self, job: Job) -> dict[str, Any]:
         """Kind, memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.

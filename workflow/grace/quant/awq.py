@@ -32,7 +32,7 @@ def output_error(change: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def channel_scales(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
     """s fp32 [in] from the mean |x| [in] and the ratio r."""
     scales = magnitude.pow(ratio).clamp(min=1e-4)
-    return scales / (scales.max() * scales.min()).sqrt()
+    return scales / (scales.max() * scales.min()).double().sqrt().to(scales.dtype)
 
 
 def search(

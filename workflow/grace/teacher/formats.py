@@ -54,7 +54,7 @@ def encode_gram(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
     offset = values.mean() if n > 1 else values.sum()
     rest = matrix.float() - offset
     rest.fill_diagonal_(0)
-    scales = (rest.abs().amax(1) / 127).sqrt().to(torch.float16)
+    scales = (rest.abs().amax(1) / 127).double().sqrt().to(torch.float16)
     step = scales.float()[i] * scales.float()[j]
     codes = torch.where(step > 0, (values - offset) / step, 0).round().clamp(-127, 127).to(torch.int8)
     return {

@@ -118,7 +118,7 @@ class MasterAdamW:
         squares = nn.utils.get_total_norm(parts).square() if parts else torch.zeros((), device=self.world.device)
         if self.world.size > 1:
             dist.all_reduce(squares)
-        return (squares + nn.utils.get_total_norm(whole).square()).sqrt()
+        return (squares + nn.utils.get_total_norm(whole).square()).double().sqrt().float()
 
     @torch.no_grad()
     def step(self, step: int) -> float:

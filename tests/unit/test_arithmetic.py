@@ -1,0 +1,64 @@
+"""Which instructions and threads a CPU computes with is settled before anything computes, and recorded."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from grace import arithmetic
+from grace.config.load import load_experiment
+from grace.config.plan import Plan
+from grace.config.yaml_file import read_yaml
+
+SMALL = """
+import json, os, sys
+sys.argv = ["grace", "config", "schema"]
+import grace.cli
+try:
+    grace.cli.main()
+except SystemExit:
+    pass
+import torch
+from grace.environment import environment
+print(json.dumps([torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), environment()["arithmetic"]]))
+"""
+
+
+def _clean(**more):
+    unset = (*arithmetic.SETTINGS, arithmetic.THREADS)
+    return {name: value for name, value in os.environ.items() if name not in unset} | more
+
+
+@pytest.mark.parametrize("threads", [None, "2"])
+def test_every_subcommand_computes_with_avx2_and_the_threads_it_was_given(threads):
+    given = {arithmetic.THREADS: threads} if threads else {}
+    found = subprocess.run(
+        [sys.executable, "-c", SMALL], env=_clean(**given), capture_output=True, text=True, check=True
+    )
+    capability, count, recorded = json.loads(found.stdout.splitlines()[-1])
+    assert count == int(threads or 1)
+    assert recorded == {**arithmetic.SETTINGS, arithmetic.THREADS: threads or "1"}
+    assert capability in ("AVX2", "DEFAULT")  # DEFAULT: a processor without AVX2
+
+
+def test_a_machine_with_a_gpu_or_without_these_instructions_is_left_as_it_is(monkeypatch, tmp_path):
+    for name in (*arithmetic.SETTINGS, arithmetic.THREADS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(arithmetic, "_GPUS", tmp_path)
+    arithmetic.settle()
+    monkeypatch.setattr(arithmetic, "_GPUS", tmp_path / "none")
+    monkeypatch.setattr(arithmetic.platform, "machine", lambda: "arm64")
+    arithmetic.settle()
+    assert set(arithmetic.settled().values()) == {None}
+
+
+def test_fewer_cores_than_a_job_computes_with_are_refused_and_gpus_are_not_asked():
+    config = read_yaml("config.yaml") | {
+        "resources": {"finetune": {"cpus": 4}, "distil": {"cpus": 4, "gpus": 1}, "bench": {"cpus": 9}}
+    }
+    plan = Plan(load_experiment(config, "config.yaml"))
+    (sentence,) = plan.short_of_cores({"finetune", "distil", "bench", "pack"}, 2)
+    assert sentence.startswith("resources.finetune.cpus is 4 and --cores 2")
+    assert not plan.short_of_cores({"finetune", "distil"}, 4) and not plan.short_of_cores({"distil"}, 2)
