@@ -8,7 +8,7 @@ e_r = sum over r's tokens of (g DKD)_cached - (g DKD)_exact - error g, it is sqr
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from grace.distill import gated_dkd_terms, relational_cka_from_gram
 from grace.quant.grid import dequantize, largest_scales, quantize
 from grace.teacher.reader import CachedTargets, TeacherCache, load_audit
 from grace.teacher.sampled import sampled_terms
+from grace.world import World
 
 
 @dataclass
@@ -34,6 +35,10 @@ class Audited:
     labels: torch.Tensor
     states: torch.Tensor
     grams: list[torch.Tensor]
+
+    def to(self, device: torch.device) -> "Audited":
+        """The same on a device, but for the Gram matrices, which are small."""
+        return replace(self, labels=self.labels.to(device), states=self.states.to(device))
 
 
 Student = Callable[[Audited], torch.Tensor]  # the student's logits [tokens, vocab] at the record's supervised tokens
@@ -77,9 +82,10 @@ def audit(
         `standard_error` (None for a single record), `relative_error`, and the cosine between the two gradients of the
         student's head; for the Gram matrices `images`, `loss`, `error`, `standard_error`.
     """
-    records = list(audited(cache))
+    device = World().device  # with a vocabulary of 152,000 a core takes minutes for a few records
+    records = [record.to(device) for record in audited(cache)]
     temperature = cache.temperature or temperature
-    head = cache.head.float()
+    head = cache.head.to(device).float()
     if students is None:
         students = {f"teacher with its head rounded to {bits} bits": rounded_head(head, bits) for bits in (4, 8)}
     weights = (temperature, alpha, beta_dkd)
@@ -102,7 +108,7 @@ def _loss_error(
         values = []
         for which, loss in enumerate((_exact, _cached)):
             leaf = logits.detach().double().requires_grad_()
-            value = loss(leaf, record, cache.batch([record.key]), head, weights)
+            value = loss(leaf, record, cache.batch([record.key]).to(head.device), head, weights)
             value.backward()
             assert leaf.grad is not None, "a leaf has its gradient after backward"
             gradients[which] += leaf.grad.float().T @ record.states
