@@ -84,5 +84,5 @@ def test_broken_folders_are_used_or_refused_in_a_sentence(tmp_path):
     """A short run of tests/fuzz/models.py; the numbers are of cases that once were tracebacks."""
     with contextlib.redirect_stdout(io.StringIO()):
         sound = fuzz.folders(tmp_path)
-    for number in (3, 12, 14, 15, 17, 34, 36, 49):
+    for number in (3, 12, 14, 15, 17, 34, 36, 49, 3042, 3064, 3173):
         assert fuzz.failures(number, sound, tmp_path) == {}, number

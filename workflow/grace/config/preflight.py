@@ -6,6 +6,7 @@ torch nor transformers is imported: a dry run asks all of this.
 
 import importlib.util
 import json
+import operator
 import os
 import shutil
 import socket
@@ -217,7 +218,8 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
         about = json.loads(path.read_text())
         words = dict(about["model"]["vocab"])
         words |= {token["content"]: token["id"] for token in about.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError):
+        words = {word: operator.index(number) for word, number in words.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         yield f"{path}: not a readable tokenizer; fetch the model again"
         return
     text = config.get("text_config") or {}

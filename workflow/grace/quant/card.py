@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from grace import __version__
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import read_json
 from grace.models.families.files import read_config
 from grace.nested import flatten
@@ -138,7 +138,13 @@ def write_card(folder: Path, origin: Origin | None = None, out: Path | None = No
     """
     if not (folder / ABOUT).is_file():
         raise GraceError(f"{folder}: has no {ABOUT}, which packing and exporting leave; pack or export it again")
-    text = model_card(read_json(folder / ABOUT), form_of(folder), origin)
+    said, form = read_json(folder / ABOUT), form_of(folder)
+    if form not in FORMATS:
+        raise GraceError(f"{folder}: config.json says {form}; a card can be written for {', '.join(FORMATS)}")
+    try:
+        text = model_card(said, form, origin)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise GraceError(f"{folder / ABOUT}: damaged ({reason(error)}); pack or export the model again") from None
     (out or folder / "README.md").write_text(text, encoding="utf-8")
 
 
