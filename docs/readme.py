@@ -15,7 +15,10 @@ ROWS = {  # in the README, in metrics.json, and the claim that it is about with 
     "QAT + KD, INT4": ("kd.int4", None, None),
     "GRACE, INT4": ("grace.int4", "GRACE is above QAT at INT4", "QAT"),
     "GRACE, INT4 ": ("grace.int4", "GRACE is above QAT + KD at INT4", "QAT + KD"),
-    "GRACE, bf16": ("grace.bf16", "GRACE is above the baseline at bf16", "baseline"),
+    "QAT, INT2": ("finetune.int2", "QAT recovers what rounding loses at INT2", "RTN"),
+    "QAT + KD, INT2": ("kd.int2", None, None),
+    "GRACE, INT2": ("grace.int2", "GRACE is above QAT at INT2", "QAT"),
+    "GRACE, INT2 ": ("grace.int2", "GRACE is above QAT + KD at INT2", "QAT + KD"),
 }
 
 
