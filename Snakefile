@@ -57,10 +57,7 @@ for problem in lacking:
 
 # What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
 onstart:
-    begun = {
-        "evaluate" if rule.startswith("evaluate_") else rule
-        for rule in (job.rule.name for job in workflow.dag.needrun_jobs())
-    }
+    begun = {job.rule.name for job in workflow.dag.needrun_jobs()}
     if stops := [problem.sentence for problem in lacking if problem.rule in begun]:
         raise WorkflowError(
             "nothing was started, for this is missing:\n" + "\n".join(stops)
