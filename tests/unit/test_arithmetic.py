@@ -14,7 +14,7 @@ from grace.config.yaml_file import read_yaml
 
 SMALL = """
 import json, os, sys
-sys.argv = ["grace", "config", "schema"]
+sys.argv = ["grace", *sys.argv[1:]]
 import grace.cli
 try:
     grace.cli.main()
@@ -35,12 +35,22 @@ def _clean(**more):
 def test_every_subcommand_computes_with_avx2_and_the_threads_it_was_given(threads):
     given = {arithmetic.THREADS: threads} if threads else {}
     found = subprocess.run(
-        [sys.executable, "-c", SMALL], env=_clean(**given), capture_output=True, text=True, check=True
+        [sys.executable, "-c", SMALL, "config", "schema"],
+        env=_clean(**given),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     capability, count, recorded = json.loads(found.stdout.splitlines()[-1])
     assert count == int(threads or 1)
     assert recorded == {**arithmetic.SETTINGS, arithmetic.THREADS: threads or "1"}
     assert capability in ("AVX2", "DEFAULT")  # DEFAULT: a processor without AVX2
+
+
+def test_benchmarks_measure_what_the_machine_can_do():
+    command = [sys.executable, "-c", SMALL, "bench", "--help"]
+    found = subprocess.run(command, env=_clean(), capture_output=True, text=True, check=True)
+    assert set(json.loads(found.stdout.splitlines()[-1])[2].values()) == {None}
 
 
 def test_a_machine_with_a_gpu_or_without_these_instructions_is_left_as_it_is(monkeypatch, tmp_path):
