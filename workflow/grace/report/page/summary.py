@@ -98,7 +98,12 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         for side, model in (("teacher", experiment.teacher), ("student", experiment.student))
     ]
     data, length = experiment.data, experiment.finetune
-    trained = f"{data.images:,} images made here" if data.source == "demo" else ", ".join(s.path for s in data.sources)
+    if data.source == "demo":
+        trained = f"{data.images:,} images made here"
+        trained += f", students on {data.finetune_images:,} others" if data.finetune_images else ""
+        trained += f" of whose answers {data.label_noise:.0%} are wrong" if data.label_noise else ""
+    else:
+        trained = ", ".join(source.path for source in data.sources)
     first = next(iter(results.seeds))
     asked = sum(results.scores(first, name).values.shape[1] for name in results.benchmarks if results.has(first, name))
     named = [name if name in results.imitations else results.mirrors[name] for name in results.benchmarks]
