@@ -29,4 +29,4 @@ def chosen_by(path: Path) -> list[str]:
     values = read_json(path) if path.suffix == ".json" else None
     kinds: dict[str, type[Section]] = {"data": DataRun, "evaluation": EvaluateRun, "optimisation": TrainRun}
     kind = next((kind for key, kind in kinds.items() if isinstance(values, dict) and key in values), None)
-    return chosen(kind.model_validate(values)) if kind and "experiment" not in values else []
+    return chosen(kind.model_validate(values)) if kind and "experiment" not in values else []  # pyright: ignore[reportOperatorIssue]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.data.conversations import Conversation, asked_and_answered
@@ -10,22 +11,20 @@ from grace.data.examples import Example, Tokeniser
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 
-FILE = "development.parquet"
-QUESTIONS = 256  # at most; spread over the file, which has benchmark behind benchmark
+FOLDER = "development/benchmarks"
+QUESTIONS = 256  # at most; spread over the benchmarks, one behind the other
 
 
 def development_examples(data: Path, processor: Any) -> list[Example]:
-    """Up to `QUESTIONS` questions of `data`/development.parquet, asked and answered like training's.
+    """Up to `QUESTIONS` questions of `data`/development/benchmarks, asked and answered like training's.
 
     Raises:
         GraceError: the data has no development split.
     """
-    if not (data / FILE).is_file():
-        raise GraceError(f"{data / FILE}: the data has no development split; set validate_every to null")
-    with pq.ParquetFile(data / FILE) as file:
-        table = file.read(["id", "image", "question", "answer"])
-    if not len(table):
-        raise GraceError(f"{data / FILE}: the development split is empty; set validate_every to null")
+    files = sorted((data / FOLDER).glob("*.parquet"))
+    table = pa.concat_tables([_read(file) for file in files]) if files else None
+    if table is None or not len(table):
+        raise GraceError(f"{data / FOLDER}: the data has no development split; set validate_every to null")
     rows = table.take(list(range(0, len(table), -(-len(table) // QUESTIONS)))).to_pylist()
     conversations = [
         Conversation(
@@ -36,3 +35,8 @@ def development_examples(data: Path, processor: Any) -> list[Example]:
         for row in rows
     ]
     return Tokeniser(processor)(conversations)
+
+
+def _read(path: Path) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read(["id", "image", "question", "answer"])

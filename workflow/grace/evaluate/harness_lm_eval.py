@@ -286,7 +286,7 @@ def predict(
         lm, {"tasks": {task.task_name: task}}, apply_chat_template=True, fewshot_as_multiturn=True, bootstrap_iters=0,
         log_samples=False,
     )  # fmt: skip
-    asked = sorted(task.instances, key=lambda instance: instance.doc_id)
+    asked = sorted(task.instances, key=lambda instance: instance.doc_id)  # pyright: ignore
     answers = [lm.answers[instance.doc_id] for instance in asked]
     return pd.DataFrame(
         {
