@@ -244,10 +244,10 @@ def test_a_preempted_job_goes_on_from_its_checkpoint(shrunken: Path) -> None:
 
 
 def test_a_training_out_of_memory_is_sent_again_with_twice_as_much(shrunken: Path) -> None:
-    """The real subcommand needs more than 400 MB beside the Snakemake that Slurm runs it in; Slurm ends it."""
-    ended(real(shrunken, *AGAIN, finetune={"mem_mb": 400}), shrunken)
+    """The real subcommand needs more than 600 MB beside the Snakemake that Slurm runs it in; Slurm ends it."""
+    ended(real(shrunken, *AGAIN, finetune={"mem_mb": 600}), shrunken)
     small, large = jobs("finetune", shrunken)
-    assert (small["MinMemoryNode"], large["MinMemoryNode"]) == ("400M", "800M")
+    assert (small["MinMemoryNode"], large["MinMemoryNode"]) == ("600M", "1200M")
     assert small["JobState"] != "COMPLETED" and large["JobState"] == "COMPLETED"
     assert resumed_to_the_same_bits(shrunken)
 
@@ -392,7 +392,7 @@ def test_snakemake_says_what_slurm_would_refuse_before_it_submits_anything(tree:
     goal = "results/demo/data/manifest.json"
     done = tree.run(*SNAKEMAKE, "--workflow-profile", "workflow/profiles/slurm", goal, check=False)
     assert done.returncode == 1 and "add --slurm-status-command squeue" in done.stdout + done.stderr
-    tree.edit(resources={"prepare": {"partition": "gpuu"}, "distil": {"partition": "not asked now"}})
+    tree.edit(resources={"prepare": {"partition": "gpuu"}, "distil": {"partition": "notasked"}})
     done = tree.run(*SNAKEMAKE, *PROFILE, goal, check=False)
     assert done.returncode == 1 and "resources.prepare: partition `gpuu`" in done.stdout + done.stderr
-    assert "not asked now" not in done.stdout + done.stderr and jobs("prepare", tree.folder) == []
+    assert "notasked" not in done.stdout + done.stderr and jobs("prepare", tree.folder) == []
