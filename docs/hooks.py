@@ -1,4 +1,4 @@
-"""Pages of the site that are made from the code when it is built: configuration, command line, results layout."""
+"""Pages made from the code when the site is built (configuration, command line, results), and a check of every page."""
 
 import html
 import json
@@ -9,7 +9,9 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -22,6 +24,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, make in (("configuration", configuration), ("command-line", command_line), ("results", results)):
         files.append(File.generated(config, f"reference/{name}.md", content=make()))
     return files
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """The site has to work without a network, so a page that loads something from another host ends the build."""
+    if loaded := loads_from_elsewhere(output):
+        raise PluginError(f"{page.file.src_uri}: the page loads {loaded[0]}; keep a copy of it in docs/")
+    return output
+
+
+def loads_from_elsewhere(page: str) -> list[str]:
+    """The tags of an HTML page by which a browser asks another host, by itself, for scripts, styles, fonts or images.
+
+    A Mermaid block counts: the theme loads its renderer from a public host. Links (`<a href>`) do not.
+    """
+    sources = r"<(?!a\b)\w+\b[^>]*?\b(?:src|srcset|href|data|poster)\s*=\s*[\"']?\s*(?:https?:)?//[^>]*>"
+    return re.findall(rf"{sources}|(?:@import|url\()[\s\"'(]*(?:https?:)?//[^;)]*|<\w+[^>]*\bmermaid\b[^>]*>", page)
 
 
 def configuration() -> str:
