@@ -12,9 +12,10 @@ from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """Scores and standard errors in points (2 decimals), claims' differences, speed (3 significant digits).
+    """Scores, standard errors and claims' differences in points, unrounded; speed to 3 significant digits.
 
-    Keys are names, never positions, so that a diff of two versions lines up.
+    Who shows a number rounds it, once: rounded here too, it could differ in its last digit from the tables'. Keys are
+    names, never positions, so that a diff of two versions lines up.
     """
     found: dict[str, Any] = {"scores": {}}
     for row in results.seeds:
@@ -24,14 +25,14 @@ def metrics(results: Results) -> dict[str, Any]:
         here.update(_scores(results, row))
     if all(row in results.seeds and results.has_average(row) for row in (TEACHER, BASELINE)):
         gap = results.estimate(TEACHER).value - results.estimate(BASELINE).value
-        found["teacher_minus_baseline"] = round(gap, 2)
+        found["teacher_minus_baseline"] = float(gap)
     found["claims"] = {
         item.claim.text: {
             "verdict": item.decision.verdict,
-            "difference": round(item.comparison.difference, 2),
-            "stderr": round(item.comparison.stderr, 2),
-            **({} if item.p is None else {"p_holm": _significant(item.p)}),
-            "p_holm_questions": _significant(item.p_questions),
+            "difference": float(item.comparison.difference),
+            "stderr": float(item.comparison.stderr),
+            **({} if item.p is None else {"p_holm": float(item.p)}),
+            "p_holm_questions": float(item.p_questions),
         }
         for item in findings(results)
     }
@@ -57,10 +58,10 @@ def metrics(results: Results) -> dict[str, Any]:
 
 def _scores(results: Results, row: Row) -> dict[str, Any]:
     asked = [name for name in results.benchmarks if results.has(row, name)]
-    found: dict[str, Any] = {"benchmarks": {name: round(results.estimate(row, name).value, 2) for name in asked}}
+    found: dict[str, Any] = {"benchmarks": {name: float(results.estimate(row, name).value) for name in asked}}
     if results.has_average(row):
         average = results.estimate(row)
-        found |= {AVERAGE: round(average.value, 2), "average_stderr": round(average.stderr, 2)}
+        found |= {AVERAGE: float(average.value), "average_stderr": float(average.stderr)}
     return found
 
 
