@@ -96,7 +96,7 @@ def survive(rounds: Iterable[int], seed: int) -> list[str]:
             damaged_task(rng, task)
             asked = [specs[name] for specs in PROTOCOLS.values() if name in specs]
             acts = [partial(_read, table, name, how) for how in asked]
-            for act in (*acts, partial(read_questions, table), partial(text_key, "model", str(task), None)):
+            for act in (*acts, partial(read_questions, table), partial(text_key, "model", str(task), None, {})):
                 try:
                     act()
                 except GraceError:

@@ -10,6 +10,8 @@ import pytest
 from evaluate_models import rows, write_asked, write_benchmark, write_model
 
 import grace.evaluate.commands as commands
+from grace.config.accepted import accepted_file
+from grace.config.code import CodeIndex
 from grace.errors import GraceError
 from grace.files import sha256, write_json, write_manifest
 from grace.results.predictions import SCHEMA, model_hash
@@ -122,6 +124,29 @@ def test_only_what_changed_is_asked_again(folder, monkeypatch):
     write_model(folder / "model", seed=1)
     second = run(folder, "colour")
     assert asked == ["colour"] and second["model"] != first["model"]
+
+
+def test_edited_code_and_other_instructions_ask_again_and_accepted_code_does_not(folder, monkeypatch):
+    first = run(folder, "colour")
+    asked = _count_predictions(monkeypatch)
+    real = CodeIndex.fingerprint
+
+    def edited(self, *names):
+        return {**real(self, *names), "data": {"benchmarks/edited.csv": "0"}}
+
+    monkeypatch.setattr(CodeIndex, "fingerprint", edited)
+    index = CodeIndex()
+    frozen, now = (told(index, "evaluate", "grace.evaluate.harness_lm_eval") for told in (real, edited))
+    about = {"changed": [], "by": "", "at": "", "reason": "none of it is read"}
+    accepted = accepted_file(folder.parent)  # `run` is folder/run.json, so the results are its parent
+    accepted.parent.mkdir(parents=True)
+    accepted.write_text(json.dumps({"subcommand": "evaluate", "frozen": frozen, "accepted": now, **about}) + "\n")
+    assert run(folder, "colour") == first and asked == []
+    accepted.unlink()
+    assert run(folder, "colour")["benchmarks"] == first["benchmarks"] and asked == ["colour"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "another")
+    run(folder, "colour")
+    assert asked == ["colour"] * 2
 
 
 def test_a_stopped_suite_goes_on_where_it_was(folder, monkeypatch):

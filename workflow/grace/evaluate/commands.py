@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from grace.arithmetic import settled
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.config.accepted import resolved
+from grace.config.chosen import chosen
+from grace.config.code import CodeIndex
 from grace.config.preflight import VLLM
 from grace.config.runs import EvaluateRun, read_run
 from grace.config.sections import Evaluation
@@ -89,8 +93,8 @@ def tasks_of(settings: Evaluation) -> list[Task]:
 def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = True) -> None:
     """Ask a model every question of every benchmark; write `out/{benchmark}.parquet` and, last, `out/manifest.json`.
 
-    A benchmark whose predictions are there and were made by the same model, questions, settings and harness is not
-    asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark are kept as they
+    A benchmark whose predictions are there and were made by the same model, questions, settings, harness, code and
+    instructions is not asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark are kept as they
     come, so that a killed job goes on in the middle of one. A benchmark that fails, by whatever exception, does not stop
     the others: their predictions are kept, and a `GraceError` at the end names what failed.
 
@@ -111,7 +115,8 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     harness = _harness(settings)
     made_by, world = model_hash(model), this_world()
     how = settings.model_dump(include={"batch", "harness"})  # the engine stands in `harness`
-    answers = answers_key(made_by, how, harness)
+    made_with = {"code": _code(run, parameters), "arithmetic": settled()}
+    answers = answers_key(made_by, how, harness, made_with)
     out.mkdir(parents=True, exist_ok=True)
     failed, keys, files = [], {}, {}
 
@@ -136,7 +141,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     texts = {}
     for task in settings.language:
         with kept_apart(task):
-            texts[task] = text_key(made_by, task, settings.limit)
+            texts[task] = text_key(made_by, task, settings.limit, made_with)
     pending = [task for task in tasks if task.title in keys and not finished(_predictions(out, task), keys[task.title])]
     untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
     pending, untold = world.agreed((pending, untold))
@@ -178,6 +183,11 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     if world.first and manifest:
         about = {"model": made_by, "harness": harness}
         _write_manifest(model, out, tasks, settings, about)
+
+
+def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:
+    """The code that asks and scores, or the code that `grace accept` took it as equal to in the results that `run` is of."""
+    return resolved(run.parent.parent, CodeIndex().fingerprint("evaluate", *chosen(parameters)))
 
 
 def _predictions(out: Path, task: Task) -> Path:

@@ -23,9 +23,6 @@ from grace.files import sha256, whole_file
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
-EVALUATOR = "1"
-"""Changes when the same likelihoods would be kept or scored differently; part of every key."""
-
 SCHEMA = pa.schema(
     [
         ("task", pa.string()),
@@ -43,11 +40,13 @@ def text_file(out: Path, task: str) -> Path:
     return out / "language" / f"{Path(task).stem}.parquet"
 
 
-def text_key(model: str, task: str, limit: int | None) -> str:
-    """What a task's scores depend on, as one SHA-256 (hex): the model, and a file of one's own with its local data."""
+def text_key(model: str, task: str, limit: int | None, made_with: dict) -> str:
+    """What a task's scores depend on, as one SHA-256 (hex): the model, a file of one's own with its local data, and
+    `made_with`, the code and how a processor computes.
+    """
     import importlib.metadata
 
-    parts = {"model": model, "task": task, "limit": limit, "evaluator": EVALUATOR}
+    parts = {"model": model, "task": task, "limit": limit, "made_with": made_with}
     parts["lm-eval"] = importlib.metadata.version("lm_eval")
     if _is_file(task):
         parts |= {str(path): sha256(path) for path in (Path(task), *_data_files(task))}

@@ -1,7 +1,7 @@
 """The predictions of one model: a Parquet file per benchmark, each written whole, and a manifest that sums them up.
 
 A file carries in its metadata the protocol it was made under, the key of what made it (model, questions, settings,
-protocol, evaluator) and the key of its answers alone. A benchmark whose file has the key that is asked for is not asked
+protocol, code, instructions) and the key of its answers alone. A benchmark whose file has the key that is asked for is not asked
 again, so that a suite that was stopped goes on where it was; answers of the same key are scored again under another
 protocol that asks the same.
 """
@@ -23,8 +23,6 @@ from grace.errors import GraceError, reason
 from grace.files import MANIFEST, contents_hash, sha256, whole_file
 
 NAMED = 3  # failed rows that a message names
-EVALUATOR = "2"
-"""Changes when the same answers would be kept or scored differently; part of every key."""
 
 SCHEMA = pa.schema(
     [
@@ -68,9 +66,9 @@ def model_hash(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def answers_key(model: str, settings: dict, harness: dict) -> str:
-    """What answers to equal questions depend on, as one SHA-256 (hex)."""
-    parts = {"model": model, "settings": settings, "harness": harness, "evaluator": EVALUATOR}
+def answers_key(model: str, settings: dict, harness: dict, made_with: dict) -> str:
+    """What answers to equal questions depend on, as one SHA-256 (hex); `made_with`: code, and how a processor computes."""
+    parts = {"model": model, "settings": settings, "harness": harness, "made_with": made_with}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
