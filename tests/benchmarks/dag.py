@@ -40,7 +40,7 @@ def main():
 def make(folder: Path) -> Tree:
     """The tree, built by Snakemake and taken over by DVC."""
     tree = Tree.make(folder)
-    with (folder / "workflow/grace/cli.py").open("a") as file:
+    with (folder / "workflow/grace/cli/__init__.py").open("a") as file:
         file.write(HOOK)
     shutil.copy(folder / "workflow/experiments" / f"{NAME}.yaml", folder / "config.yaml")
     tree.edit(resources={})

@@ -125,7 +125,7 @@ class Tree:
         shutil.copytree(ROOT / "envs", folder / "envs")
         (folder / "profiles").symlink_to("workflow/profiles")
         shutil.copy(ROOT / "Snakefile", folder)
-        with (folder / "workflow/grace/cli.py").open(
+        with (folder / "workflow/grace/cli/__init__.py").open(
             "a"
         ) as file:  # the subcommands stay: what they reach is their code
             file.write(f"\n\n{STUB}")

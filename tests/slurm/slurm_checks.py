@@ -70,7 +70,7 @@ def main():
 def tree(tmp_path: Path) -> Tree:
     """The workflow with stubbed subcommands, some of which take their time."""
     tree = Tree.make(tmp_path / "tree")
-    with (tree.folder / "workflow/grace/cli.py").open("a") as file:
+    with (tree.folder / "workflow/grace/cli/__init__.py").open("a") as file:
         file.write(HOOK)
     return tree
 
@@ -353,9 +353,9 @@ def test_an_array_larger_than_the_jobs_at_once_is_refused(tree: Tree) -> None:
 
 def test_a_job_that_fails_for_another_reason_asks_for_the_same(tree: Tree) -> None:
     """And for no more than its node has, where it did run out of memory."""
-    code = (tree.folder / "workflow/grace/cli.py").read_text()
+    code = (tree.folder / "workflow/grace/cli/__init__.py").read_text()
     code = code.replace("held = bytearray(os.urandom(1)) * (900 * 2**20)\n        time.sleep(600)", "sys.exit(1)")
-    (tree.folder / "workflow/grace/cli.py").write_text(code)
+    (tree.folder / "workflow/grace/cli/__init__.py").write_text(code)
     tree.edit(resources={"quantize": {"mem_mb": 20000, "runtime": 5}})
     tree.run(*SNAKEMAKE, *PROFILE, "results/demo/students/rtn/int4/seed0/model/manifest.json")
     asked = [(job["MinMemoryNode"], job["TimeLimit"]) for job in jobs("quantize", tree.folder)]

@@ -8,17 +8,34 @@ from grace.config.code import CodeIndex, changed
 
 MODULES = {
     "__init__.py": "",
-    "cli.py": '''
+    "cli/__init__.py": "from grace.cli import rest, work\nfor part in (rest, work): register(part.commands)\n",
+    "cli/common.py": "def job(): return 1\n\ndef start(): return 2\n",
+    "cli/work.py": '''
+        from grace.cli.common import job
+        commands = Commands()
+
+        @commands.command()
         def work(out: "help text"):
             """Help."""
             from grace.steps import step
             from grace.progress import bar
-            return step(out)
+            with job():
+                return step(out)
 
+        @commands.command()
+        def neighbour():
+            from grace.steps import unused
+            return unused()
+    ''',
+    "cli/rest.py": """
         def other_work():
             import grace.loose
             return grace.loose.first()
-    ''',
+
+        def import_():
+            from grace.late import value
+            return value(1)
+    """,
     "progress.py": "def bar(): print('.')\n",
     "steps/__init__.py": "from grace.steps.one import step\nfrom grace.steps.two import unused\n",
     "steps/one.py": '''
@@ -80,7 +97,8 @@ def edited(package: Path, file: str, old: str, new: str, subcommand: str = "work
 def test_what_is_reached_is_followed_through_every_kind_of_import(package: Path) -> None:
     reached = CodeIndex(package).reached("work")
     assert {name: sorted(found) for name, found in reached.items()} == {
-        "grace.cli": ["work"],
+        "grace.cli.work": ["work"],
+        "grace.cli.common": ["job"],
         "grace.steps.one": ["WEIGHTS", "step"],
         "grace.steps.two": ["helper"],
         "grace.constants": ["FACTOR"],
@@ -99,8 +117,12 @@ def test_what_is_reached_is_followed_through_every_kind_of_import(package: Path)
         ("steps/two.py", "def unused(): return 3", "def unused(): return 4"),
         ("constants.py", "UNUSED = 3", "UNUSED = 4"),
         ("progress.py", "'.'", "'!'"),
-        ("cli.py", '"help text"', '"another help text"'),
-        ("cli.py", "grace.loose.first()", "grace.loose.first() + 1"),
+        ("cli/work.py", '"help text"', '"another help text"'),
+        ("cli/work.py", "return unused()", "return unused() + 1"),
+        ("cli/work.py", "Commands()", "Commands(name=1)"),
+        ("cli/common.py", "return 2", "return 3"),
+        ("cli/rest.py", "grace.loose.first()", "grace.loose.first() + 1"),
+        ("cli/__init__.py", "(rest, work)", "(work, rest)"),
     ],
     ids=lambda edit: f"{edit[0]}: {edit[1]}",
 )  # fmt: skip
@@ -118,7 +140,8 @@ def test_what_python_does_not_read_or_the_job_not_reach_changes_nothing(package:
         (("constants.py", "FACTOR = 2", "FACTOR = 2.5"), "grace.constants"),
         (("late.py", "return x", "return -x"), "grace.late"),
         (("steps/table.json", "[1]", "[2]"), "steps/table.json"),
-        (("cli.py", "return step(out)", "return step(out) or 1"), "grace.cli"),
+        (("cli/work.py", "return step(out)", "return step(out) or 1"), "grace.cli.work"),
+        (("cli/common.py", "return 1", "return 3"), "grace.cli.common"),
     ],
     ids=lambda edit: f"{edit[0]}: {edit[1]}" if isinstance(edit, tuple) else "",
 )
@@ -149,3 +172,13 @@ def test_parsed_files_are_remembered_and_never_stale(package: Path) -> None:
 def test_an_unknown_subcommand_is_an_error(package: Path) -> None:
     with pytest.raises(KeyError, match="no subcommand `nothing`"):
         CodeIndex(package).fingerprint("nothing")
+
+
+def test_a_subcommand_named_like_a_keyword(package: Path) -> None:
+    assert CodeIndex(package).reached("import") == {"grace.cli.rest": {"import_"}, "grace.late": {"value"}}
+
+
+def test_a_subcommand_of_the_package_reaches_itself_alone_in_the_command_line() -> None:
+    reached = CodeIndex().reached("train")
+    commands = {name: found for name, found in reached.items() if name.startswith("grace.cli")}
+    assert commands == {"grace.cli.training": {"train"}, "grace.cli.common": {"job", "start"}}

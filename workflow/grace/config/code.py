@@ -98,11 +98,13 @@ class _Walk:
         self.waiting: list[str] = []
 
     def from_command(self, subcommand: str, chosen: tuple[str, ...]) -> dict[str, set[str]]:
-        name = subcommand.replace("-", "_")
-        name, function = self.locate(f"{COMMANDS}.{name}{'_' * iskeyword(name)}")  # `import` is `import_` there
-        if function is None:
+        function = subcommand.replace("-", "_")
+        function += "_" * iskeyword(function)  # `import` is `import_` there
+        commands = {name: module for name, module in self.modules.items() if _below(name, (COMMANDS,))}
+        found = [name for name, module in commands.items() if function in module.definitions]
+        if not found:
             raise KeyError(f"no subcommand `{subcommand}`")
-        self.follow(f"{name}.{function}")
+        self.follow(f"{found[0]}.{function}")
         self.waiting += chosen
         while self.waiting:
             self.follow(self.waiting.pop())

@@ -18,7 +18,7 @@ from grace.files import whole_file
 from grace.hashes import cache_folder
 
 PACKAGE = Path(__file__).resolve().parents[1]
-COMMANDS = "grace.cli"  # its functions only pass their parameters on; flags and help texts decide nothing
+COMMANDS = "grace.cli"  # functions there only pass their parameters on; flags and help texts decide nothing
 
 # Decorators that only wrap what they stand on. Any other may register it: that is something done on import.
 _WRAPPERS = {
