@@ -21,7 +21,7 @@ from stub_tree import BIN, ROOT, Tree
 from grace.cluster.again import limits
 from grace.cluster.lock import lock_path
 from grace.cluster.slurm import check_slurm
-from grace.config.sections import Resources
+from grace.config.resources import Resources
 from grace.errors import GraceError
 
 SNAKEMAKE = [sys.executable, str(ROOT / "tests/slurm/quick_snakemake.py")]

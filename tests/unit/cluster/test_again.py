@@ -5,7 +5,7 @@ import pytest
 from grace.cluster import again as module
 from grace.cluster.again import Limits, again, beyond, last_end, limits
 from grace.cluster.slurm import check_arrays
-from grace.config.sections import Resources
+from grace.config.resources import Resources
 from grace.errors import GraceError
 
 WILDCARDS = ["demo", "rtn"]

@@ -16,7 +16,7 @@ from evaluate_models import make_image, write_model
 from official_rows import OFFICIAL
 
 import grace.evaluate.commands as commands
-from grace.config.sections import Evaluation
+from grace.config.evaluation import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.runner import Runner
 from grace.files import read_json

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import grace.evaluate.commands as commands
 from grace.cli import app
-from grace.config.sections import Evaluation
+from grace.config.evaluation import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.runner import Runner
 from grace.files import sha256

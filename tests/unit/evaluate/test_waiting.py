@@ -12,8 +12,8 @@ import grace.evaluate.waiting as waiting_module
 import grace.models
 from grace.cli import app
 from grace.cluster.lock import one_writer
+from grace.config.evaluation import Evaluation
 from grace.config.runs import EvaluateRun
-from grace.config.sections import Evaluation
 from grace.evaluate.waiting import ask_waiting, waiting
 from grace.files import MANIFEST, write_json
 

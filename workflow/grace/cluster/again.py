@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from grace.config.sections import Resources
+from grace.config.resources import Resources
 
 
 class Limits(NamedTuple):

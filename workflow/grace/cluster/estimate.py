@@ -14,7 +14,7 @@ from rich.table import Table
 from grace.cluster.kinds import kinds
 from grace.cluster.slurm import check_slurm
 from grace.config.load import load_experiment
-from grace.config.sections import Job, Resources
+from grace.config.resources import Job, Resources
 from grace.errors import GraceError
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from grace.cluster.predict import GPUS, DataSize, Gpu, ModelSize, Need, cache_bytes, caching, training
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
+from grace.config.resources import Resources
 from grace.config.runs import TrainRun, student_run
 from grace.config.schema import Experiment
-from grace.config.sections import Resources
 from grace.errors import GraceError
 
 

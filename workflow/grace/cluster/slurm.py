@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 
 from grace.cluster.again import beyond, limits
-from grace.config.sections import Resources
+from grace.config.resources import Resources
 from grace.errors import GraceError
 
 

@@ -12,6 +12,7 @@ from grace.config.accepted import resolved
 from grace.config.chosen import chosen, distillation
 from grace.config.code import CodeIndex
 from grace.config.pretrained import source_hashes
+from grace.config.resources import TRAININGS, Job
 from grace.config.runs import (
     BenchRun,
     CacheRun,
@@ -22,7 +23,7 @@ from grace.config.runs import (
     teacher_run,
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
-from grace.config.sections import DEMO_BENCHMARKS, TRAININGS, Job, Release, Section
+from grace.config.sections import DEMO_BENCHMARKS, Release, Section
 from grace.files import read_json
 
 COMPUTED: tuple[Job, ...] = (*TRAININGS, "cache", "quantize", "evaluate")  # kinds of jobs that compute with floats

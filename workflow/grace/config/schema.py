@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from grace.benchmarks.registry import task_id
+from grace.config.evaluation import Bench, Evaluation
 from grace.config.objectives import SAMPLED, objective_constants, objective_names
+from grace.config.resources import TRAININGS, Job, Resources
 from grace.config.sections import (
     DEMO_BENCHMARKS,
-    TRAININGS,
     Architecture,
-    Bench,
     Cache,
     DemoData,
-    Evaluation,
     FilesData,
-    Job,
     Method,
     MethodChanges,
     Model,
@@ -29,10 +27,9 @@ from grace.config.sections import (
     PrecisionName,
     Quantization,
     Release,
-    Resources,
     Section,
     Seed,
-)  # fmt: skip
+)
 from grace.errors import GraceError
 from grace.models.families import FAMILIES
 

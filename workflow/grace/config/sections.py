@@ -1,4 +1,4 @@
-"""The sections that an experiment is made of, each beside the checks that it can make on its own.
+"""The sections that say what is trained and how, each beside the checks that it can make on its own.
 
 No torch and no transformers in here: Snakemake imports it for every dry run.
 """
@@ -15,8 +15,6 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-
-from grace.benchmarks.protocols import PROTOCOLS, chosen, unknown
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$", max_length=64)]  # a folder's
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
@@ -281,103 +279,6 @@ class Quantization(Section):
     calibration: PositiveInt = Field(default=128, description="training conversations that AWQ and GPTQ look at")
     outlier_every: PositiveInt = Field(default=32, description="the outlier transform scales one channel in so many")
     outlier_factor: PositiveFloat = Field(default=16.0, description="by this factor")
-
-
-class Evaluation(Section):
-    """How predictions are made."""
-
-    benchmarks: list[Name] = Field(min_length=1, description="names in the benchmark registry")
-    batch: PositiveInt = Field(default=128, description="questions per forward pass")
-    max_new_tokens: PositiveInt | dict[Name, PositiveInt] | None = Field(
-        default=None, description="longest answer in tokens, for all benchmarks or by name; null: the protocol's"
-    )
-    limit: PositiveInt | None = Field(default=None, description="only the first so many questions of each benchmark")
-    protocol: str | list[str] | dict[Name, str | list[str]] | None = Field(
-        default=None,
-        description="how the paper's benchmarks are asked and scored [lmms-eval | vlmevalkit | llava-1.5 | grace-release], "
-        "for all or by name; of several the first is in the tables; null: the registry's choice",
-    )
-    harness: Literal["grace", "lm-eval", "lmms-eval", "vlmeval"] = Field(
-        default="lm-eval",
-        description="whose code asks and scores: grace (any protocol), or a harness's own (its own protocol)",
-    )
-    engine: Literal["grace", "vllm"] = Field(
-        default="grace",
-        description="what computes the answers: grace (this package), or vllm where that is installed, with harness grace",
-    )
-    language: list[str] = Field(
-        default=[], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
-    )
-    vlmeval_checkout: str | None = Field(
-        default=None, description="folder of a VLMEvalKit checkout, where `harness` is vlmeval"
-    )
-
-    @model_validator(mode="after")
-    def _own_files(self) -> "Evaluation":
-        stems = [task.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml") for task in self.language]
-        if repeated := sorted({stem for stem in stems if stems.count(stem) > 1}):
-            raise ValueError(f"language names `{repeated[0]}` twice, and their scores share a file; rename one")
-        if self.engine == "vllm" and (self.harness != "grace" or self.language):
-            raise ValueError(
-                "engine `vllm` answers questions of harness `grace` alone, and no language tasks; change either"
-            )
-        if nowhere := unknown(self.protocol):
-            raise ValueError(f"protocol: there is no `{nowhere[0]}`; protocols are {', '.join(PROTOCOLS)}")
-        return self
-
-    def longest(self, benchmark: str) -> int | None:
-        """`max_new_tokens` of one benchmark; None: its protocol's."""
-        asked = self.max_new_tokens
-        return asked.get(benchmark) if isinstance(asked, dict) else asked
-
-    def protocols(self, benchmark: str) -> list[str]:
-        """The protocols that a benchmark is asked under, the one of the tables first."""
-        return chosen(self.protocol, self.harness, benchmark)
-
-
-class Bench(Section):
-    """The kernel and decoding benchmarks."""
-
-    recipe: Name = Field(
-        default="grace", description="recipe whose packed students are timed, beside the bf16 baseline"
-    )
-    precisions: list[PrecisionName] = Field(default=["int4"], min_length=1, description="at which precisions")
-    rows: list[PositiveInt] = Field(
-        default=[1, 2, 4, 8, 16, 32, 64, 128], description="M: activation rows of the kernel benchmark"
-    )
-    batches: list[PositiveInt] = Field(default=[1, 8], description="batch sizes of the decoding benchmark")
-    new_tokens: PositiveInt = Field(default=32, description="tokens decoded per sequence")
-    repeats: PositiveInt = Field(default=5, description="timed repetitions; the median is reported")
-
-
-Job = Literal[
-    "fetch", "prepare", "train_teacher", "cache", "train_baseline", "finetune", "distil", "quantize", "pack", "evaluate",
-    "bench", "report",
-]  # fmt: skip
-"""Kinds of jobs that `resources` can speak of."""
-
-
-TRAININGS = ("train_teacher", "train_baseline", "finetune", "distil")  # kinds of job that several machines can share
-
-
-SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@+-]*$"
-"""Snakemake's Slurm plugin puts these into a shell's command line."""
-
-
-class Resources(Section):
-    """What one job asks of the machine or the cluster."""
-
-    cpus: PositiveInt = Field(default=1, description="processor cores, and threads of its arithmetic")
-    mem_mb: PositiveInt = Field(default=3000, description="memory in MB")
-    gpus: int = Field(default=0, ge=0, description="GPUs of each machine")
-    nodes: PositiveInt = Field(default=1, description="machines that share one training, on a cluster")
-    runtime: PositiveInt = Field(default=60, description="longest run in minutes, on a cluster")
-    partition: str | None = Field(
-        default=None, pattern=SLURM_NAME, description="Slurm partition; null: the profile's or the cluster's default"
-    )
-    account: str | None = Field(
-        default=None, pattern=SLURM_NAME, description="Slurm account; null: the profile's or the cluster's default"
-    )
 
 
 class Changes(Section):

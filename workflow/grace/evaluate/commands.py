@@ -23,9 +23,9 @@ from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEV
 from grace.config.accepted import resolved
 from grace.config.chosen import chosen
 from grace.config.code import CodeIndex
+from grace.config.evaluation import Evaluation
 from grace.config.preflight import VLLM
 from grace.config.runs import EvaluateRun, read_run
-from grace.config.sections import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
