@@ -1,24 +1,19 @@
 """Files that the pipeline's own jobs hand to each other, broken at random: used, or refused in one sentence.
 
-    PYTHONPATH=tests/helpers python tests/fuzz/exchange.py --seconds 600 --seed 1
+    PYTHONPATH=tests/helpers python tests/fuzz/exchange.py --seconds 600 --first 1000
 
 The teacher's cache with its sidecars and manifest, prepared data, frozen parameters, checkpoints, stored codes, and a results
 folder with predictions, speed tables, records and tables: one file is damaged, as a bad disk, a full one, a careless merge or an
 editor would, and every reader of that folder looks at it. What hashes alone would catch is let through to the readers behind.
 """
 
-import argparse
 import contextlib
 import io
-import logging
-import os
 import random
 import shutil
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from cases import failure, flags, run
 from fake_results import make_results
 from mutate import damage
 from small_experiment import build
@@ -35,7 +31,6 @@ from grace.config.runs import CacheRun, EvaluateRun, TrainRun, read_run
 from grace.data import load_prepared
 from grace.data.prepared import keys_of
 from grace.diff.compare import compare_folders
-from grace.errors import GraceError
 from grace.files import check_manifest, sha256, write_json
 from grace.provenance.accept import accepted
 from grace.provenance.snakemake_records import _record_path, _write, restore
@@ -140,49 +135,22 @@ def failures(number: int, whole: Path, home: Path) -> dict[str, str]:
     here = home / "case"
     shutil.rmtree(here, ignore_errors=True)
     shutil.copytree(whole, here)
-    kept, path = Path.cwd(), draw.choice(sorted(p for p in here.glob(pattern) if p.is_file() and p.suffix != ".png"))
+    path = draw.choice(sorted(p for p in here.glob(pattern) if p.is_file() and p.suffix != ".png"))
     damage(draw, path)
-    os.chdir(here)
-    try:
-        for place, read in enumerate(readers):
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    read(here)
-            except GraceError as error:
-                if len(str(error)) > 3000:
-                    found[f"{group} {place}: a sentence of {len(str(error))} letters"] = str(path.relative_to(here))
-            except Exception as error:
-                ours = [f for f in traceback.extract_tb(error.__traceback__) if "/grace/" in f.filename]
-                at = ours[-1] if ours else traceback.extract_tb(error.__traceback__)[-1]
-                name = f"{group}: {type(error).__name__} at {'/'.join(Path(at.filename).parts[-2:])}:{at.lineno}"
-                found[name] = str(path.relative_to(here))
-    finally:
-        os.chdir(kept)
+    with contextlib.chdir(here):
+        for read in readers:
+            if failed := failure(partial(read, here)):
+                found[f"{group}: {failed}"] = str(path.relative_to(here))
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=sys.maxsize)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    seen, number = {}, arguments.seed
+    arguments = flags(__doc__).parse_args()
     with TemporaryDirectory() as temporary:
         home = Path(temporary)
         with contextlib.redirect_stderr(io.StringIO()):
             sound(home / "whole")
-        end = time.monotonic() + arguments.seconds
-        while number < arguments.seed + arguments.cases and time.monotonic() < end:
-            for kind, file in failures(number, home / "whole", home).items():
-                if kind not in seen:
-                    seen[kind] = number
-                    print(f"case {number}: {kind} ({file})", flush=True)
-            number += 1
-    print(f"cases {arguments.seed} to {number - 1}: {len(seen)} kinds of failure")
-    return int(bool(seen))
+        return run(arguments, lambda number: failures(number, home / "whole", home))
 
 
 if __name__ == "__main__":

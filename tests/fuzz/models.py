@@ -1,22 +1,15 @@
 """Model folders broken at random: each is used, or refused in one sentence, whoever reads it.
 
-    PYTHONPATH=tests/helpers python tests/fuzz/models.py --seconds 600 --seed 1
+    PYTHONPATH=tests/helpers python tests/fuzz/models.py --seconds 600 --first 1000
 
 A folder as transformers writes it, one in several weight files, a quantised and a packed student each lose, change or gain
-something in one of their small files or in a weight file's header. Then every reader of the pipeline looks at it. The first
-folder of each new kind of failure is kept in --keep.
+something in one of their small files or in a weight file's header. Then every reader of the pipeline looks at it. What
+failed is kept in --keep.
 """
 
-import argparse
-import contextlib
-import io
-import logging
 import random
 import shutil
 import sys
-import time
-import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import yaml
+from cases import failure, flags, run
 from chat_models import talking_student
 from mutate import damage
 from stub_tree import CONFIG
@@ -32,7 +26,6 @@ from transformers import AutoModelForImageTextToText
 
 from grace.config.load import load_experiment
 from grace.config.preflight import missing
-from grace.errors import GraceError
 from grace.infer.load import load_for_inference
 from grace.models import load_model, load_processor
 from grace.models.families.__init__ import check_family
@@ -89,52 +82,37 @@ def readers(folder: Path, sound: Path, out: Path) -> dict[str, Callable[[], Any]
     }
 
 
-def failures(number: int, sound: dict[str, Path], home: Path) -> dict[str, Path]:
-    """One case: every kind of failure, with the folder."""
+def failures(number: int, sound: dict[str, Path], home: Path) -> dict[str, str]:
+    """One case: every kind of failure, with the file and the folder's kind; the folder is `case` below `home`."""
     draw, found = random.Random(number), {}
     kind = draw.choice(list(sound))
-    folder, out = home / f"case-{number}", home / "out"
+    folder, out = home / "case", home / "out"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound[kind], folder)
     name = broken(draw, folder)
     for act, read in readers(folder, sound["plain"], out).items():
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                read()
-        except GraceError as error:
-            if "\n" in str(error) or len(str(error)) > 2000:
-                found[f"{act} of {kind} {name}: a sentence of {len(str(error))} letters"] = folder
-        except Exception as error:
-            ours = [f for f in traceback.extract_tb(error.__traceback__) if "/grace/" in f.filename][-1]
-            found[f"{act}: {type(error).__name__} at {Path(ours.filename).stem}:{ours.lineno} ({kind} {name})"] = folder
+        if failed := failure(read, one_line=True):
+            found[f"{act}: {failed}"] = f"{name} of {kind}"
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
-    parser.add_argument("--cases", type=int, default=sys.maxsize)
-    parser.add_argument("--keep", type=Path, default=None, help="folder for the first folder of each kind of failure")
+    parser = flags(__doc__)
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the folders that failed, by their numbers")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    end, seen, number = time.monotonic() + arguments.seconds, {}, arguments.seed
     with TemporaryDirectory() as temporary:
         home = Path(temporary)
         sound = folders(home)
-        while number < arguments.seed + arguments.cases and time.monotonic() < end:
-            for kind, folder in failures(number, sound, home).items():
-                if (place := kind.partition(" (")[0]) not in seen:
-                    seen[place] = number
-                    print(f"case {number}: {kind}", flush=True)
-                    if arguments.keep:
-                        shutil.copytree(folder, arguments.keep / str(number), dirs_exist_ok=True)
-            shutil.rmtree(home / f"case-{number}")
-            number += 1
-    print(f"cases {arguments.seed} to {number - 1}: {len(seen)} kinds of failure")
-    return int(bool(seen))
+
+        def case(number: int) -> dict[str, str]:
+            found = failures(number, sound, home)
+            if found and arguments.keep:
+                shutil.copytree(home / "case", arguments.keep / str(number), dirs_exist_ok=True)
+            return found
+
+        return run(arguments, case)
 
 
 if __name__ == "__main__":
