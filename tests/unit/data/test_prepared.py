@@ -43,8 +43,13 @@ def test_every_example_is_the_tokeniser_s_own(data):
     some = Chosen(found, np.array([5, 2]))
     assert [example.id for example in some] == [expected[5].id, expected[2].id]
     assert [example.id for example in found[3:20:8]] == [expected[i].id for i in (3, 11, 19)]
-    with pytest.raises(IndexError):
-        found[24]
+    again = Chosen(found[10:], np.array([7, 3]))  # some of some are blocks of all too
+    assert [example.id for example in again] == [expected[17].id, expected[13].id] and again.examples is found
+    assert again[-1].id == expected[13].id and again[:1].examples is found
+    assert lengths_of(again).tolist() == [len(expected[number].input_ids) for number in (17, 13)]
+    for examples in (found, again):
+        with pytest.raises(IndexError):
+            examples[24]
 
 
 def test_images_inside_the_table_are_read_from_its_row_groups(tmp_path):

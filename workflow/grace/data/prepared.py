@@ -10,7 +10,7 @@ ids alone and run the tower.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -124,7 +124,24 @@ def load_features(path: Path, tower: nn.Module | None) -> dict[bytes, torch.Tens
     return {bytes(key): feature for key, feature in zip(keys.tolist(), features, strict=True)}
 
 
-class Examples(Sequence[Example]):
+class _Numbered(Sequence[Example]):
+    """Examples that are made one by one, when they are asked for; a slice makes none of them."""
+
+    _one: Callable[[int], Example]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Chosen": ...
+    def __getitem__(self, index: int | slice) -> "Example | Chosen":
+        if isinstance(index, slice):
+            return Chosen(self, np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self._one(int(index) % len(self))
+
+
+class Examples(_Numbered):
     """Examples of a data folder, made when they are asked for; the last ones are kept.
 
     Attributes:
@@ -164,17 +181,6 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Chosen": ...
-    def __getitem__(self, index: int | slice) -> "Example | Chosen":
-        if isinstance(index, slice):
-            return Chosen(self, np.arange(len(self))[index])
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._one(int(index) % len(self))
-
     def _read(self, index: int) -> Example:
         end = int(self._ends[index])
         tokens = slice(end - int(self.lengths[index]), end)
@@ -202,23 +208,17 @@ class Examples(Sequence[Example]):
         return [bytes(key).hex() for key in self._keys[start:end].numpy()]
 
 
-class Chosen(Sequence[Example]):
-    """Some of `examples`, by their numbers."""
+class Chosen(_Numbered):
+    """Some of `examples`, by their numbers; some of some are again some of all."""
 
     def __init__(self, examples: Sequence[Example], numbers: np.ndarray) -> None:
+        if isinstance(examples, Chosen):
+            examples, numbers = examples.examples, examples.numbers[numbers]
         self.examples, self.numbers = examples, numbers
+        self._one = lambda number: examples[int(numbers[number])]
 
     def __len__(self) -> int:
         return len(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Chosen": ...
-    def __getitem__(self, index: int | slice) -> "Example | Chosen":
-        if isinstance(index, slice):
-            return Chosen(self.examples, self.numbers[index])
-        return self.examples[int(self.numbers[index])]
 
 
 class Block(NamedTuple):

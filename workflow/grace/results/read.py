@@ -122,6 +122,10 @@ class Results:
         shown = seeds if seeds and row != TEACHER else self.seeds[row]
         return tuple(f"{row.folder(seed)}/predictions/{name}.parquet" for name in names for seed in shown)
 
+    def seed_names(self, row: Row) -> tuple[int | str, ...]:
+        """What a row's seeds are paired with other rows' by; the teacher's is nobody else's."""
+        return ("teacher",) if row == TEACHER else self.seeds[row]
+
     def scores(self, row: Row, benchmark: str) -> Scores:
         """Points [seeds, questions] of a row; all rows of a benchmark hold the same questions in the same order."""
         if (row, benchmark) not in self._scores:
@@ -144,9 +148,8 @@ class Results:
             values.append(frame["points"].to_numpy(dtype=float))
             # by name, not by who was read first: the bootstrap draws images in the order of these numbers
             images = pd.util.hash_array(frame["image_id"].astype(str).to_numpy(dtype=object))
-        seeds = ("teacher",) if row == TEACHER else self.seeds[row]  # its seed is nobody else's
         assert images is not None, "a row has a seed"
-        return Scores(np.stack(values), images, seeds)
+        return Scores(np.stack(values), images, self.seed_names(row))
 
     def _check_protocol(self, row: Row, seed: int, benchmark: str, protocol: str) -> None:
         """A `GraceError` where a predictions file was made under another protocol than its column."""

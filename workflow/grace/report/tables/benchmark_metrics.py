@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from grace.report.paper import ARXIV, canonical, label, paper_beside, paper_family, row_role, what_was_run
-from grace.report.tables.table import Cell, Line, Table
+from grace.report.paper import ARXIV, canonical, paper_beside, paper_family, row_role
+from grace.report.tables.models import model_line
+from grace.report.tables.table import Cell, Table
 from grace.results.read import Results, Row
 
 GROUPS = 10
@@ -64,8 +65,7 @@ def measures_table(results: Results) -> Table:
             _cell(results, row, name, METRICS[metric], metric, key) if results.has(row, name) else Cell()
             for name, metric, key in wanted
         ]
-        run = what_was_run(results.experiment, results.seeds[row])
-        table.lines.append(Line([label(results.experiment, row), row.precision], cells, "", run))
+        table.lines.append(model_line(results, row, cells))
     table.notes = [
         "Mean over seeds ± standard error: a jackknife over images and, with several seeds, the variance between them. "
         "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of images with all "

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from grace.errors import GraceError
-from grace.report.paper import label, what_was_run
 from grace.report.tables.footnotes import gaps
-from grace.report.tables.table import Cell, Line, Table
-from grace.results.read import BASELINE, TEACHER, Results, Row
+from grace.report.tables.models import model_line
+from grace.report.tables.table import Cell, Table
+from grace.results.read import BASELINE, Results, Row
 from grace.results.statistics import ALPHA, Comparison, Scores, compare, estimate, holm
 
 Column = tuple[str, str, str]  # task as the config names it, task in lm-eval's results, metric
@@ -68,14 +68,7 @@ def language_table(results: Results) -> Table:
             line.append(
                 Cell() if mean is None else Cell(mean.value, mean.stderr, mark=mark, digits=digits, files=files)
             )
-        table.lines.append(
-            Line(
-                [label(results.experiment, row), row.precision],
-                line,
-                "",
-                what_was_run(results.experiment, results.seeds[row]),
-            )
-        )
+        table.lines.append(model_line(results, row, line))
     table.notes = [
         "lm-eval's own aggregates, mean over seeds ± standard error over texts (and seeds): scores in percent (higher is better), "
         "perplexities and bits per byte (lower is better).",
@@ -133,5 +126,4 @@ def _scores(results: Results, row: Row, column: Column) -> Scores | None:
         raise GraceError(
             f"{results.folder / row.folder(results.seeds[row][0])}: its seeds were asked different texts of {task}"
         )
-    seeds = ("teacher",) if row == TEACHER else results.seeds[row]
-    return Scores(np.stack(values), np.arange(len(texts[0])), seeds)
+    return Scores(np.stack(values), np.arange(len(texts[0])), results.seed_names(row))

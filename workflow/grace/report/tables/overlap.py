@@ -2,15 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from grace.files import read_json
-from grace.report.paper import label, what_was_run
 from grace.report.tables.footnotes import gaps
-from grace.report.tables.table import Cell, Line, Table
-from grace.results.read import TEACHER, Results, Row
-from grace.results.statistics import Scores, estimate
+from grace.report.tables.models import mean_score, model_line
+from grace.report.tables.table import Cell, Table
+from grace.results.read import Results, Row
 
 FILE = "overlap.json"
 
@@ -41,8 +37,7 @@ def overlap_table(results: Results) -> Table:
         cells = []
         for name, samples in shared.items():
             cells += _cells(results, row, name, samples) if results.has(row, name) else [Cell(), Cell()]
-        run = what_was_run(results.experiment, results.seeds[row])
-        table.lines.append(Line([label(results.experiment, row), row.precision], cells, "", run))
+        table.lines.append(model_line(results, row, cells))
     table.notes = [
         "100 × the mean score over all questions, and over those whose images were not trained on; mean over seeds ± standard "
         "error (clustered by image, with the variance between seeds). Nothing is tested here.",
@@ -63,16 +58,10 @@ def _counts(results: Results, name: str, entry: dict[str, Any]) -> str:
 def _cells(results: Results, row: Row, name: str, shared: set[str]) -> list[Cell]:
     """All questions, and the clean ones."""
     frames = [results.predictions(row, seed, name, ["sample_id", "image_id", "score"]) for seed in results.seeds[row]]
-    values = 100 * np.stack([frame["score"].to_numpy(dtype=float) for frame in frames])
-    images = pd.factorize(frames[0]["image_id"])[0]
     clean = ~frames[0]["sample_id"].isin(shared).to_numpy()
-    seeds = ("teacher",) if row == TEACHER else results.seeds[row]
     files = (*results.files(row, name), FILE)
-    cells = []
-    for kept in (np.ones_like(clean), clean):
-        if not kept.any():
-            cells.append(Cell(text="none left"))
-            continue
-        score = estimate([Scores(values[:, kept], images[kept], seeds)])
-        cells.append(Cell(score.value, score.stderr, files=files))
-    return cells
+    rest = [frame[clean] for frame in frames]
+    return [
+        mean_score(results, row, frames, files),
+        mean_score(results, row, rest, files) if clean.any() else Cell(text="none left"),
+    ]

@@ -1,14 +1,10 @@
 """What the protocol changes: the same model and benchmark under every protocol that it was asked under."""
 
-import numpy as np
-import pandas as pd
-
 from grace.errors import GraceError
-from grace.report.paper import label, what_was_run
 from grace.report.tables.footnotes import gaps
-from grace.report.tables.table import Cell, Line, Table
-from grace.results.read import TEACHER, Results, Row, read_predictions
-from grace.results.statistics import Scores, estimate
+from grace.report.tables.models import mean_score, model_line
+from grace.report.tables.table import Cell, Table
+from grace.results.read import Results, Row, read_predictions
 
 SINGLE = "single"  # of predictions that name no protocol
 Column = tuple[str, str]  # benchmark, protocol
@@ -33,8 +29,7 @@ def protocols_table(results: Results) -> Table:
         return table
     for row, found in files.items():
         cells = [_cell(results, row, found[column]) if column in found else Cell() for column in columns]
-        run = what_was_run(results.experiment, results.seeds[row])
-        table.lines.append(Line([label(results.experiment, row), row.precision], cells, "", run))
+        table.lines.append(model_line(results, row, cells))
     table.notes = [
         "100 × the mean score over the protocol's own questions, mean over seeds ± standard error (clustered by image, with the "
         "variance between seeds). The other tables show the first protocol of each benchmark. Nothing is tested here.",
@@ -70,8 +65,4 @@ def _cell(results: Results, row: Row, file: str) -> Cell:
     for path, frame in zip(paths, frames, strict=True):
         if frame["sample_id"].tolist() != frames[0]["sample_id"].tolist():
             raise GraceError(f"{path}: other questions than the other seeds'; evaluate this model again")
-    values = 100 * np.stack([frame["score"].to_numpy(dtype=float) for frame in frames])
-    seeds = ("teacher",) if row == TEACHER else results.seeds[row]
-    found = estimate([Scores(values, pd.factorize(frames[0]["image_id"])[0], seeds)])
-    files = tuple(path.relative_to(results.folder).as_posix() for path in paths)
-    return Cell(found.value, found.stderr, files=files)
+    return mean_score(results, row, frames, tuple(path.relative_to(results.folder).as_posix() for path in paths))
