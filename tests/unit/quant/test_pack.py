@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,16 +18,6 @@ from grace.quant.checkpoint import Checkpoint, TensorSpec, write_checkpoint, wri
 from grace.quant.commands import quantize
 from grace.quant.pack import pack, pack_student
 from grace.quant.rtn import round_checkpoint
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return make_student(tmp_path_factory.mktemp("student") / "model")
-
-
-@pytest.fixture
-def copied(student, tmp_path):
-    return Path(shutil.copytree(student, tmp_path / "copy"))
 
 
 def load(folder, **more):

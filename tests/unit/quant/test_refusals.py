@@ -1,28 +1,15 @@
 """Student and packed folders that are damaged, incomplete or contradict themselves: one sentence each, no output."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from quant_models import make_student
 from safetensors.torch import load_file, save_file
 
 from grace.errors import GraceError
 from grace.files import read_json
 from grace.quant.pack import pack, verify
 from grace.quant.rtn import round_checkpoint
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return make_student(tmp_path_factory.mktemp("student") / "model")
-
-
-@pytest.fixture
-def copied(student, tmp_path):
-    return Path(shutil.copytree(student, tmp_path / "copy"))
 
 
 def edit(folder, **changes):

@@ -96,15 +96,18 @@ def _answered(
             failed.append((error.question, error.reason))
             asked = [(item, question) for item, question in asked if item.id != error.question]
             continue
-        return [_row(spec, *each, answer) for each, answer in zip(asked, answers, strict=True)]
+        return [
+            prediction(item, question.key, answer, *judged(spec, item, answer.text))
+            for (item, question), answer in zip(asked, answers, strict=True)
+        ]
     return []
 
 
-def _row(spec: Spec, item: Item, question: Question, answer: Answer) -> list[Any]:
-    extracted, score = judged(spec, item, answer.text)
+def prediction(item: Item, key: str, answer: Answer, extracted: str, score: float | None) -> list[Any]:
+    """A row in the columns of `SCHEMA`; `key` names what the model was shown."""
     return [
-        item.id, item.image_id, item.group, question.key, answer.text, extracted, item.target or "", score,
-        answer.logprob, answer.entropy,
+        item.id, item.image_id, item.group, key, answer.text, extracted, item.target or "", score, answer.logprob,
+        answer.entropy,
     ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import LMMS_EVAL, Benchmark
 from grace.errors import GraceError, reason
-from grace.evaluate.ask import demo_items, judged
+from grace.evaluate.ask import demo_items, judged, prediction
 from grace.evaluate.parquet_rows import ParquetRows
 from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner, turns
@@ -166,10 +166,7 @@ def predict(
                     f"{path}: row {item.id}: lmms-eval scores {answer.text!r} {theirs:g}, the protocol here {score:g}; "
                     "report it, with the version of lmms-eval"
                 )
-            made.append(
-                [item.id, item.image_id, item.group, asked, answer.text, extracted, item.target, score, answer.logprob,
-                 answer.entropy]
-            )  # fmt: skip
+            made.append(prediction(item, asked, answer, extracted, score))
     return pd.DataFrame(made, columns=SCHEMA.names)
 
 

@@ -29,7 +29,7 @@ from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import VLMEVAL, Benchmark
 from grace.errors import GraceError, reason
-from grace.evaluate.ask import demo_items, judged
+from grace.evaluate.ask import demo_items, judged, prediction
 from grace.evaluate.rows import read_items
 from grace.evaluate.runner import Question, Runner, turns
 from grace.results.predictions import SCHEMA, RowsFailed, read_questions
@@ -147,10 +147,7 @@ def predict(model: Any, benchmark: Benchmark, path: Path, spec: Spec, limit: int
                 f"{path}: row {item.id}: VLMEvalKit scores {answer.text!r} {score_there:g}, the protocol here {score:g}; "
                 "report it, with the commit of the checkout"
             )
-        rows.append(
-            [item.id, item.image_id, item.group, key, answer.text, extracted, item.target, score, answer.logprob,
-             answer.entropy]
-        )  # fmt: skip
+        rows.append(prediction(item, key, answer, extracted, score))
     return pd.DataFrame(rows, columns=SCHEMA.names)
 
 
