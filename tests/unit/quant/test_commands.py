@@ -1,5 +1,8 @@
 """`grace quantize` on the demo's own data, from the frozen parameters to the packed folder."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -65,6 +68,21 @@ def test_the_same_run_gives_the_same_bytes(home, tmp_path):
 def test_a_group_that_does_not_divide_is_found_before_any_work(home, tmp_path, method):
     with pytest.raises(GraceError, match=r"down_proj: its input of 96 is not a multiple of group_size 64"):
         quantize(frozen(tmp_path, method, 64), home / "baseline", tmp_path / "no_data", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_the_parameters_on_the_page_round_without_data(home, tmp_path):
+    page = (Path(__file__).parents[3] / "docs/deploy.md").read_text()
+    (written,) = re.findall(r"echo '(\{.*\})' > rounding\.json", page)
+    (tmp_path / "rounding.json").write_text(written.replace('"group_size": 128', '"group_size": 32'))
+    quantize(tmp_path / "rounding.json", home / "baseline", None, tmp_path / "student")
+    stored = read_quantization(tmp_path / "student")
+    assert (stored.method, stored.bits, stored.group_size) == ("rtn", 4, 32)
+
+
+def test_a_method_that_needs_data_says_so(home, tmp_path):
+    with pytest.raises(GraceError, match=r"run\.json: gptq looks at training conversations; give --data"):
+        quantize(frozen(tmp_path, "gptq"), home / "baseline", None, tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 

@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
-from grace.cli.common import Data, Out, Run, job
+from grace.cli.common import Out, Run, job
 
 commands = typer.Typer()
 
 
 @commands.command()
-def quantize(run: Run, init: Annotated[Path, typer.Option(help="model folder to round")], data: Data, out: Out) -> None:
+def quantize(
+    run: Run,
+    init: Annotated[Path, typer.Option(help="model folder to round")],
+    out: Out,
+    data: Annotated[Path | None, typer.Option(help="the experiment's data folder, for AWQ and GPTQ")] = None,
+) -> None:
     """Round a model without training it: RTN, AWQ or GPTQ."""
     from grace.quant.commands import quantize as round_model
 

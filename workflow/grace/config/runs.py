@@ -81,7 +81,7 @@ class QuantizeRun(Section):
     bits: int
     quantization: Quantization
     outliers: bool = False
-    seed: int
+    seed: int = 0
 
 
 class CacheRun(Section):

@@ -5,28 +5,34 @@ from pathlib import Path
 from typing import Any, cast
 
 from grace.config.runs import QuantizeRun, read_run
+from grace.errors import GraceError
 from grace.files import whole_folder
 from grace.models.families import check_family
 
 
-def quantize(run: Path, init: Path, data: Path, out: Path) -> None:
+def quantize(run: Path, init: Path, data: Path | None, out: Path) -> None:
     """Round a model without training and write the student's folder.
 
     Args:
         run: a frozen `QuantizeRun`.
         init: the model folder to start from.
-        data: the data folder; AWQ and GPTQ look at its first `quantization.calibration` training conversations.
+        data: the data folder; AWQ and GPTQ look at its first `quantization.calibration` training conversations, RTN at none.
         out: the model folder to make.
 
     Raises:
-        GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration data are unusable.
+        GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration data are
+            unusable or not given.
     """
     parameters = read_run(run, QuantizeRun)
     check_family(init, parameters.family)
+    if data is None and parameters.post_training != "rtn":
+        raise GraceError(
+            f"{run}: {parameters.post_training} looks at training conversations; give --data, a data folder"
+        )
     settings = parameters.quantization
     outliers = (settings.outlier_every, settings.outlier_factor) if parameters.outliers else None
     with whole_folder(out, run=parameters.model_dump()) as folder:
-        if parameters.post_training == "rtn":
+        if data is None or parameters.post_training == "rtn":
             from grace.quant.rtn import round_checkpoint
 
             round_checkpoint(init, folder, parameters.bits, settings.group_size, outliers, parameters.scale)
