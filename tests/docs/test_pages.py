@@ -62,7 +62,8 @@ def _plain(text: str) -> str:
 
 def _said() -> list[str]:
     page = (ROOT / "docs/troubleshooting.md").read_text()
-    messages = [row[1] for row in re.findall(r"(?m)^\| (`+) ?(.+?) ?\1 (?:\(|\|)", page)]
+    messages = [row[1] for row in re.findall(r"(?m)^- (`+) ?(.+?) ?\1(?: \(Snakemake\))?$", page)]
+    assert len(messages) > 30
     return [message for message in messages if message != "Directory cannot be locked"]  # Snakemake's own
 
 
