@@ -146,7 +146,7 @@ def command_line() -> str:
 def results() -> str:
     """What every rule makes, from the rules' own text."""
     lines = [
-        "# Results layout\n\nWhat the workflow makes, rule by rule. A `manifest.json` stands for its folder: it lists every "
+        "# Results layout\n\nWhat the workflow makes, rule by rule. A `manifest.json` identifies its folder: it lists every "
         "file with its\nSHA-256. Wildcards: `experiment` is the key of that name, `recipe`, `precision` and `seed` come from "
         "`runs`.\n"
     ]

@@ -112,3 +112,13 @@ def test_a_family():
     """The page shows the file that ships, which tests/unit/models holds to the contract."""
     assert code("A family") == Path(families.__file__).with_name("qwen2_5_vl.py").read_text()
     assert families.FAMILIES["qwen2_5_vl"].processor in code("A family")
+
+
+def test_what_the_page_names_is_in_the_file_that_it_names():
+    """`NAME` in `path`: the lists that need a line."""
+    root = Path(__file__).parents[2]
+    named = re.findall(r"`(\w+)`(?:\sof\s`\w+`)?(?:[^`.;]{0,60})?\s(?:in|of)\s`([\w/]+\.py)`", PAGE)
+    assert len(named) > 10
+    for name, path in named:
+        file = root / path if path.startswith(("tests/", "workflow/")) else root / "workflow/grace" / path
+        assert re.search(rf"\b{name}\b", file.read_text()), f"{path} has no {name}"
