@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -37,6 +38,7 @@ class StandIn:
     """vllm.LLM's interface over transformers' model: prompts come with one token an image, and go back expanded."""
 
     def __init__(self, folder: str, **settings) -> None:
+        assert os.environ["VLLM_CPU_INT4_W4A8"] == "0", "the packed model is asked, not one with rounded activations"
         self.settings = settings
         self.model, self.processor = load_model(folder), load_processor(folder)
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: ended.append(folder)))
@@ -74,6 +76,7 @@ def vllm(monkeypatch):
     module.SamplingParams = lambda **settings: SimpleNamespace(**settings)
     module.__spec__ = importlib.util.spec_from_loader("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")  # vLLM's own choice
     monkeypatch.setattr(StandIn, "extra", ())
     ended.clear()
     return module

@@ -8,7 +8,8 @@ from chat_models import talking_student
 from huggingface_hub import ModelCard
 
 from grace.errors import GraceError
-from grace.quant.card import Origin, scores_of, write_card
+from grace.files import read_json
+from grace.quant.card import Origin, model_card, scores_of, write_card
 from grace.quant.export import export
 from grace.quant.pack import pack
 
@@ -42,7 +43,18 @@ def test_each_folder_has_a_card_that_asks_about_an_image(folders, form):
             ast.parse(code)
     if form != "gguf":
         assert "pip install" in card.text and "accelerate" in card.text
+    if "from vllm" in card.text:
+        assert 'if __name__ == "__main__":' in card.text, "vLLM starts processes that import the file again"
+    assert ("VLLM_CPU_INT4_W4A8=0" in card.text) == (form == "packed")
     assert "SHA-256" in card.text and str(folders) not in card.content
+
+
+@pytest.mark.parametrize(
+    ("bits", "said"), [(2, "for NVIDIA GPUs alone"), (3, "for NVIDIA GPUs alone"), (8, "on a GPU")]
+)
+def test_where_vllm_computes_another_width(folders, bits, said):
+    text = model_card(read_json(folders / "packed/card.json") | {"bits": bits}, "pack-quantized")
+    assert said in text and "VLLM_CPU_INT4_W4A8" not in text
 
 
 def test_what_the_publisher_adds(folders, tmp_path):

@@ -64,6 +64,7 @@ class VllmRunner(Runner):
         """
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["VLLM_CPU_INT4_W4A8"] = "0"  # where a processor has AMX, activations would be rounded to 8 bits
         from vllm import LLM  # type: ignore[import-not-found]  # not among the pipeline's packages
 
         processor, config = load_processor(folder), read_json(folder / "config.json")

@@ -212,23 +212,30 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-image = "data:image/jpeg;base64," + base64.b64encode(Path("image.jpg").read_bytes()).decode()
-content = [{{"type": "image_url", "image_url": {{"url": image}}}}, {{"type": "text", "text": "{question}"}}]
-model = LLM("FOLDER", max_model_len=4096)
-(answer,) = model.chat([{{"role": "user", "content": content}}], SamplingParams(temperature=0, max_tokens=128))
-print(answer.outputs[0].text)
+if __name__ == "__main__":  # vLLM may start processes that import this file
+    image = "data:image/jpeg;base64," + base64.b64encode(Path("image.jpg").read_bytes()).decode()
+    content = [{{"type": "image_url", "image_url": {{"url": image}}}}, {{"type": "text", "text": "{question}"}}]
+    model = LLM("FOLDER", max_model_len=4096)
+    (answer,) = model.chat([{{"role": "user", "content": content}}], SamplingParams(temperature=0, max_tokens=128))
+    print(answer.outputs[0].text)
 ```"""
 _LLAMA = """```sh
 llama-mtmd-cli -m {folder}/model-Q4_0.gguf --mmproj {folder}/mmproj-BF16.gguf --image image.jpg -p "{question}"
 llama-server -m {folder}/model-Q4_0.gguf --mmproj {folder}/mmproj-BF16.gguf    # chats, with images, in a browser
 ```"""
 
+_VLLM_COMPUTES = {
+    4: ", and on a processor with AMX rounds activations to 8 bits before each product unless VLLM_CPU_INT4_W4A8=0 is set",
+    8: " on a GPU; on a processor it has no product of 8 bits (seen in 0.32)",
+}
+
 
 def _limits(form: str, bits: int) -> str:
     said = {
         "pack-quantized": "Loaded by transformers without a quantised product, the weights are unpacked and take the memory "
-        "of 16 bits; vLLM keeps 4 and 8 bits packed."
-        + ("" if bits in (4, 8) else f" vLLM reads no {bits}-bit weights."),
+        "of 16 bits; vLLM keeps them packed"
+        + _VLLM_COMPUTES.get(bits, f", with products of {bits} bits for NVIDIA GPUs alone (seen in 0.32)")
+        + ".",
         "awq": "Scales are fp16; compute in fp16.",
         "gptq": "Scales are fp16; compute in fp16.",
         "gguf": "llama.cpp rounds activations to 8 bits before each Q4_0 product and resizes images its own way, so answers "
