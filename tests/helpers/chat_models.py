@@ -135,14 +135,17 @@ def byte_level(pieces: int = 0) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _text(tokenizer) -> dict:
+def _text(tokenizer, width: int) -> dict:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}  # 32 wide: vLLM's least on a CPU
-    calm = {"initializer_range": 0.12}  # rounding to 16 bits moves an answer far less than another image
-    return TEXT | ends | heads | calm | {"vocab_size": VOCABULARY, "max_position_embeddings": 2048}
+    heads = width // 32  # 32 wide: vLLM's least on a CPU
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    if width != TEXT["hidden_size"]:
+        sizes["intermediate_size"] = 2 * width
+    calm = {"initializer_range": 0.96 / width**0.5}  # rounding to 16 bits moves an answer far less than another image
+    return TEXT | ends | sizes | calm | {"vocab_size": VOCABULARY, "max_position_embeddings": 4096}
 
 
-def _llava(tower: str):
+def _llava(tower: str, width: int):
     tokenizer = sentencepiece()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
     if tower == "clip":
@@ -150,7 +153,7 @@ def _llava(tower: str):
     else:
         vision, rule, extra = SiglipVisionConfig(**sizes, num_hidden_layers=2, vision_use_head=False), "full", 0
     config = LlavaConfig(
-        vision_config=vision, text_config=LlamaConfig(**_text(tokenizer), tie_word_embeddings=False),
+        vision_config=vision, text_config=LlamaConfig(**_text(tokenizer, width), tie_word_embeddings=False),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-2 if extra else -1, vision_feature_select_strategy=rule, image_seq_length=16,
     )  # fmt: skip
@@ -162,10 +165,10 @@ def _llava(tower: str):
     return LlavaForConditionalGeneration(config), processor
 
 
-def _qwen(family: str):
+def _qwen(family: str, width: int):
     tokenizer = byte_level()
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
-    text = {**_text(tokenizer), "rope_parameters": rope}
+    text = {**_text(tokenizer, width), "rope_parameters": rope}
     tokens = {
         name: tokenizer.convert_tokens_to_ids(f"<|{word}|>")
         for name, word in {
@@ -175,18 +178,18 @@ def _qwen(family: str):
     }  # fmt: skip
     patch = 14
     if family == "qwen2_vl":
-        vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2}
+        vision = {"depth": 2, "embed_dim": 32, "hidden_size": width, "num_heads": 2, "mlp_ratio": 2}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
     elif family == "qwen2_5_vl":
         vision = {
-            "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
             "fullatt_block_indexes": [1, 3],
         }  # fmt: skip
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
     else:
         patch = 16
         vision = {
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
             "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
         }  # fmt: skip
         text["head_dim"] = 32
@@ -208,22 +211,24 @@ def images_only(whole: type, images, tokenizer):
 
 
 FAMILIES = {
-    "llava-clip": lambda: _llava("clip"),
-    "llava-siglip": lambda: _llava("siglip"),
-    "qwen2_vl": lambda: _qwen("qwen2_vl"),
-    "qwen2_5_vl": lambda: _qwen("qwen2_5_vl"),
-    "qwen3_vl": lambda: _qwen("qwen3_vl"),
+    "llava-clip": lambda width=64: _llava("clip", width),
+    "llava-siglip": lambda width=64: _llava("siglip", width),
+    "qwen2_vl": lambda width=64: _qwen("qwen2_vl", width),
+    "qwen2_5_vl": lambda width=64: _qwen("qwen2_5_vl", width),
+    "qwen3_vl": lambda width=64: _qwen("qwen3_vl", width),
 }
 
 SIDES = {"llava-clip": 64, "llava-siglip": 64, "qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}
 """Pixels a side of an image that no program resizes."""
 
 
-def talking_student(folder: Path, family: str, seed: int = 0) -> Path:
-    """A quantised student with all that stands beside a published model."""
+def talking_student(
+    folder: Path, family: str, seed: int = 0, bits: int = 4, group_size: int = 32, width: int = 64
+) -> Path:
+    """A quantised student with all that stands beside a published model; `width`: its decoder's, 64 or more."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, processor = FAMILIES[family]()
+        model, processor = FAMILIES[family](width)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "language_model" not in name and "lm_head" not in name:
@@ -233,11 +238,11 @@ def talking_student(folder: Path, family: str, seed: int = 0) -> Path:
     layers = {}
     for name, parameter in model.named_parameters():
         if module := quantised_module(name):
-            sizes = LearnedStepSize.from_weight(parameter, 4, 32, module)
+            sizes = LearnedStepSize.from_weight(parameter, bits, group_size, module)
             layers[module] = sizes.codes(parameter), sizes.scales
             parameter.data = sizes.fake_quantize(parameter).detach().float()
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    with whole_folder(folder, run={"bits": 4}) as part:
+    with whole_folder(folder, run={"bits": bits}) as part:
         model.to(torch.bfloat16).save_pretrained(part)
         name_as_published(part, family_of(model).published)
         processor.save_pretrained(part)
@@ -246,7 +251,7 @@ def talking_student(folder: Path, family: str, seed: int = 0) -> Path:
             videos = json.loads(processor.image_processor.to_json_string())
             videos |= {"video_processor_type": "Qwen2VLVideoProcessor"}
             (part / "video_preprocessor_config.json").write_text(json.dumps(videos))
-        save_quantization(part, layers, 4, 32, "lsq")
+        save_quantization(part, layers, bits, group_size, "lsq")
     return folder
 
 

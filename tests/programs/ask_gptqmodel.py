@@ -34,7 +34,7 @@ def ask(folder: Path) -> bool:
     kept = {name: value for name, value in model.state_dict().items() if name in student}
     equal = all(torch.equal(value, student[name].half()) for name, value in kept.items())
     whole = len(kept) == len(student) - len(wanted)
-    processor = FAMILIES[folder.parent.name]()[1]
+    processor = FAMILIES[expected["family"]]()[1]
     parts = [
         {"type": "image", "image": Image.open(folder.parent / "image.png")},
         {"type": "text", "text": expected["question"]},
