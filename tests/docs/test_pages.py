@@ -89,7 +89,10 @@ def test_the_deploy_page_has_the_cards_code(snippet):
     assert re.search(r"```python\n.*?```", text, re.DOTALL)[0] in (ROOT / "docs/deploy.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["method", "kernels", "decoding"])
+DESIGN = ["architecture", "decoding", "demo", "guarantees", "kernels", "method", "statistics"]
+
+
+@pytest.mark.parametrize("page", DESIGN)
 def test_a_design_page_is_short(page):
     assert len((ROOT / f"docs/{page}.md").read_text().splitlines()) <= 100
 
@@ -136,3 +139,21 @@ def test_a_subcommand_that_a_page_names_is_there():
             if group is None or (second and hasattr(group, "commands") and second not in group.commands):
                 lost.append((page.name, first, second))
     assert not lost
+
+
+def test_a_table_is_narrow():
+    """Its widest cells side by side take at most 112 letters, so that 80 columns hold it with few wrapped cells."""
+    wide = []
+    for page in PAGES:
+        if page.name != "log.md":
+            for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+                if (width := _width(table)) > 112:
+                    wide.append((page.name, table.split("\n")[0], width))
+    assert not wide
+
+
+def _width(table: str) -> int:
+    """Letters of a table as a browser shows it: without marks and the targets of links."""
+    shown = re.sub(r"[`*\[\]\\]|(?<=\])\([^)]*\)", "", table.replace("\\|", "¦"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True))
