@@ -157,3 +157,14 @@ def _width(table: str) -> int:
     shown = re.sub(r"[`*\[\]\\]|(?<=\])\([^)]*\)", "", table.replace("\\|", "¦"))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
     return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True))
+
+
+def test_every_page_is_two_clicks_from_the_start():
+    def links(page: Path) -> set[Path]:
+        named = re.findall(r"\]\(([\w/.-]+\.md)(?:#[\w-]*)?\)", page.read_text()) if page.exists() else []
+        return {(page.parent / name).resolve() for name in named}
+
+    near = links(ROOT / "docs/index.md")
+    reached = near.union(*map(links, near))
+    made = {ROOT / f"docs/reference/{name}.md" for name in ("configuration", "command-line", "results")}
+    assert {*(ROOT / "docs").rglob("*.md"), *made} - {ROOT / "docs/index.md"} <= reached
