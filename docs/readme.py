@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = ("bf16", "int4", "int2")
 SCORES = {  # in the README, and in metrics.json
     "teacher": "teacher",
-    "student before (baseline)": "baseline",
+    "student baseline": "baseline",
     "RTN": "rtn",
     "QAT": "finetune",
     "QAT + KD": "kd",
