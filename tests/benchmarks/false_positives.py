@@ -10,7 +10,8 @@ from argparse import ArgumentParser
 
 import numpy as np
 
-from grace.results.statistics import Scores, compare
+from grace.results.paired import compare
+from grace.results.statistics import Scores
 
 LEVELS = (0.05, 0.05 / 18, 0.001)
 IMAGES = 30

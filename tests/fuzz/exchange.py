@@ -43,7 +43,8 @@ from grace.results.read import BASELINE, TEACHER, read_results
 from grace.teacher.commands import finish, info
 from grace.teacher.commands import verify as verify_cache
 from grace.teacher.reader import TeacherCache
-from grace.train.checkpoint import Checkpoints, Part, finished
+from grace.train.checkpoint import Checkpoints, Part
+from grace.train.finished import finished
 from grace.world import World
 
 ALONE = World()

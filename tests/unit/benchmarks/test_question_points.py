@@ -6,7 +6,8 @@ import pytest
 
 from grace.benchmarks.metrics import COGNITION, METRICS
 from grace.benchmarks.question_points import points
-from grace.results.statistics import Scores, compare, estimate
+from grace.results.paired import compare
+from grace.results.statistics import Scores, estimate
 
 
 def mme_rows(random, groups=(("color", 12), ("count", 30), ("posters", 60))) -> pd.DataFrame:

@@ -16,7 +16,8 @@ from lm_eval.tasks import TaskManager
 
 from grace.benchmarks.extraction import extract, normalise
 from grace.benchmarks.registry import benchmark
-from grace.evaluate.harness_lm_eval import FILTERS, RunnerLM, predict, task_yaml
+from grace.evaluate.harness_lm_eval import FILTERS, predict, task_yaml
+from grace.evaluate.lm_eval_model import RunnerLM
 from grace.evaluate.runner import Runner
 from grace.files import read_json, whole_folder
 from grace.results.predictions import SCHEMA, read_questions

@@ -7,16 +7,8 @@ import pytest
 from scipy import stats
 
 from grace.errors import GraceError
-from grace.results.statistics import (
-    Scores,
-    compare,
-    estimate,
-    holm,
-    mcnemar,
-    minimum_detectable_difference,
-    paired_bootstrap,
-    swap_test,
-)
+from grace.results.paired import compare, holm, mcnemar, minimum_detectable_difference, paired_bootstrap, swap_test
+from grace.results.statistics import Scores, estimate
 
 
 def scores(values, images=None, seeds=None) -> Scores:

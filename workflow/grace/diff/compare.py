@@ -17,8 +17,9 @@ from grace.diff.revisions import results_of
 from grace.errors import GraceError
 from grace.files import MANIFEST, read_json, sha256, whole_file
 from grace.report.tables.scores import AVERAGE
+from grace.results.paired import compare, holm
 from grace.results.read import Row
-from grace.results.statistics import Scores, compare, holm
+from grace.results.statistics import Scores
 
 FLIPS, FLIPS_OF_ONE = 200, 40  # answers that are kept to be shown: in all, and of one model on one benchmark
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from grace.results.paired import Comparison
 from grace.results.read import Row
-from grace.results.statistics import ALPHA, Comparison
+from grace.results.statistics import ALPHA
 
 
 @dataclass

@@ -112,7 +112,7 @@ def score_text(runner: "Runner", task: str, limit: int | None) -> tuple[pd.DataF
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    from grace.evaluate.harness_lm_eval import RunnerLM
+    from grace.evaluate.lm_eval_model import RunnerLM
 
     own = _is_file(task)
     name = _content(task).task if own else task

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.errors import GraceError, reason
-from grace.evaluate.rows import ROWS, shards
+from grace.evaluate.raw_rows import ROWS, shards
 
 _IMAGE = datasets.Image()
 

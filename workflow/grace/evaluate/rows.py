@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import Benchmark
 from grace.errors import GraceError
+from grace.evaluate.raw_rows import raw_rows
 
-ROWS = 64  # read at once
 _IDS = ("index", "question_id", "id", "questionId")
 _CATEGORY = ("category", "question_type", "subtask")
 _SUBCATEGORY = ("subcategory", "l2-category", "l2_category", "L2-category")
@@ -37,15 +35,6 @@ _OTHERS = (
 )  # fmt: skip
 COLUMNS = {*_IDS, *ANSWERS, *_CATEGORY, *_SUBCATEGORY, *_CHOICES, *_NUMBERED, *_OTHERS, *string.ascii_uppercase}
 YES_NO = ("pope", "pope_lmms", "mme", "hallusion")  # metrics of benchmarks whose answers are yes or no
-_REFERENCE = 64  # VLMEvalKit: an image cell no longer than this is the index of the row that has the image
-
-
-def shards(path: Path) -> list[Path]:
-    """The files of a benchmark: itself, or the Parquet files of a folder in the order of their names."""
-    found = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not found:
-        raise GraceError(f"{path}: has no Parquet files; copy the data set again")
-    return found
 
 
 def questions_file(data: Path, name: str, protocol: str) -> Path:
@@ -69,7 +58,7 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
     seen: set[str] = set()
     asked_of: Counter[str] = Counter()  # questions of each of MME's images
     count = 0
-    for place, raw in enumerate(_raw(path)):
+    for place, raw in enumerate(raw_rows(path, COLUMNS)):
         if limit is not None and count == limit:
             return
         try:
@@ -92,57 +81,6 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
         )
     if count == 0:
         raise GraceError(f"{path}: has no rows that this protocol asks; copy the data set again")
-
-
-def _raw(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows as dictionaries of the known columns."""
-    for file in shards(path):
-        try:
-            yield from _tsv(file) if file.suffix == ".tsv" else _parquet(file)
-        except (OSError, ValueError, pa.ArrowException, pd.errors.ParserError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise GraceError(f"{file}: not readable ({reason[0]}); copy the data set again") from error
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(path, pre_buffer=False) as file:
-        names = [name for name in file.schema_arrow.names if name in COLUMNS]
-        if "question" not in names:
-            raise GraceError(f"{path}: column question is missing; make it a copy of the official data set")
-        for batch in file.iter_batches(batch_size=ROWS, columns=names):
-            yield from batch.to_pylist()
-
-
-def _tsv(path: Path) -> Iterator[dict[str, Any]]:
-    """Cells as text, those that pandas takes for missing as None, which is how both readers of this format see them."""
-    held = _referenced(path)
-    for part in _tsv_parts(path, lambda name: name in COLUMNS):
-        if "question" not in part:
-            raise GraceError(f"{path}: column question is missing; make it a copy of the official data set")
-        for row in part.to_dict("records"):
-            raw = {str(name): None if pd.isna(value) else value for name, value in row.items()}
-            image = raw.get("image")
-            if image in held:
-                raw["image"] = held[image]
-            yield raw
-
-
-def _tsv_parts(path: Path, columns: Any) -> Iterator[pd.DataFrame]:
-    yield from pd.read_csv(path, sep="\t", dtype=str, chunksize=ROWS, usecols=columns)
-
-
-def _referenced(path: Path) -> dict[str, str]:
-    """Image cells that other rows name by index."""
-    wanted: set[str] = set()
-    for part in _tsv_parts(path, lambda name: name == "image"):
-        if "image" in part:
-            wanted |= {cell for cell in part["image"].dropna() if len(cell) <= _REFERENCE}
-    held = {}
-    for part in _tsv_parts(path, lambda name: name in ("index", "image")) if wanted else ():
-        if "index" in part:
-            pairs = zip(part["index"], part["image"], strict=True)
-            held |= {i: cell for i, cell in pairs if i in wanted and isinstance(cell, str) and len(cell) > _REFERENCE}
-    return held
 
 
 def _asked(raw: dict, spec: Spec) -> bool:

@@ -7,8 +7,8 @@ from grace.report.decoding import DECODE, decode_rows, dense_beside
 from grace.report.entropy import entropy_files, entropy_numbers
 from grace.report.paper import AVERAGE, GRACE, label, paper_family, paper_numbers, row_role
 from grace.report.verdicts import LEAST_SEEDS, METHOD_SEEDS, Decision, decide, from_value
+from grace.results.paired import Comparison, holm
 from grace.results.read import BASELINE, TEACHER, Results, Row
-from grace.results.statistics import Comparison, holm
 
 QUANTISED = ("int8", "int4", "int3", "int2", "int4-outliers")
 GROUND, METHOD, PARTS_GROUP = "What GRACE starts from", "GRACE", "GRACE's parts"

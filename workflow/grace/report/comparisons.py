@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from grace.report.paper import AVERAGE
+from grace.results.paired import Comparison, compare, holm
 from grace.results.read import TEACHER, Results, Row
-from grace.results.statistics import Comparison, Scores, compare, holm
+from grace.results.statistics import Scores
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 from scipy import stats
 
 from grace.report.numbers import number, p_text
-from grace.results.statistics import ALPHA, POWER, Comparison, minimum_detectable_difference
+from grace.results.paired import Comparison, minimum_detectable_difference
+from grace.results.statistics import ALPHA, POWER
 
 MARGIN = 0.5  # points: a smaller advantage is of no interest
 CLOSE = 2.0  # points: what the paper itself still calls close (INT4 1.8 below the bf16 student that GRACE made)

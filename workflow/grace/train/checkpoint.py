@@ -6,23 +6,18 @@ number of processes sums come in another order, and nothing else differs. torch.
 process its rows of what is sharded, one of them what all have in full. They are written in the background, from a copy,
 while training goes on. A checkpoint counts once its `checkpoint.json` is there, which is written after all files are. The
 two newest are kept: where one is damaged, the run goes on from the one before.
-
-A finished model stays here too, as hard links that cost no room, until a later start of Snakemake has accepted the
-output: Snakemake deletes outputs that it does not believe in, such as one that a clock set back makes older than its
-inputs, and the training must not be lost with them.
 """
 
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +31,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, check_manifest, read_json, whole_file, whole_folder, write_failure, write_json
+from grace.files import read_json, whole_file, write_failure, write_json
 from grace.hashes import sha256
 from grace.world import SMALLER, World
 
 COMPLETE = "checkpoint.json"
-FINISHED = "finished"
 KEPT = 2
 _LONGEST = timedelta(hours=6)  # that one process may wait for the others' disks
 
@@ -151,7 +145,7 @@ class Checkpoints:
                 about = {"step": step, "identity": self.identity, "processes": self.world.size, "files": files}
                 about["facts"] = facts
                 write_json(here / COMPLETE, {**about, "own_sha256": _own_hash(about)})
-                for old in _steps(self.folder)[KEPT:]:
+                for old in steps(self.folder)[KEPT:]:
                     shutil.rmtree(old)
 
     def _among(self) -> dict[str, Any]:
@@ -165,7 +159,7 @@ class Checkpoints:
         """
         world = self.world
         other = False
-        for here in _steps(self.folder):
+        for here in steps(self.folder):
             about, reason = self._checked(here)
             problems = world.gather([] if reason is None else [reason])
             if not problems:
@@ -197,7 +191,7 @@ class Checkpoints:
                 )
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.unlink(missing_ok=True)
-            for old in _steps(self.folder):
+            for old in steps(self.folder):
                 shutil.rmtree(old)
         world.barrier()
         return 0, None
@@ -284,7 +278,7 @@ def _named(here: Path) -> Iterator[None]:
         raise GraceError(f"{here}: could not be written ({reason}); free space and run again") from error
 
 
-def _steps(folder: Path) -> list[Path]:
+def steps(folder: Path) -> list[Path]:
     """The folders of checkpoints, newest first."""
     return sorted(folder.glob("step-*"), reverse=True)
 
@@ -302,49 +296,3 @@ def noted_part(folder: Path, identity: str, part: int, world: World) -> int:
     except (GraceError, KeyError, TypeError, ValueError):
         noted = part
     return world.agreed(max(1, min(part, noted)))
-
-
-def finish(folder: Path, identity: str, log: Path, save: Callable[[Path], None]) -> None:
-    """Keep a finished run in `folder`: the model folder that `save` writes and its curves; checkpoints are removed."""
-    with whole_folder(folder / FINISHED, identity=identity) as kept:
-        (kept / "model").mkdir()
-        save(kept / "model")
-        shutil.copyfile(log, kept / "log.jsonl")
-    for old in _steps(folder):
-        shutil.rmtree(old)
-    log.unlink(missing_ok=True)
-    (folder / SMALLER).unlink(missing_ok=True)
-
-
-def finished(folder: Path, identity: str) -> bool:
-    """Whether this very run was finished before and is kept whole; a damaged one is removed with a sentence."""
-    kept = folder / FINISHED
-    if not (kept / MANIFEST).is_file():
-        return False
-    try:
-        return check_manifest(kept)["identity"] == identity
-    except (GraceError, KeyError, TypeError):
-        print(f"{kept}: damaged; training again", file=sys.stderr)
-        shutil.rmtree(kept)
-        return False
-
-
-def publish(folder: Path, out: Path, log: Path, **about: Any) -> None:
-    """Make the finished run the outputs `out`, a model folder with `about` in its manifest, and `log`."""
-    kept = folder / FINISHED
-    with whole_folder(out, **about) as part:
-        for path in sorted((kept / "model").rglob("*")):
-            target = part / path.relative_to(kept / "model")
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                _link_or_copy(path, target)
-    with whole_file(log) as part:
-        shutil.copyfile(kept / "log.jsonl", part)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    with suppress(OSError):
-        os.link(source, target)
-        return
-    shutil.copyfile(source, target)

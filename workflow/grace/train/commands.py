@@ -18,7 +18,7 @@ from grace.quant import save_quantization
 from grace.quant.checkpoint import name_as_published
 from grace.quant.opening import write_opening
 from grace.teacher.forward import check_examples, check_sight
-from grace.train.checkpoint import finish, finished, publish
+from grace.train.finished import finish, finished, publish
 from grace.train.loop import Trainer, counted, run_identity
 from grace.train.objective import Objective
 from grace.train.watch import check_watchers

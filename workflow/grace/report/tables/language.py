@@ -10,8 +10,9 @@ from grace.errors import GraceError
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.models import model_line
 from grace.report.tables.table import Cell, Table
+from grace.results.paired import Comparison, compare, holm
 from grace.results.read import BASELINE, Results, Row
-from grace.results.statistics import ALPHA, Comparison, Scores, compare, estimate, holm
+from grace.results.statistics import ALPHA, Scores, estimate
 
 Column = tuple[str, str, str]  # task as the config names it, task in lm-eval's results, metric
 # aggregates of sum(log-likelihood) / sum(weight), and their derivatives by it

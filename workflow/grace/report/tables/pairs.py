@@ -10,8 +10,9 @@ from grace.report.paper import AVERAGE, seed_range, what_was_run
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.scores import columns_of, heading
 from grace.report.tables.table import Cell, Line, Table
+from grace.results.paired import Comparison, holm
 from grace.results.read import BASELINE, TEACHER, Results
-from grace.results.statistics import ALPHA, POWER, Comparison, holm
+from grace.results.statistics import ALPHA, POWER
 
 
 @dataclass(frozen=True)
