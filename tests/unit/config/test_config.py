@@ -243,6 +243,19 @@ def test_a_student_starts_from_its_own_seed_of_another_recipe() -> None:
     assert plan.start(asked) == "results/demo/students/baseline/bf16/seed0/model/manifest.json"
 
 
+def test_the_small_experiment_rounds_in_every_way_at_every_width() -> None:
+    """RTN at each convention of scale, all three roundings of the baseline and of the fine-tuned student."""
+    experiment = load_experiment(ROOT / "workflow/experiments/small.yaml")
+    made: dict[tuple[str, str, str | None], set[str]] = {}
+    for name, precision, seed in experiment.students():
+        recipe = experiment.recipes.get(name)
+        if recipe is not None and recipe.post_training and seed == 0:
+            made.setdefault((recipe.post_training, recipe.scale, recipe.start), set()).add(precision)
+    ways = [("rtn", scale, None) for scale in ("maxabs", "format", "best")]
+    ways += [(method, "maxabs", start) for method in ("rtn", "awq", "gptq") for start in (None, "finetune/bf16")]
+    assert all({"int4", "int3", "int2"} <= made[way] for way in ways)
+
+
 def test_every_experiment_has_the_standard_recipes_unless_it_changes_them() -> None:
     config = _changed(recipes={"grace": {"kd": "plain"}})
     experiment = load_experiment(config)

@@ -29,21 +29,23 @@ def home(tmp_path_factory):
     return home
 
 
-def frozen(folder, method, group_size=32, family="llava"):
+def frozen(folder, method, group_size=32, family="llava", bits=4):
     settings = Quantization(group_size=group_size, calibration=4)
     run = QuantizeRun(
-        family=family, post_training=method, bits=4, quantization=settings, outliers=True, seed=0
+        family=family, post_training=method, bits=bits, quantization=settings, outliers=True, seed=0
     )  # fmt: skip
     write_json(folder / "run.json", run.model_dump())
     return folder / "run.json"
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
-def test_a_student_folder_that_packs(home, tmp_path, method):
-    quantize(frozen(tmp_path, method), home / "baseline", home / "data", tmp_path / "student")
+@pytest.mark.parametrize(
+    ("method", "bits"), [("rtn", 4), *((method, bits) for method in ("awq", "gptq") for bits in (2, 3, 4))]
+)
+def test_a_student_folder_that_packs(home, tmp_path, method, bits):
+    quantize(frozen(tmp_path, method, bits=bits), home / "baseline", home / "data", tmp_path / "student")
     stored = read_quantization(tmp_path / "student")
     model = load_model(tmp_path / "student")
-    assert model.dtype == torch.bfloat16 and (stored.method, stored.bits, stored.group_size) == (method, 4, 32)
+    assert model.dtype == torch.bfloat16 and (stored.method, stored.bits, stored.group_size) == (method, bits, 32)
     linears = decoder_linears(model)
     assert set(stored.layers) == set(linears)
     for name, linear in linears.items():

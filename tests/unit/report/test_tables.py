@@ -21,7 +21,17 @@ from grace.report.claims import claims_of, findings, measured
 from grace.report.comparisons import Family
 from grace.report.metrics import metrics
 from grace.report.page.summary import main_finding, verdicts
-from grace.report.paper import AVERAGE, canonical, label, paper_beside, paper_numbers, role, seed_range, what_was_run
+from grace.report.paper import (
+    AVERAGE,
+    canonical,
+    label,
+    paper_beside,
+    paper_numbers,
+    role,
+    roles,
+    seed_range,
+    what_was_run,
+)  # fmt: skip
 from grace.report.tables.benchmark_metrics import jackknife
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
@@ -366,6 +376,10 @@ def test_roles():
     assert role(Recipe(kd="gated", controller=True)) == "gdkd+ib"
     assert role(Recipe(kd="plain", rcka=True, controller=True)) == "rcka+ib"
     assert role(Recipe(kd="plain", rcka=True)) == "kd+rcka"
+    later = {"rtn-later": Recipe(post_training="rtn", start="qat/bf16"), **config.recipes}
+    runs = [config.runs[0].model_copy(update={"recipes": ["rtn-later", "rtn"]})]
+    found = roles(config.model_copy(update={"recipes": later, "runs": runs}))
+    assert (found["rtn"], found["rtn-later"]) == ("rtn", "variant")  # the paper rounds the baseline
 
 
 def test_names_for_people():

@@ -46,13 +46,13 @@ def role(recipe: Recipe) -> str:
 
 
 def roles(experiment: Experiment) -> dict[str, str]:
-    """Role of every recipe. Where two share one, it goes to the first that is run and changes no constants, and the others
+    """Role of every recipe. Where two share one, it goes to the first that is run, starts from the baseline and changes no constants, and the others
     are `variant`: the paper has one GRACE, not a sweep."""
     run = list(dict.fromkeys(name for runs in experiment.runs for name in runs.recipes))
 
     def order(item: tuple[str, Recipe]) -> tuple[bool, bool, int]:
         name, recipe = item
-        changes = bool(recipe.method or recipe.train or recipe.constants or recipe.scale != "maxabs")
+        changes = bool(recipe.method or recipe.train or recipe.constants or recipe.start or recipe.scale != "maxabs")
         return name not in run, changes, run.index(name) if name in run else len(run)
 
     found: dict[str, str] = {}
