@@ -13,6 +13,11 @@ Out = Annotated[Path, typer.Option(help="what to make")]
 Processes = Annotated[int, typer.Option(help="share the work between so many, one GPU each; 0 and 1: alone")]
 
 
+def group(text: str) -> typer.Typer:
+    """Subcommands below one word, such as `grace cache`."""
+    return typer.Typer(help=text, no_args_is_help=True)
+
+
 def start(processes: int, nodes: int = 1, note: Path | None = None) -> None:
     """Become so many processes on each machine, one GPU each; nothing where it is one, or one of them already.
 

@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-from grace.cli.common import Data, Out, Processes, Run, job, start
+from grace.cli.common import Data, Out, Processes, Run, group, job, start
 from grace.errors import GraceError
 
 commands = typer.Typer()
-bench_commands = typer.Typer(
-    help="Speed of the INT4 product and of decoding, side by side with bf16.", no_args_is_help=True
-)
+bench_commands = group("Speed of the INT4 product and of decoding, side by side with bf16.")
 
 
 @commands.command()

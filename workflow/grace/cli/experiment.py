@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from grace.cli.common import group
 from grace.errors import GraceError
 
 commands = typer.Typer()
-config_commands = typer.Typer(help="The experiment's configuration.", no_args_is_help=True)
+config_commands = group("The experiment's configuration.")
 
 
 @commands.command()

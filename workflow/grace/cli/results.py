@@ -5,15 +5,13 @@ from typing import Annotated
 
 import typer
 
-from grace.cli.common import Out, job
+from grace.cli.common import Out, group, job
 
 Results = Annotated[Path, typer.Option(help="the experiment's results folder")]
 
 commands = typer.Typer()
-report_commands = typer.Typer(help="Tables, figures, metrics and the page.", no_args_is_help=True)
-records_commands = typer.Typer(
-    help="Snakemake's records of how each output was made, kept beside the results.", no_args_is_help=True
-)
+report_commands = group("Tables, figures, metrics and the page.")
+records_commands = group("Snakemake's records of how each output was made, kept beside the results.")
 
 
 def _read_by_reports(results: Path) -> tuple[Path, ...]:

@@ -6,13 +6,11 @@ from typing import Annotated
 
 import typer
 
-from grace.cli.common import Data, Out, Processes, Run, job, start
+from grace.cli.common import Data, Out, Processes, Run, group, job, start
 from grace.errors import GraceError
 
 commands = typer.Typer()
-cache_commands = typer.Typer(
-    help="The teacher's cache: what training reads instead of the teacher.", no_args_is_help=True
-)
+cache_commands = group("The teacher's cache: what training reads instead of the teacher.")
 
 
 @commands.command()
