@@ -113,7 +113,7 @@ def test_its_server_answers_a_chat(folder, tmp_path):
     }  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [Path(PYTHON).with_name("vllm"), "serve", model / "packed", "--served-model-name", "student",
+            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model / "packed", "--served-model-name", "student",
              "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)],
             env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
@@ -133,8 +133,9 @@ def test_its_server_answers_a_chat(folder, tmp_path):
         )  # fmt: skip
         answer = json.load(urllib.request.urlopen(asked, timeout=300))
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
     assert answer["usage"]["prompt_tokens"] == expected["prompt_tokens"]
     first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     found = {int(entry["token"].removeprefix("token_id:")): entry["logprob"] for entry in first}
