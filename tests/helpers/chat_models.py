@@ -165,7 +165,7 @@ def _llava(tower: str, width: int):
     return LlavaForConditionalGeneration(config), processor
 
 
-def _qwen(family: str, width: int):
+def _qwen(family: str, width: int, tied: bool):
     tokenizer = byte_level()
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     text = {**_text(tokenizer, width), "rope_parameters": rope}
@@ -176,25 +176,25 @@ def _qwen(family: str, width: int):
             "vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end",
         }.items()
     }  # fmt: skip
-    patch = 14
+    ends, patch = {**tokens, "tie_word_embeddings": tied}, 14
     if family == "qwen2_vl":
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": width, "num_heads": 2, "mlp_ratio": 2}
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ends))
     elif family == "qwen2_5_vl":
         vision = {
             "depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
             "fullatt_block_indexes": [1, 3],
         }  # fmt: skip
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ends))
     else:
         patch = 16
         vision = {
             "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": width,
             "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
         }  # fmt: skip
-        text["head_dim"] = 32
+        text |= {"head_dim": 32, "tie_word_embeddings": tied}  # as published, in both places
         text["rope_parameters"] = {**rope, "mrope_interleaved": True}  # as published; readers look for it
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **tokens))
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ends))
     images = Qwen2VLImageProcessorPil(
         patch_size=patch, size={"shortest_edge": 8 * 4 * patch**2, "longest_edge": 1024 * 4 * patch**2}
     )
@@ -213,9 +213,9 @@ def images_only(whole: type, images, tokenizer):
 FAMILIES = {
     "llava-clip": lambda width=64: _llava("clip", width),
     "llava-siglip": lambda width=64: _llava("siglip", width),
-    "qwen2_vl": lambda width=64: _qwen("qwen2_vl", width),
-    "qwen2_5_vl": lambda width=64: _qwen("qwen2_5_vl", width),
-    "qwen3_vl": lambda width=64: _qwen("qwen3_vl", width),
+    "qwen2_vl": lambda width=64, tied=False: _qwen("qwen2_vl", width, tied),
+    "qwen2_5_vl": lambda width=64, tied=False: _qwen("qwen2_5_vl", width, tied),
+    "qwen3_vl": lambda width=64, tied=False: _qwen("qwen3_vl", width, tied),
 }
 
 SIDES = {"llava-clip": 64, "llava-siglip": 64, "qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}
@@ -223,12 +223,15 @@ SIDES = {"llava-clip": 64, "llava-siglip": 64, "qwen2_vl": 112, "qwen2_5_vl": 11
 
 
 def talking_student(
-    folder: Path, family: str, seed: int = 0, bits: int = 4, group_size: int = 32, width: int = 64
+    folder: Path, family: str, seed: int = 0, bits: int = 4, group_size: int = 32, width: int = 64, **more: bool
 ) -> Path:
-    """A quantised student with all that stands beside a published model; `width`: its decoder's, 64 or more."""
+    """A quantised student with all that stands beside a published model.
+
+    `width`: its decoder's, 64 or more; `tied=True`: a Qwen whose head is its embeddings, as published ones of 2B.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, processor = FAMILIES[family](width)
+        model, processor = FAMILIES[family](width, **more)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "language_model" not in name and "lm_head" not in name:

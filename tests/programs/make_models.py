@@ -1,10 +1,10 @@
 """`python tests/programs/make_models.py OUT [MODEL...]`: tiny models in every form, and what they should answer.
 
-MODEL is a family (its decoder 64 wide, 4 bits in groups of 32), FAMILY-wide (256, groups of 128) or FAMILY-int8; without
-one, every family of each kind but the last. OUT/MODEL/ gets `student`, `plain` (without its codes: vLLM reads every
-*.safetensors of a folder), `packed`, `awq`, `gptq`, `gguf` as far as they hold its width, `image.png` and `expected.json`:
-the question, the first tokens of the student's greedy answer, and the log-probabilities [vocab] of the first one, for this
-image and another.
+MODEL is a family (its decoder 64 wide, 4 bits in groups of 32), FAMILY-wide (256, groups of 128), FAMILY-int8 or, of a
+Qwen, FAMILY-tied; without one, every family of the first two kinds. OUT/MODEL/ gets `student`, `plain` (without its
+codes: vLLM reads every *.safetensors of a folder), `packed`, `awq`, `gptq`, `gguf` as far as they hold its width,
+`image.png` and `expected.json`: the question, the first tokens of the student's greedy answer, and the log-probabilities
+[vocab] of the first one, for this image and another.
 """
 
 import json
@@ -22,7 +22,7 @@ from grace.quant.export import export
 from grace.quant.pack import pack
 
 QUESTION = "what is in this image?"
-KINDS = {"": {}, "-wide": {"group_size": 128, "width": 256}, "-int8": {"bits": 8}}
+KINDS = {"": {}, "-wide": {"group_size": 128, "width": 256}, "-int8": {"bits": 8}, "-tied": {"tied": True}}
 
 
 def answer(model, processor, image):

@@ -29,9 +29,10 @@ HERE = Path(__file__).parent
 PYTHON = os.environ.get("VLLM_PYTHON", sys.executable)
 MODELS = [(family, form) for family in FAMILIES for form in ("plain", "packed", "awq", "gptq")]
 MODELS += [(f"{family}-wide", "packed") for family in FAMILIES]
+MODELS += [(f"{family}-tied", "packed") for family in FAMILIES if "qwen" in family]
 TOLERANCE = 0.2  # of log-probabilities, as in ask_vllm.py
 # As docs/deploy.md has it for a processor, with a smaller cache; and nothing of what this package sets for itself
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in SETTINGS} | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "VLLM_PYTHON")} | {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_INT4_W4A8": "0", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
 }  # fmt: skip
 
@@ -89,14 +90,15 @@ def code(folder: Path, program: str) -> str:
 
 @pytest.mark.parametrize("form", ["packed", "awq", "gptq"])
 def test_the_cards_code_gives_the_answer_of_transformers(folder, form, tmp_path):
-    model = folder("llava-clip")
+    model = folder("qwen2_vl")  # whose answer is letters
     Image.open(model / "image.png").save(tmp_path / "image.jpg", quality=95)
     (tmp_path / "ours.py").write_text(code(model / "packed", "transformers"))
     (tmp_path / "theirs.py").write_text(code(model / form, "vllm"))
     ours, theirs = run([sys.executable, "ours.py"], tmp_path), run([PYTHON, "theirs.py"], tmp_path)
     assert ours.returncode == 0, ours.stderr[-3000:]
     assert theirs.returncode == 0, theirs.stderr[-3000:]
-    assert len(ours.stdout) > 10 and ours.stdout.strip()[:1] in theirs.stdout, (ours.stdout, theirs.stdout)
+    begins = ours.stdout.strip()[:3]
+    assert begins.isprintable() and begins in theirs.stdout, (ours.stdout, theirs.stdout[-1000:])
 
 
 def test_its_server_answers_a_chat(folder, tmp_path):

@@ -225,8 +225,8 @@ llama-server -m {folder}/model-Q4_0.gguf --mmproj {folder}/mmproj-BF16.gguf    #
 ```"""
 
 _VLLM_COMPUTES = {
-    4: ", and on a processor with AMX rounds activations to 8 bits before each product unless VLLM_CPU_INT4_W4A8=0 is set",
-    8: " on a GPU; on a processor it has no product of 8 bits (seen in 0.32)",
+    4: ", and on a CPU with AMX rounds activations to 8 bits before each product unless VLLM_CPU_INT4_W4A8=0 is set",
+    8: " on a GPU; on a CPU it has no product of 8 bits (seen in 0.32)",
 }
 
 
