@@ -12,6 +12,7 @@ from grace.cluster.start import put_in_order
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.preflight import missing
+from grace.config.tuned import unapplied
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
 
@@ -53,6 +54,11 @@ lacking = (
 )
 for problem in lacking:
     print(f"not ready: {problem.sentence}", file=sys.stderr)
+
+
+# A choice that was made and is not in the configuration is easily forgotten.
+for sentence in unapplied(plan.experiment) if workflow.is_main_process else []:
+    print(f"note: {sentence}", file=sys.stderr)
 
 
 # What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
@@ -102,6 +108,7 @@ wildcard_constraints:
     precision=r"(bf16|int[2348])(-outliers)?",
     seed=r"\d+",
     shard=r"\d{5}",
+    trial=r"\d+",
     subcommand=r"[a-z0-9+_-]+",
 
 
@@ -111,6 +118,7 @@ include: "rules/student.smk"
 include: "rules/pack.smk"
 include: "rules/bench.smk"
 include: "rules/eval.smk"
+include: "rules/tune.smk"
 include: "rules/report.smk"
 include: "rules/versions.smk"
 include: "rules/plan.smk"

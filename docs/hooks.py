@@ -159,7 +159,7 @@ def results() -> str:
         for name, body in re.findall(r"(?m)^\s*rule (\w+):\n((?:(?!^\s*rule ).*\n?)*)", text):
             made = re.search(r"\n? +output:\n((?: {8,}.*\n)+)", body)
             called = re.search(r'"(?:torchrun[^"]*)?(grace [a-z]+(?: [a-z]+)?)"', body)
-            outputs = re.findall(r'"([^"]+)"', made[1]) if made else []
+            outputs = re.findall(r'"([^"]+)"', made[1].replace("{plan.folder}", "results/{experiment}")) if made else []
             calls = f"`{called[1]}`" if called else ""
             lines += [f"| `{_cell(output)}` | `{name}` | {calls} |" for output in outputs]
         lines.append("")

@@ -25,7 +25,7 @@ rule freeze_experiment:
 # recorded with the old one.
 rule freeze:
     output:
-        "results/{experiment}/config/{job,data|teacher|teacher-source|student-source|cache|evaluation|bench}.json",
+        "results/{experiment}/config/{job,data|teacher|teacher-source|student-source|cache|evaluation|bench|tuning}.json",
     log:
         "results/{experiment}/logs/config/{job}.log",
     priority: 100

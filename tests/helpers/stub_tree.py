@@ -27,6 +27,7 @@ from pathlib import Path
 
 def fingerprint(path):
     path = Path(path)
+    path = path.parent if path.name == "development" else path  # a part of the data, which has their manifest
     return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
 
 
@@ -65,7 +66,7 @@ def main():
         text = "batch,tokens_per_second\\n1,2\\n"
         targets = [out, out.with_suffix(".json")]
     elif out.suffix:
-        targets = [out]
+        targets = [out, *([out.with_suffix(".md")] if words[0] == "tune" else [])]
     if "--log" in flags:
         targets.append(Path(flags["--log"]))
     for target in targets:

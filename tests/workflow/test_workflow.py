@@ -293,7 +293,11 @@ def test_every_rule_declares_what_it_needs(name: str) -> None:
         (kind,) = re.findall(r'\*\*plan\.resources\("(\w+)"\)', text)
         assert re.findall(r'threads: plan\.threads\("(\w+)"\)', text) == [kind]
         (subcommand,) = re.findall(r'^ +"grace ([\w ]+)"$', text, re.MULTILINE)
-        code = "train" if "code=plan.distil_code" in text else re.findall(r'code=plan\.code\("([\w-]+)"\)', text)[0]
+        code = (
+            "train"
+            if re.search(r"code=plan\.(distil|trial)_code", text)
+            else re.findall(r'code=plan\.code\("([\w-]+)"\)', text)[0]
+        )
         assert subcommand.replace(" ", "-") == code, "its code is that of the subcommand it calls"
     missing = [word for word in wanted if word not in text]
     assert not missing, f"lacks {missing}"
@@ -322,3 +326,21 @@ def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
     code = f"import sys; import {', '.join(wanted)}; print(*{{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_trials_are_made_when_asked_for_alone_and_change_nothing_else(tree: Tree) -> None:
+    trials = {"finetune": [{}, {"train": {"learning_rate": 2e-3}}], "grace": [{}, {"method": {"omega": 1.0}}]}
+    tree.edit(tuning={"precision": "int4", "seeds": [0], "trials": trials})
+    assert tree.planned() == []
+    tree.snakemake("--quiet", "all", "--", "tune")
+    assert (tree.folder / "results/demo/tuning/trials.md").is_file()
+    assert tree.planned() == [] and tree.planned("--", "tune") == []
+    tree.grace("records", "save", "results/demo")
+    records = (tree.folder / "results/demo/provenance.jsonl").read_text()
+    assert '"output":"results/demo/tuning/trials.json"' in records and '"output":"results/demo/.trials' not in records
+    trials["grace"][1]["method"]["omega"] = 2.0
+    tree.edit(tuning__trials=trials)
+    assert tree.planned("--", "tune") == [
+        "choose the best trial of each recipe", "evaluate trial 2 of grace, seed 0", "train trial 2 of grace, seed 0",
+    ]  # fmt: skip
+    assert tree.planned() == []

@@ -56,6 +56,20 @@ def evaluate(
 
 
 @commands.command()
+def tune(
+    run: Run,
+    trials: Annotated[Path, typer.Option(help="folder with a folder for each recipe, trial and seed")],
+    out: Out,
+) -> None:
+    """Compare the trials of recipes' constants on the development split, and choose the best of each recipe."""
+    from grace.files import MANIFEST
+    from grace.results.tuning import tune as choose
+
+    with job(out, files=(run, *trials.glob(f"*/*/*/predictions/{MANIFEST}")), subcommand="tune"):
+        choose(run, trials, out)
+
+
+@commands.command()
 def overlap(
     data: Data,
     out: Annotated[Path, typer.Option(help="JSON file to write")],

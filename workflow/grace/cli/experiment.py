@@ -58,9 +58,12 @@ def check(files: Annotated[list[Path], typer.Argument(help="config file, and fil
     from grace.config.load import load_files
     from grace.config.plan import Plan
     from grace.config.preflight import missing
+    from grace.config.tuned import unapplied
 
     experiment = load_files(files)
     print(f"{files[0]}: experiment {experiment.experiment}, {len(experiment.students())} students")
+    for sentence in unapplied(experiment):
+        print(f"note: {sentence}")
     lacking = missing(experiment, Path(Plan(experiment).folder))
     if lacking:
         raise GraceError("\n".join(problem.sentence for problem in lacking))

@@ -72,6 +72,10 @@ def _section(section: BaseModel, indent: str) -> list[str]:
             for item in value:
                 first, *rest = _section(item, indent + "    ")
                 lines += [f"{indent}  - {first.strip()}", *rest]
+        elif isinstance(value, dict) and any(isinstance(items, list) for items in value.values()):
+            lines += [*_comment(field.description or "", indent), f"{indent}{key}:"]
+            for name, items in value.items():
+                lines += [f"{indent}  {name}:", *(f"{indent}    - {_flow(_given(item))}" for item in items)]
         else:
             lines += _entry(key, value, field, indent)
     return lines

@@ -18,12 +18,15 @@ from grace.config.runs import (
     CacheRun,
     DataRun,
     EvaluateRun,
+    TuneRun,
     split_precision,
     student_run,
     teacher_run,
 )  # fmt: skip
 from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Release, Section
+from grace.config.tuning import Trial
+from grace.errors import GraceError
 from grace.files import read_json
 
 COMPUTED: tuple[Job, ...] = (*TRAININGS, "cache", "quantize", "evaluate")  # kinds of jobs that compute with floats
@@ -56,6 +59,12 @@ class Plan:
         """The frozen code of a training with a teacher, by its loss: `train+gated`."""
         return self.code(f"train+{self.experiment.recipes[wildcards.recipe].kd}").format(**dict(wildcards.items()))
 
+    def trial_code(self, wildcards: Any) -> str:
+        """The frozen code of a trial's training, with a teacher or without."""
+        if self._learns(wildcards):
+            return self.distil_code(wildcards)
+        return self.code("train").format(**dict(wildcards.items()))
+
     def fingerprint(self, name: str) -> dict[str, Any]:
         """The code that `config/code/{name}.json` freezes, as it is now; see `CodeIndex.fingerprint`."""
         subcommand, _, kd = name.partition("+")
@@ -70,7 +79,7 @@ class Plan:
         """The parameters of the job that `config/{job}.json` belongs to."""
         e = self.experiment
         if job == "experiment":
-            return _json(e, exclude={"resources"})
+            return _json(e, exclude={"resources", "tuning"})
         if job == "data":
             return _json(self._data, exclude={"family"} if e.data.source == "demo" else None)
         if job == "teacher":
@@ -85,6 +94,10 @@ class Plan:
             )
         if job == "evaluation":
             return _json(self._evaluation)
+        if job == "tuning":
+            if e.tuning is None:
+                raise GraceError("tuning: is not set; say which trials each recipe has (see docs/tuning.md)")
+            return _json(TuneRun(tuning=e.tuning, benchmarks=e.evaluation.benchmarks))
         return _json(BenchRun(family=e.family, bench=e.bench, group_size=e.quantization.group_size))
 
     def _source(self, who: str) -> str:
@@ -123,6 +136,44 @@ class Plan:
             below = self._below(wildcards.recipe, wildcards.precision, wildcards.seed)
             return self._about(release, Path(self.folder, "config", f"{below}.json"))
         return _json(student_run(self.experiment, wildcards.recipe, wildcards.precision, int(wildcards.seed)))
+
+    # Trials of `tuning`, each a student in a folder of its own that nothing else of the experiment reads.
+
+    @property
+    def tuned(self) -> str:
+        """Recipes that have trials, as a wildcard constraint."""
+        return "|".join(map(re.escape, self._trials)) or NOTHING
+
+    @property
+    def _trials(self) -> dict[str, list[Trial]]:
+        return self.experiment.tuning.trials if self.experiment.tuning else {}
+
+    def frozen_trial(self, wildcards: Any) -> str:
+        """The parameters of a trial's training."""
+        assert self.experiment.tuning is not None
+        tried = self.experiment.tried(wildcards.recipe, int(wildcards.trial) - 1)
+        return _json(student_run(tried, wildcards.recipe, self.experiment.tuning.precision, int(wildcards.seed)))
+
+    @property
+    def tried(self) -> list[str]:
+        """What every trial answered on the development split."""
+        return [
+            f"{self.folder}/.trials/{recipe}/trial{number}/seed{seed}/predictions/manifest.json"
+            for recipe, trials in self._trials.items()
+            for number in range(1, len(trials) + 1)
+            for seed in (self.experiment.tuning.seeds if self.experiment.tuning else ())
+        ]
+
+    def _learns(self, wildcards: Any) -> bool:
+        return bool(re.fullmatch(self.distilled, wildcards.recipe))
+
+    def trial_cache(self, wildcards: Any) -> list[str]:
+        """The teacher's cache, where a trial's recipe learns from it."""
+        return [f"{self.folder}/teacher/cache/manifest.json"] if self._learns(wildcards) else []
+
+    def trial_cache_flag(self, wildcards: Any) -> str:
+        """The folder of that cache."""
+        return " ".join(f"--cache {shlex.quote(os.path.dirname(path))}" for path in self.trial_cache(wildcards))
 
     # Which recipe is made by which rule, as wildcard constraints.
 

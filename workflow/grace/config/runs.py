@@ -23,6 +23,7 @@ from grace.config.schema import (
     Section,
 )
 from grace.config.sections import PostTraining
+from grace.config.tuning import Tuning
 from grace.errors import GraceError
 from grace.files import read_json
 
@@ -99,6 +100,13 @@ class EvaluateRun(Section):
 
     family: str
     evaluation: Evaluation
+
+
+class TuneRun(Section):
+    """`grace tune`: the trials that are compared, each in a folder `{recipe}/trial{number}/seed{seed}`, counted from 1."""
+
+    tuning: Tuning
+    benchmarks: list[str]
 
 
 class BenchRun(Section):

@@ -30,6 +30,7 @@ from grace.config.sections import (
     Section,
     Seed,
 )
+from grace.config.tuning import PARTS, Tuning
 from grace.errors import GraceError
 from grace.models.families import FAMILIES
 
@@ -171,6 +172,10 @@ class Experiment(Section):
         min_length=1,
         description="seeds of the baseline; a run's seed starts from the baseline of that seed",
     )
+    tuning: Tuning | None = Field(
+        default=None,
+        description="trials of recipes' constants on the development split, for `snakemake tune`; null: none",
+    )
     evaluation: Evaluation = Field(description="which questions are asked, and how")
     bench: Bench = Field(default=Bench(), description="the kernel and decoding benchmarks")
     resources: dict[Job, Resources] = Field(
@@ -187,6 +192,7 @@ class Experiment(Section):
         self._check_recipes()
         self._check_runs()
         self._check_benchmarks()
+        self._check_tuning()
         shape = self.student.architecture
         group = self.quantization.group_size
         for key in ("hidden_size", "intermediate_size"):
@@ -281,6 +287,45 @@ class Experiment(Section):
                 f"bench: no run has recipe `{self.bench.recipe}` at {' or '.join(self.bench.precisions)}; "
                 "set bench.recipe and bench.precisions to integer students of `runs`"
             )
+
+    def _check_tuning(self) -> None:
+        """Trials are of recipes that are trained here, as many and as long for each, on data with a development split."""
+        if self.tuning is None:
+            return
+        if not isinstance(self.data, DemoData):
+            raise ValueError("tuning: data.source `files` has no development split to choose on; leave it out")
+        missing = sorted(set(self.tuning.seeds) - set(self.baseline_seeds))
+        if missing and self.student.pretrained is None:
+            raise ValueError(f"tuning.seeds has {missing}, which baseline_seeds lacks; add them there")
+        counts, budgets = {}, {}
+        for name, trials in self.tuning.trials.items():
+            where = f"tuning.trials.{name}"
+            recipe = self.recipes.get(name)
+            if recipe is None or recipe.post_training or recipe.released or self.finetune is None:
+                raise ValueError(f"{where}: no recipe of that name is trained here; correct the name, or leave it out")
+            counts[name] = len(trials)
+            for index in range(len(trials)):
+                try:
+                    tried = self.tried(name, index)
+                    tried.recipe_method(tried.recipes[name])
+                    length = tried.recipe_optimisation(tried.recipes[name])
+                except ValidationError as error:
+                    said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"{where}[{index}]: {said}") from None
+                budgets[f"{where}[{index}]"] = (length.steps, length.epochs, length.batch)
+        for named, what in ((counts, "trials"), (budgets, "(steps, epochs, batch)")):
+            (first, budget), *others = named.items()
+            if odd := next((one for one in others if one[1] != budget), None):
+                raise ValueError(
+                    f"tuning: `{first}` has {budget} {what} and `{odd[0]}` {odd[1]}; recipes compare only with equal budgets"
+                )
+
+    def tried(self, recipe: str, index: int) -> "Experiment":
+        """The experiment with a recipe as its trial `index` changes it; a ValidationError where that is no recipe."""
+        assert self.tuning is not None, "trials are of `tuning`"
+        before, trial = self.recipes[recipe].model_dump(), self.tuning.trials[recipe][index].model_dump()
+        changed = Recipe.model_validate({**before, **{part: {**before[part], **trial[part]} for part in PARTS}})
+        return self.model_copy(update={"recipes": {**self.recipes, recipe: changed}})
 
     def recipe_method(self, recipe: Recipe) -> Method:
         """The method's constants as this recipe changes them."""

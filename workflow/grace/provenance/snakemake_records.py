@@ -220,7 +220,7 @@ def _mtime(path: Path) -> float:
 
 
 def _below(output: str, folder: Path) -> bool:
-    return Path(output).is_relative_to(folder)
+    return Path(output).is_relative_to(folder) and not Path(output).is_relative_to(folder / ".trials")
 
 
 def _line(value: Any) -> str:

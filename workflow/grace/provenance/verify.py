@@ -13,7 +13,7 @@ from grace.errors import GraceError
 from grace.files import ENVIRONMENT, MANIFEST, read_manifest, sha256
 from grace.provenance.chain import Results
 
-_UNRECORDED = ("logs", ".checkpoints")  # what no manifest and no record speaks of
+_UNRECORDED = ("logs", ".checkpoints", ".trials")  # what no manifest and no record speaks of
 _IGNORED = (".gitignore", "provenance.jsonl", "accepted.jsonl", ENVIRONMENT)
 
 
