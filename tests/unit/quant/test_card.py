@@ -42,7 +42,7 @@ def test_each_folder_has_a_card_that_asks_about_an_image(folders, form):
         if language == "python":
             ast.parse(code)
     if form != "gguf":
-        assert "pip install" in card.text and "accelerate" in card.text
+        assert "accelerate torchvision" in card.text, "transformers builds Qwen's processors with torchvision alone"
     if "from vllm" in card.text:
         assert 'if __name__ == "__main__":' in card.text, "vLLM starts processes that import the file again"
     assert ("VLLM_CPU_INT4_W4A8=0" in card.text) == (form == "packed")

@@ -186,7 +186,7 @@ def _snippets(form: str) -> list[str]:
     return shown
 
 
-_TRANSFORMERS = """In transformers (`pip install "transformers>=5.20" accelerate {needs}`):
+_TRANSFORMERS = """In transformers (`pip install "transformers>=5.20" accelerate torchvision {needs}`):
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
