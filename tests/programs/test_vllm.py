@@ -151,7 +151,7 @@ def test_its_server_answers_a_chat(folder, tmp_path):
     assert max(abs(value - expected["first"][token]) for token, value in found.items()) < TOLERANCE
 
 
-@pytest.mark.parametrize("model", ["llava-clip", "qwen2_vl"])
+@pytest.mark.parametrize("model", ["llava-clip", "qwen3_vl"])
 def test_the_evaluations_engine(folder, model, tmp_path):
     path = {"PYTHONPATH": str(HERE.parents[1] / "workflow")}
     needs = run(
