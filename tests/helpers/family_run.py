@@ -1,10 +1,14 @@
 """A shipped experiment with small models and data of the same form in place of its own, through Snakemake."""
 
+import atexit
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from grace.config.load import load_experiment
 from grace.files import check_manifest, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
+WARM = Path(__file__).with_name("warm.py")
 EXPERIMENTS = ROOT / "workflow/experiments"
 ROWS = 4
 CONVERSATIONS = 12
@@ -46,14 +51,28 @@ def swapped(folder: Path, family: str, benchmarks: list[str]) -> dict:
     }
 
 
+@cache
+def _server() -> Path:
+    """The socket of the process that this test process's subcommands are forked from; it ends with this one."""
+    path = Path(tempfile.mkdtemp()) / "grace"
+    command = [sys.executable, WARM, "serve", path]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
+    assert server.stdout.readline() == b"ready\n"
+    atexit.register(lambda: (server.stdin.close(), server.wait(), shutil.rmtree(path.parent)))
+    return path
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
+
+
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The repository's workflow, with everything that it writes below `folder`."""
     command = [
-        str(Path(sys.executable).with_name("snakemake")), "--snakefile", str(ROOT / "Snakefile"),
+        sys.executable, WARM, "snakemake", _server(), "--snakefile", str(ROOT / "Snakefile"),
         "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *arguments,
     ]  # fmt: skip
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **path})
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment())
 
 
 def run(folder: Path, name: str, model: str, **more: Any) -> Path:

@@ -6,9 +6,6 @@ A part depends on nothing but its records, so that any number of workers writes 
 
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -87,18 +84,6 @@ def _tokeniser(processor: Path) -> Any:
 
 
 _image_folder = cache(ImageFolder)
-
-
-def end_with_parent() -> None:
-    """Let this worker process end when the one that started it does, even by SIGKILL: it would wait for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def make_part(task: Task) -> Path:

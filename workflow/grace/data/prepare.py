@@ -6,26 +6,24 @@ Records are streamed from the sources and handed to worker processes in parts (`
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grace.config.sections import FilesData
 from grace.data.images import FOLDERS
 from grace.data.mix import plan_order, read_ids, write_mix
-from grace.data.parts import BYTES, ROWS, Task, end_with_parent, make_part, read_part
+from grace.data.parts import BYTES, ROWS, Task, make_part, read_part
 from grace.data.report import summarise, too_many, write_report
 from grace.data.sources import Files, open_source
 from grace.errors import GraceError
 from grace.files import read_json, whole_folder, write_json
 from grace.progress import progress
+from grace.workers import submitting
 
 
 def prepare_files(
@@ -148,7 +146,10 @@ def _write_parts(data: FilesData, opened: list[Files], processor: Path, parts: P
     counts = [source.count() for source in opened]
     total = sum(min(count, limit or count) for count, limit in zip(counts, limits, strict=True))
     written: list[Path] = []
-    with _submitting(workers) as submit, progress("reading conversations", total) as advance:
+    with (
+        submitting(workers, "grace.data.parts", "grace.data.examples", "grace.models") as submit,
+        progress("reading conversations", total) as advance,
+    ):
         running: deque[tuple[Future | None, int]] = deque()
 
         def finish() -> None:
@@ -202,25 +203,3 @@ def _encoded_bytes(record: Any) -> int:
     inside = [value for item in record.values() for value in (item if isinstance(item, list) else [item])]
     inside += [value for item in inside if isinstance(item, dict) for value in item.values()]
     return sum(len(value) for value in inside if isinstance(value, (bytes, str)))
-
-
-@contextmanager
-def _submitting(workers: int) -> Iterator[Any]:
-    """Yield `submit(function, argument)`, which runs here for one worker and in processes for several."""
-    if workers <= 1:
-
-        def here(function: Any, argument: Any) -> Future:
-            future: Future = Future()
-            future.set_result(function(argument))
-            return future
-
-        yield here
-        return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["grace.data.parts", "grace.data.examples", "grace.models"])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
-    try:
-        yield pool.submit
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from datasets import Features, Image, List, Value
 
 from grace.config.schema import DemoData
@@ -19,6 +21,7 @@ from grace.demo.questions import caption, conversation, mistake
 from grace.demo.sources import load_sources
 from grace.files import MANIFEST, list_files, whole_folder, write_json
 from grace.progress import progress
+from grace.workers import submitting
 
 TRAIN = SCHEMA.append(pa.field("sources", pa.list_(pa.string()))).append(pa.field("wrong", pa.list_(pa.bool_())))
 QUESTIONS = Features(
@@ -90,37 +93,52 @@ def question_rows(name: str, split: str, seed: int, wanted: int) -> Iterator[dic
             }
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, advance) -> None:
-    kept = []
-    for row in rows:
-        kept.append(row)
-        advance()
+def _write(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     # A question table's schema tells `datasets` in its metadata which column holds encoded images.
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(kept, schema=schema), path, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")
 
 
-def _training(folder: Path, rows: Iterable[dict[str, Any]], processor, advance) -> None:
-    """What a training reads: train.parquet, its examples and index, the processor and the tower."""
-    _write(folder / "train.parquet", rows, TRAIN, advance)
-    processor.save_pretrained(folder / "processor")
-    shutil.copytree(_TOWER, folder / "vision_tower")
-    prepare_examples(folder, processor, folder / "vision_tower")
+class Part(NamedTuple):
+    """A folder that one process makes: training conversations of these images, or a split's questions.
+
+    Attributes:
+        images: the numbers of the images that conversations are about; empty for questions.
+        captions, wrong: as `training_rows` takes them.
+        split, wanted, benchmarks: of the questions, so many for each of these benchmarks.
+    """
+
+    folder: Path
+    data: DemoData
+    images: range = range(0)
+    captions: float = 0.0
+    wrong: float = 0.0
+    split: str = ""
+    wanted: int = 0
+    benchmarks: tuple[str, ...] = ()
 
 
-def _questions(folder: Path, split: str, names: list[str], data: DemoData, wanted: int, processor, advance) -> None:
-    """One Parquet file per benchmark, and the tower's features of their images."""
-    for name in names:
-        _write(
-            folder / f"{name}.parquet", question_rows(name, split, data.seed, wanted), QUESTIONS.arrow_schema, advance
-        )
-    asked = [folder / f"{name}.parquet" for name in sorted(names)]
-    if asked:
-        prepare_features(asked, processor, _TOWER, folder / "features.safetensors")
+def _make(part: Part) -> int:
+    """Write a part, on one thread, which its bits depend on; how many images and questions it holds."""
+    torch.set_num_threads(1)
+    part.folder.mkdir(parents=True, exist_ok=True)
+    processor = build_processor()
+    if part.images:
+        rows = training_rows(part.data, part.images, part.captions, part.wrong)
+        _write(part.folder / "train.parquet", rows, TRAIN)
+        processor.save_pretrained(part.folder / "processor")
+        shutil.copytree(_TOWER, part.folder / "vision_tower")
+        prepare_examples(part.folder, processor, part.folder / "vision_tower")
+    for name in part.benchmarks:
+        rows = question_rows(name, part.split, part.data.seed, part.wanted)
+        _write(part.folder / f"{name}.parquet", rows, QUESTIONS.arrow_schema)
+    if asked := [part.folder / f"{name}.parquet" for name in sorted(part.benchmarks)]:
+        prepare_features(asked, processor, _TOWER, part.folder / "features.safetensors")
+    return len(part.images) + len(asked) * part.wanted
 
 
-def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
-    """Write the data folder `out`; its content depends on `data` and `benchmarks` alone.
+def prepare(data: DemoData, benchmarks: list[str], out: Path, workers: int = 1) -> None:
+    """Write the data folder `out`; its content depends on `data` and `benchmarks` alone, not on how many `workers` make it.
 
     It holds what the students are trained on (train.parquet, with examples.safetensors and index.arrow, which training
     reads), processor/, vision_tower/, the test questions in benchmarks/ and the development questions in
@@ -129,23 +147,24 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path) -> None:
 
     A `GraceError` names an unknown benchmark or a source file that cannot be read.
     """
-    for name in benchmarks:
+    names = tuple(benchmarks)
+    for name in names:
         find_benchmark(name)
     own = data.finetune_images or 0
-    total = data.images + own + len(benchmarks) * (data.development_questions + data.benchmark_questions)
-    processor = build_processor()
-    with (
-        whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder,
-        progress("images and questions", total) as advance,
-    ):
-        made = training_rows(data, range(data.images), CAPTION_SHARE, 0 if own else data.label_noise)
+    total = data.images + own + len(names) * (data.development_questions + data.benchmark_questions)
+    with whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder:
+        parts = [
+            Part(folder / "benchmarks", data, split="test", wanted=data.benchmark_questions, benchmarks=names),
+            Part(folder / "development/benchmarks", data, split="development", wanted=data.development_questions, benchmarks=names),
+        ]  # fmt: skip
         if own:
-            _training(folder / PRETRAINING, made, processor, advance)
+            parts.append(Part(folder / PRETRAINING, data, range(data.images), CAPTION_SHARE))
+            parts.append(Part(folder, data, range(data.images, data.images + own), wrong=data.label_noise))
+        else:
+            parts.append(Part(folder, data, range(data.images), CAPTION_SHARE, data.label_noise))
+        parts.sort(key=lambda part: len(part.images) + len(names) * part.wanted, reverse=True)  # the longest first
+        with submitting(workers, "grace.demo.prepare") as submit, progress("images and questions", total) as advance:
+            for made in as_completed([submit(_make, part) for part in parts]):
+                advance(made.result())
+        if own:
             write_json(folder / PRETRAINING / MANIFEST, {"files": list_files(folder / PRETRAINING)})
-            made = training_rows(data, range(data.images, data.images + own), 0.0, data.label_noise)
-        _training(folder, made, processor, advance)
-        for place, split, wanted in (
-            ("development/benchmarks", "development", data.development_questions),
-            ("benchmarks", "test", data.benchmark_questions),
-        ):
-            _questions(folder / place, split, benchmarks, data, wanted, processor, advance)
