@@ -17,6 +17,7 @@ import yaml
 from hub_snapshots import snapshot
 from user_data import write_benchmarks, write_conversations
 
+from grace.arithmetic import SETTINGS, THREADS
 from grace.config.load import load_experiment
 from grace.files import check_manifest, read_json
 
@@ -27,7 +28,9 @@ ROWS = 4
 CONVERSATIONS = 12
 RUNS = [{"recipes": ["finetune", "kd", "grace", "rtn", "awq", "gptq"], "precisions": ["int4"], "seeds": [0]}]
 # One process for many on a machine without GPUs, and as little of each stage as shows that it works.
+# bf16 takes a processor a hundred times as long as fp32: one family trains in it.
 SMALL = {
+    "compute_dtype": "float32",
     "cache": {"shards": 1, "audit": 0.1},
     "quantization": {"calibration": 8},
     "runs": RUNS,
@@ -56,14 +59,16 @@ def _server() -> Path:
     """The socket of the process that this test process's subcommands are forked from; it ends with this one."""
     path = Path(tempfile.mkdtemp()) / "grace"
     command = [sys.executable, WARM, "serve", path]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
     assert server.stdout.readline() == b"ready\n"
     atexit.register(lambda: (server.stdin.close(), server.wait(), shutil.rmtree(path.parent)))
     return path
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
+def environment() -> dict[str, str]:
+    """A user's: what the tests fix of the arithmetic, each subcommand fixes for itself, but for `grace bench`."""
+    mine = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, THREADS)}
+    return {**mine, "PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
 
 
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -72,7 +77,7 @@ def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         sys.executable, WARM, "snakemake", _server(), "--snakefile", str(ROOT / "Snakefile"),
         "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=_environment())
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
 
 
 def run(folder: Path, name: str, model: str, **more: Any) -> Path:

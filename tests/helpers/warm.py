@@ -1,6 +1,6 @@
 """Subcommands that start at once: each is forked from a process that has imported what all of them import.
 
-Importing torch, transformers and lm-eval is most of what a job of a tiny experiment costs. `tests/unit`, the shrunken
+Importing torch, transformers and lm-eval is most of what a job of a tiny experiment costs. The shrunken
 experiment, the demo and the kills start every subcommand as users do; the families' experiments start theirs here.
 
     python warm.py serve SOCKET         fork for whoever connects, until standard input closes
@@ -83,6 +83,9 @@ def serve(path: str) -> None:
     import select
     import signal
 
+    from grace.arithmetic import settle
+
+    settle()
     import datasets  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
@@ -118,13 +121,15 @@ def snakemake(path: str, arguments: list[str]) -> None:
     from snakemake.shell import shell
 
     command = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), "grace", path])
-    shell.prefix(f'grace() {{ {command} "$@"; }}; ')
+    shell.prefix(f'grace() ( exec {command} "$@" ); ')  # braces would be Snakemake's
     sys.argv = ["snakemake", *arguments]
     sys.exit(main())
 
 
 if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
+    if what == "grace" and rest[:1] == ["bench"]:  # which measures with every instruction that the machine has
+        os.execv(sys.executable, [sys.executable, "-m", "grace.cli", *rest])
     if what == "grace":
         sys.exit(ask(where, rest))
     serve(where) if what == "serve" else snakemake(where, rest)

@@ -8,4 +8,4 @@ from family_run import check_whole, run
 
 @pytest.mark.slow
 def test_from_raw_data_to_tables(tmp_path: Path) -> None:
-    check_whole(run(tmp_path, "llava15_7b", "llava"))
+    check_whole(run(tmp_path, "llava15_7b", "llava", compute_dtype="bfloat16"))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from family_run import environment
 
 from grace.files import MANIFEST, check_manifest, read_json, sha256
 
@@ -31,7 +32,7 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _snakemake(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(_command(*arguments), cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(_command(*arguments), cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -86,7 +87,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint(built: Path) -> None:
     checkpoints = built / RESULTS / ".checkpoints/students/finetune/int4/seed0"
     running = subprocess.Popen(
         _command("--force", goal), cwd=built, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True, env=environment(),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
