@@ -257,10 +257,10 @@ def test_encoded_images_decode_to_nearly_the_same():
     assert image.shape == (96, 96, 3) and np.abs(again - image).mean() < 12
 
 
-def test_prepare_writes_the_same_folder_twice(tmp_path):
+def test_prepare_writes_the_same_folder_with_one_process_and_with_two(tmp_path):
     data = DemoData(images=12, questions_per_image=4, development_questions=3, benchmark_questions=5)
-    for out in ("one", "two"):
-        prepare(data, ["colour", "presence"], tmp_path / out)
+    for workers, out in enumerate(("one", "two"), start=1):
+        prepare(data, ["colour", "presence"], tmp_path / out, workers)
     manifests = [(tmp_path / out / "manifest.json").read_text() for out in ("one", "two")]
     assert manifests[0] == manifests[1]
     train = pd.read_parquet(tmp_path / "one" / "train.parquet")

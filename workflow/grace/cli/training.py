@@ -27,7 +27,7 @@ def prepare(
     parts: Annotated[
         Path | None, typer.Option(help="folder for finished parts, from which a killed run goes on (data of your own)")
     ] = None,
-    workers: Annotated[int, typer.Option(help="processes that read images (data of your own)")] = 1,
+    workers: Annotated[int, typer.Option(help="processes that read or draw images; no result depends on it")] = 1,
 ) -> None:
     """Make the training conversations and the benchmarks."""
     from grace.config.runs import DataRun, read_run
@@ -38,7 +38,7 @@ def prepare(
         from grace.demo.prepare import prepare as prepare_demo
 
         with job(out, files=(run,), subcommand="prepare"):
-            prepare_demo(parameters.data, parameters.benchmarks, out)
+            prepare_demo(parameters.data, parameters.benchmarks, out, workers)
     else:
         from grace.data.prepare import prepare_files
         from grace.models.families import check_family
