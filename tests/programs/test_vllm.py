@@ -70,7 +70,7 @@ def run(arguments: list, at: Path, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, cwd=at, env=environment, capture_output=True, text=True, errors="replace")
 
 
-@pytest.mark.parametrize(("model", "form"), MODELS, ids="-".join)
+@pytest.mark.parametrize(("model", "form"), MODELS)
 def test_it_answers_as_the_student_does(folder, model, form, tmp_path):
     done = run([PYTHON, HERE / "ask_vllm.py", folder(model) / form], tmp_path)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
