@@ -194,7 +194,7 @@ def test_a_label_outside_is_nan_where_nobody_looked(monkeypatch):
 
 
 def test_refusals(monkeypatch, tmp_path):
-    with pytest.raises(GraceError, match="no objective `hinton`; there are .*gated, .*plain"):
+    with pytest.raises(GraceError, match=r"no objective `hinton`; there are .*gated, .*plain"):
         load_objective("hinton", CONSTANTS)
     with pytest.raises(GraceError, match="`reverse_kl` needs `temperature`"):
         load_objective("reverse_kl", {})
