@@ -159,5 +159,6 @@ def test_the_evaluations_engine(folder, model, tmp_path):
     )
     if needs.returncode:
         pytest.skip(f"{PYTHON} lacks this package's needs ({needs.stderr.strip().splitlines()[-1]})")
-    done = run([PYTHON, HERE / "ask_vllm_engine.py", folder(model) / "packed"], tmp_path, **path)
+    more = path | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # as `grace evaluate` starts it
+    done = run([PYTHON, HERE / "ask_vllm_engine.py", folder(model) / "packed"], tmp_path, **more)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]

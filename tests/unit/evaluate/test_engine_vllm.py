@@ -17,6 +17,7 @@ from evaluate_models import make_image, write_model
 from official_rows import OFFICIAL
 
 import grace.evaluate.commands as commands
+from grace.arithmetic import SETTINGS, settle
 from grace.config.evaluation import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.runner import Runner
@@ -39,6 +40,10 @@ class StandIn:
 
     def __init__(self, folder: str, **settings) -> None:
         assert os.environ["VLLM_CPU_INT4_W4A8"] == "0", "the packed model is asked, not one with rounded activations"
+        settle()  # as its processes do, which import what started them
+        assert os.environ["ONEDNN_MAX_CPU_ISA"] == "DEFAULT", (
+            "its products need instructions that this package leaves out"
+        )
         self.settings = settings
         self.model, self.processor = load_model(folder), load_processor(folder)
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: ended.append(folder)))
@@ -104,7 +109,7 @@ def run(folder, engine: str, out: str) -> dict:
 def test_the_same_is_asked_and_kept(folder, vllm):
     ours, theirs = run(folder, "grace", "grace"), run(folder, "vllm", "vllm")
     assert theirs["harness"]["engine"] == "vllm, of no known version" and "engine" not in ours["harness"]
-    assert ended == [str(folder / "model")]
+    assert ended == [str(folder / "model")] and os.environ.items() >= SETTINGS.items()
     for name in ours["benchmarks"]:
         one, other = (read_rows(folder / out / f"{name}.parquet") for out in ("grace", "vllm"))
         for column in ("sample_id", "prompt_hash", "prediction", "extracted", "target", "score"):

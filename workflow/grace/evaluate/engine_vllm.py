@@ -31,6 +31,8 @@ LONGEST = (
     32_768  # tokens of prompt and answer; a model's own limit, where it is larger, would take the memory of its cache
 )
 IMAGES = 8  # in one prompt
+# Set, not left out: its processes import what started them, and `grace.arithmetic` fills what is not set. torch ignores `auto`.
+UNLIMITED = {"ONEDNN_MAX_CPU_ISA": "DEFAULT", "ATEN_CPU_CAPABILITY": "auto", "MKL_CBWR": "AUTO"}
 
 
 class VllmRunner(Runner):
@@ -70,10 +72,11 @@ class VllmRunner(Runner):
         processor, config = load_processor(folder), read_json(folder / "config.json")
         own = (config.get("text_config") or config).get("max_position_embeddings", LONGEST)
         try:
-            engine = LLM(
-                str(folder), seed=0, max_model_len=min(own, LONGEST), limit_mm_per_prompt={"image": IMAGES, "video": 0},
-                trust_remote_code=False,
-            )  # fmt: skip
+            with _every_instruction():
+                engine = LLM(
+                    str(folder), seed=0, max_model_len=min(own, LONGEST), trust_remote_code=False,
+                    limit_mm_per_prompt={"image": IMAGES, "video": 0},
+                )  # fmt: skip
         except Exception as error:  # whatever its loaders and compilers raise
             reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
             raise GraceError(f"{folder}: vLLM does not load it ({reason}); set evaluation.engine: grace") from error
@@ -109,6 +112,19 @@ class VllmRunner(Runner):
 
     def score(self, pairs: Any) -> Any:
         raise GraceError("evaluation.language: engine `vllm` scores no plain text; set evaluation.engine: grace")
+
+
+@contextmanager
+def _every_instruction() -> Iterator[None]:
+    """Without this package's limits on a CPU's instructions: vLLM's 16-bit products need more; its processes start within."""
+    limits = {name: os.environ.get(name) for name in UNLIMITED}
+    os.environ.update(UNLIMITED)
+    try:
+        yield
+    finally:
+        for name, limit in limits.items():
+            del os.environ[name]
+            os.environ.update({name: limit} if limit is not None else {})
 
 
 def _ends(folder: Path, processor: Any) -> list[int]:
