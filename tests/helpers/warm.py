@@ -1,7 +1,7 @@
 """Subcommands that start at once: each is forked from a process that has imported what all of them import.
 
-Importing torch, transformers and lm-eval is most of what a job of a tiny experiment costs. The shrunken
-experiment, the demo and the kills start every subcommand as users do; the families' experiments start theirs here.
+Importing torch, transformers and lm-eval is most of what a job of a tiny experiment costs. The shrunken experiment, the
+demo and the kills start every subcommand as users do; the families' experiments start theirs here.
 
     python warm.py serve SOCKET         fork for whoever connects, until standard input closes
     python warm.py grace SOCKET WORDS   be the subcommand `grace WORDS`: its output, working directory, exit status
@@ -87,6 +87,8 @@ def serve(path: str) -> None:
 
     settle()
     import datasets  # noqa: F401
+    import lm_eval.evaluator
+    import lm_eval.tasks  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
     import torch
