@@ -22,7 +22,7 @@ def home(tmp_path_factory):
     home = make_home(tmp_path_factory.mktemp("experiment"))
     other = tmp_path_factory.mktemp("asked") / "data"
     prepare(DemoData(images=1, development_questions=120, benchmark_questions=1), ["colour"], other)
-    shutil.copytree(other / "development", home / "data/development", dirs_exist_ok=True)
+    shutil.copytree(other / "development", home / "data/development")
     return home
 
 

@@ -162,6 +162,7 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path, workers: int = 1) 
             parts.append(Part(folder, data, range(data.images, data.images + own), wrong=data.label_noise))
         else:
             parts.append(Part(folder, data, range(data.images), CAPTION_SHARE, data.label_noise))
+        parts = [part for part in parts if part.images or part.benchmarks]
         parts.sort(key=lambda part: len(part.images) + len(names) * part.wanted, reverse=True)  # the longest first
         with submitting(workers, "grace.demo.prepare") as submit, progress("images and questions", total) as advance:
             for made in as_completed([submit(_make, part) for part in parts]):
