@@ -2,7 +2,7 @@
 
 Not a test: it is run by hand, takes some minutes and 4 GB. The trees hold 30 models' simulated predictions on the
 paper's 14 benchmarks with their real numbers of questions; in the second every model answers some of them otherwise.
-Each comparison is a process of its own, files in the page cache; what is printed goes to docs/log.md.
+Each comparison is a process of its own, files in the page cache; what is printed goes to docs/log/.
 """
 
 import os

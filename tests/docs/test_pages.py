@@ -17,7 +17,7 @@ from grace.quant import card
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "workflow/grace"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # not those of the log, which speak of their day
 RUN = [
     pytest.param(line, id=f"{page.stem}: {line}")
     for page in PAGES
@@ -115,9 +115,8 @@ def test_the_readme_has_the_demos_numbers():
 
 
 def test_a_file_that_a_page_names_is_there():
-    """The log is left out: it speaks of its day."""
     pattern = re.compile(r"(?<![\w/.])((?:tests|workflow|rules|docs|envs|profiles)/[\w./-]*\w)")
-    named = {(page.name, path) for page in PAGES if page.name != "log.md" for path in pattern.findall(page.read_text())}
+    named = {(page.name, path) for page in PAGES for path in pattern.findall(page.read_text())}
     examples = {"workflow/grace/models/families/NAME.py", "workflow/grace/distill/objectives/NAME.py"}
     examples |= {"workflow/grace/quant/weighted.py", "workflow/grace/quant/byte_codes.py"}
     lost = sorted(
@@ -145,10 +144,9 @@ def test_a_table_is_narrow():
     """Its widest cells side by side take at most 112 letters, so that 80 columns hold it with few wrapped cells."""
     wide = []
     for page in PAGES:
-        if page.name != "log.md":
-            for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
-                if (width := _width(table)) > 112:
-                    wide.append((page.name, table.split("\n")[0], width))
+        for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+            if (width := _width(table)) > 112:
+                wide.append((page.name, table.split("\n")[0], width))
     assert not wide
 
 

@@ -49,7 +49,7 @@ HEADS = {"llava": 32_064 * 5120, "qwen": 151_936 * 3584}
     "name, grace, measured", [("llava", 0, 117.7), ("llava", 1, 118.6), ("qwen", 0, 46.7), ("qwen", 1, 48.3)]
 )
 def test_memory_is_within_a_twentieth_of_what_an_h200_showed(shapes, name, grace, measured):
-    """docs/log.md, 2026-11-30: plain and GRACE steps in packed rows."""
+    """docs/log/2026-11-30-training.md: plain and GRACE steps in packed rows."""
     bits, head = (4, HEADS[name]) if grace else (None, 0)
     predicted = training_memory(shapes[name], steps(**PACKED[name]), 2048, 1, bits, 128, head)
     assert predicted == pytest.approx(measured, rel=0.05)

@@ -40,7 +40,7 @@ GPUS = {
         Gpu("B200", 1690e12, 178),
     )
 }  # fmt: skip
-MFU = {1536: 0.44, 4096: 0.54}  # of training in packed rows, by the decoder's width: H200, docs/log.md
+MFU = {1536: 0.44, 4096: 0.54}  # packed rows, by the decoder's width; H200, docs/log/2026-11-30-training.md
 PADDED = 0.25  # of what packed rows reach, where conversations are padded: an old measurement on an H100
 CACHE = 0.55  # of the rate, writing the teacher's cache: not measured yet
 EACH_DOUBLING = 0.95  # of twice the speed, by twice the GPUs: not measured yet
