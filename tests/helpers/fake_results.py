@@ -78,7 +78,7 @@ def make_results(folder: Path, seeds=(0, 1, 2), questions: int = 120, change: di
         below = "teacher" if recipe == "teacher" else f"students/{recipe}/{precision}/seed{seed}"
         _predictions(folder / below / "predictions", levels[recipe, precision], seed, hard, own)
         if recipe not in ("rtn", "awq"):
-            _training(folder / below / "train.jsonl", recipe, order)
+            _training(folder / below, recipe, order)
         write_json(folder / below / "model" / "model.json", {"recipe": recipe, "precision": precision, "seed": seed})
         write_manifest(folder / below / "model", kind="model", seconds=12.5)
     _bench(folder / "bench")
@@ -128,7 +128,7 @@ def _predictions(folder: Path, level: float, seed: int, hard: dict, own: int) ->
     write_manifest(folder, model="0" * 64, harness={"name": "lm-eval", "version": "0.4.13"}, benchmarks=about)
 
 
-def _training(path: Path, recipe: str, seed: int) -> None:
+def _training(folder: Path, recipe: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     lines = []
     for step in range(0, 200, 10):
@@ -140,14 +140,15 @@ def _training(path: Path, recipe: str, seed: int) -> None:
             "learning_rate": 1e-3,
             "grad_norm": 1.0,
             "tokens": 100,
-            "seconds": 0.1,
         }
         if recipe in ("kd", "gdkd", "ib", "grace"):
             entry |= {"gdkd" if recipe in ("gdkd", "grace") else "kd": 3 * fall, "beta": 0.5 - step / 1000}
         if recipe in ("rcka", "grace"):
             entry |= {"rcka": 0.6 * abs(fall), "omega": min(step / 50, 3)}
         lines.append(json.dumps(entry))
-    path.write_text("\n".join(lines) + "\n")
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    timing = [json.dumps({"step": step, "seconds": 0.1}) for step in range(0, 200, 10)]
+    (folder / "timing.jsonl").write_text("\n".join(timing) + "\n")
 
 
 def _bench(folder: Path) -> None:

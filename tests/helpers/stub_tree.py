@@ -67,8 +67,7 @@ def main():
         targets = [out, out.with_suffix(".json")]
     elif out.suffix:
         targets = [out, *([out.with_suffix(".md")] if words[0] == "tune" else [])]
-    if "--log" in flags:
-        targets.append(Path(flags["--log"]))
+    targets += [Path(flags[flag]) for flag in ("--log", "--timing") if flag in flags]
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.name == "manifest.json":  # another each time, as the machine and the code's revision may be

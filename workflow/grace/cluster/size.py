@@ -26,7 +26,7 @@ class Line:
     Attributes:
         name, jobs, gpus: what it is, how many there are, and GPUs of each.
         need: of one of them.
-        logs: training logs, where they were kept.
+        logs: what their steps took, where it was kept.
         files: a folder of which the files' sizes are known, once it is there.
     """
 
@@ -107,7 +107,7 @@ def _lines(
         gpus = max(1, asked.gpus * asked.nodes)
         head = teacher.head * teacher.hidden if run.kd != "none" and cache.format != "sampled" else 0
         need = training(student, run.optimisation, data, gpu, gpus, run.bits, experiment.quantization.group_size, head)
-        yield Line(f"{recipe} {precision}", len(folders), gpus, need, tuple(f / "train.jsonl" for f in folders))
+        yield Line(f"{recipe} {precision}", len(folders), gpus, need, tuple(f / "timing.jsonl" for f in folders))
 
 
 def _distils(experiment: Experiment, recipe: str) -> bool:

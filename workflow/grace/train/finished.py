@@ -5,6 +5,7 @@ deletes outputs that it does not believe in, such as one that a clock set back m
 must not be lost with them.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from grace.errors import GraceError
 from grace.files import MANIFEST, check_manifest, whole_file, whole_folder
 from grace.train.checkpoint import steps
+from grace.train.meter import TIMED
 from grace.world import SMALLER
 
 FINISHED = "finished"
@@ -46,8 +48,11 @@ def finished(folder: Path, identity: str) -> bool:
         return False
 
 
-def publish(folder: Path, out: Path, log: Path, **about: Any) -> None:
-    """Make the finished run the outputs `out`, a model folder with `about` in its manifest, and `log`."""
+def publish(folder: Path, out: Path, log: Path, timing: Path | None, **about: Any) -> None:
+    """Make the finished run the outputs `out`, a model folder with `about` in its manifest, `log` and `timing`.
+
+    `log` has what the same run gives again on any machine, bit for bit; `timing` the rest of each step (`TIMED`).
+    """
     kept = folder / FINISHED
     with whole_folder(out, **about) as part:
         for path in sorted((kept / "model").rglob("*")):
@@ -56,8 +61,16 @@ def publish(folder: Path, out: Path, log: Path, **about: Any) -> None:
                 target.mkdir(exist_ok=True)
             else:
                 _link_or_copy(path, target)
-    with whole_file(log) as part:
-        shutil.copyfile(kept / "log.jsonl", part)
+    entries = [json.loads(line) for line in (kept / "log.jsonl").read_text().splitlines()]
+    _write_lines(log, [{name: value for name, value in entry.items() if name not in TIMED} for entry in entries])
+    if timing is not None:
+        names = ("step", *TIMED)
+        _write_lines(timing, [{name: entry[name] for name in names if name in entry} for entry in entries])
+
+
+def _write_lines(target: Path, entries: list[dict[str, Any]]) -> None:
+    with whole_file(target) as part:
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

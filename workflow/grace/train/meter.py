@@ -7,6 +7,9 @@ import torch
 # Dense bf16 peak in FLOP/s from the makers' data sheets, by a word of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
+TIMED = ("seconds", "tokens_per_second", "memory_gib", "mfu")
+"""Of a step's entry in the log: what another run on another machine does not make again."""
+
 
 class Meter:
     """Turns tokens and seconds into the numbers that the progress line and the log show.

@@ -140,7 +140,7 @@ def _provenance(results: Results, row: Row, seed: int) -> dict[str, Any]:
         "model": predictions.get("model", ""),
         "harness": " ".join(str(harness[key]) for key in ("name", "version") if key in harness),
         "evaluated": sum(entry.get("seconds") or 0.0 for entry in predictions.get("benchmarks", {}).values()),
-        "trained": _training_seconds(results.folder / below / "train.jsonl"),
+        "trained": _training_seconds(results.folder / below / "timing.jsonl"),
         "files": [
             (path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
             for path in sorted((results.folder / below / "predictions").glob("*.parquet"))
@@ -150,11 +150,11 @@ def _provenance(results: Results, row: Row, seed: int) -> dict[str, Any]:
     }
 
 
-def _training_seconds(log: Path) -> float | None:
-    """Wall time of the optimiser steps that a training log lists."""
-    if not log.is_file():
+def _training_seconds(timing: Path) -> float | None:
+    """Wall time of the optimiser steps that a training's `timing.jsonl` lists."""
+    if not timing.is_file():
         return None
-    return sum(json.loads(line).get("seconds", 0.0) for line in log.read_text().splitlines() if line.strip())
+    return sum(json.loads(line)["seconds"] for line in timing.read_text().splitlines())
 
 
 def _revision(folder: Path) -> str:
