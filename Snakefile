@@ -8,11 +8,11 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from grace.cluster.start import put_in_order
+from grace.cluster.start import recover
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.preflight import missing
-from grace.config.tuned import unapplied
+from grace.config.unapplied_trials import unapplied
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
 
@@ -43,7 +43,7 @@ os.environ.update(
 # as built here.
 if workflow.is_main_process:
     try:
-        put_in_order(plan.folder)
+        recover(plan.folder)
     except GraceError as error:
         raise WorkflowError(str(error)) from None
 
@@ -76,7 +76,7 @@ onstart:
             raise WorkflowError("\n".join(short))
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
-        from grace.cluster.again import again
+        from grace.cluster.retry import retry_request
         from grace.cluster.slurm import check_arrays, check_submission
 
         waiting = list(workflow.dag.needrun_jobs())
@@ -95,7 +95,7 @@ onstart:
         except GraceError as error:
             raise WorkflowError(str(error)) from None
         kinds = {job.rule.name: job.resources.get("kind") for job in waiting}
-        plan.again = lambda asked, attempt, kind, wildcards: again(
+        plan.retry_request = lambda asked, attempt, kind, wildcards: retry_request(
             asked,
             attempt,
             [name for name in kinds if kinds[name] == kind],

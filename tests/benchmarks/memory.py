@@ -25,7 +25,7 @@ sys.path.insert(0, str(HELPERS))
 from many_examples import write_many  # noqa: E402  (the helpers' folder first)
 from tiny_models import make_llava  # noqa: E402
 
-from grace.config.runs import CacheRun, QuantizeRun, TrainRun  # noqa: E402
+from grace.config.job_parameters import CacheRun, QuantizeRun, TrainRun  # noqa: E402
 from grace.config.schema import Cache, Method, Optimisation, Quantization  # noqa: E402
 from grace.data import load_prepared  # noqa: E402
 from grace.data.prepared import Chosen  # noqa: E402

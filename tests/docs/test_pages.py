@@ -52,24 +52,24 @@ def _sentences() -> list[str]:
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
                 found.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))
-    return [_plain(text) for text in found]
+    return [_normalised(text) for text in found]
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     """One `…` for values that follow each other; what opens or closes a sentence may be put together elsewhere."""
     return re.sub("…+", "…", text).strip(" …")
 
 
-def _said() -> list[str]:
+def _documented_messages() -> list[str]:
     page = (ROOT / "docs/troubleshooting.md").read_text()
     messages = [row[1] for row in re.findall(r"(?m)^- (`+) ?(.+?) ?\1(?: \(Snakemake\))?$", page)]
     assert len(messages) > 30
     return [message for message in messages if message != "Directory cannot be locked"]  # Snakemake's own
 
 
-@pytest.mark.parametrize("message", _said())
+@pytest.mark.parametrize("message", _documented_messages())
 def test_a_message_of_the_troubleshooting_page_is_one_of_the_code(message, sentences):
-    assert _plain(message) in sentences
+    assert _normalised(message) in sentences
 
 
 @pytest.fixture(scope="module")

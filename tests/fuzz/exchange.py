@@ -27,7 +27,7 @@ from mutate import damage
 from small_experiment import build
 
 from grace.cluster.start import mend_records
-from grace.config.runs import CacheRun, EvaluateRun, TrainRun, read_run
+from grace.config.job_parameters import CacheRun, EvaluateRun, TrainRun, read_run
 from grace.data import load_prepared
 from grace.data.prepared import keys_of
 from grace.diff.compare import compare_folders
@@ -44,7 +44,7 @@ from grace.teacher.commands import finish, info
 from grace.teacher.commands import verify as verify_cache
 from grace.teacher.reader import TeacherCache
 from grace.train.checkpoint import Checkpoints, Part
-from grace.train.finished import finished
+from grace.train.finished_run import finished
 from grace.world import World
 
 ALONE = World()

@@ -22,7 +22,7 @@ import bench_step
 import torch
 
 from grace.bench.machine import describe
-from grace.config.runs import CacheRun
+from grace.config.job_parameters import CacheRun
 from grace.config.schema import Cache
 from grace.data.packed import prepare_packed
 from grace.distributed import join_world

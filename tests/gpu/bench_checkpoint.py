@@ -22,7 +22,7 @@ import bench_step
 import torch
 
 from grace.bench.machine import describe
-from grace.config.runs import TrainRun
+from grace.config.job_parameters import TrainRun
 from grace.config.schema import Method, Optimisation, Quantization
 from grace.distributed import join_world
 from grace.models import vocabulary

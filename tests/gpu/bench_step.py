@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from grace.bench.machine import describe
-from grace.config.runs import TrainRun
+from grace.config.job_parameters import TrainRun
 from grace.config.schema import Method, Optimisation, Quantization
 from grace.data import Example
 from grace.data.images import EncodedImage

@@ -35,15 +35,15 @@ def _choice(i: int, shift: int = 0) -> dict:
     }  # fmt: skip
 
 
-def _asked(i: int, **more) -> dict:
+def _row(i: int, **more) -> dict:
     return {"index": i, "image": _image(i // 2), "question": "what is the bag", "answer": "red", **more}
 
 
 ANSWERS = str(["red"] * 6 + ["blue"] * 4)
 TABLES = {
-    "pope": [_asked(i, answer=("Yes", "No")[i % 2], category="random") for i in range(8)],
+    "pope": [_row(i, answer=("Yes", "No")[i % 2], category="random") for i in range(8)],
     "mme": [
-        _asked(2 * j + i, answer=("Yes", "No")[i], category=name, image_path=f"{name}/{j}.png")
+        _row(2 * j + i, answer=("Yes", "No")[i], category=name, image_path=f"{name}/{j}.png")
         for j, name in enumerate(MME) for i in range(2)
     ],
     "mmbench": [_choice(i, shift) for i in range(3) for shift in range(3)],
@@ -56,10 +56,10 @@ TABLES = {
          "question": "which <image 1> or <image 2>" if i == 2 else "which",
          "image": str([_image(i), _image(9)]) if i == 2 else _image(i)} for i in range(5)
     ],
-    "gqa": [_asked(i) for i in range(5)],
-    "textvqa": [_asked(i, answer=ANSWERS) for i in range(5)],
-    "vizwiz": [_asked(i, answers=ANSWERS) for i in range(5)],
-    "ocrbench": [_asked(i, answer="['red']", category="Regular Text Recognition") for i in range(5)],
+    "gqa": [_row(i) for i in range(5)],
+    "textvqa": [_row(i, answer=ANSWERS) for i in range(5)],
+    "vizwiz": [_row(i, answers=ANSWERS) for i in range(5)],
+    "ocrbench": [_row(i, answer="['red']", category="Regular Text Recognition") for i in range(5)],
     "hallusionbench": [
         {"index": f"VS_chart_0_{s}_{f}_{q}", "image": _image(f), "question": "is the bag red", "answer": ("Yes", "No")[q],
          "category": "VS", "l2-category": "chart"} for s in range(2) for f in range(2) for q in range(2)

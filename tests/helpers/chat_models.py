@@ -31,9 +31,9 @@ from transformers import (
 from grace.files import whole_folder
 from grace.models.families import family_of
 from grace.quant import LearnedStepSize, save_quantization
+from grace.quant.chat_template import write_bos
 from grace.quant.checkpoint import name_as_published
 from grace.quant.names import quantised_module
-from grace.quant.opening import write_opening
 
 CORPUS = ["what is in this image? a red shirt on a white wall", "how many boots are there? two black boots", "yes no"]
 WORDS = (
@@ -249,7 +249,7 @@ def talking_student(
         model.to(torch.bfloat16).save_pretrained(part)
         name_as_published(part, family_of(model).published)
         processor.save_pretrained(part)
-        write_opening(part)
+        write_bos(part)
         if "qwen" in family:  # as published: readers build the processor with its part for videos
             videos = json.loads(processor.image_processor.to_json_string())
             videos |= {"video_processor_type": "Qwen2VLVideoProcessor"}

@@ -15,7 +15,7 @@ from grace.data.examples import Tokeniser
 from grace.data.images import FOLDERS
 from grace.data.index import FILE, IndexWriter
 from grace.data.mix import ExampleWriter
-from grace.data.parts import PART
+from grace.data.tokenise import PART
 from grace.demo.processor import build_processor
 from grace.files import sha256, write_json, write_manifest
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from grace.config.runs import CacheRun, EvaluateRun, TrainRun
+from grace.config.job_parameters import CacheRun, EvaluateRun, TrainRun
 from grace.config.schema import Architecture, Cache, DemoData, Evaluation, Method, Optimisation, Quantization
 from grace.demo.prepare import prepare
 from grace.files import write_json

@@ -4,7 +4,7 @@ import json
 
 from safetensors.torch import load_file
 
-from grace.config.runs import CacheRun, TrainRun
+from grace.config.job_parameters import CacheRun, TrainRun
 from grace.config.schema import Architecture, Cache, DemoData, Method, Optimisation, Quantization
 from grace.demo.prepare import prepare
 from grace.files import write_json

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 
 from stub_tree import BIN, ROOT, Tree
 
-from grace.cluster.again import limits
 from grace.cluster.lock import lock_path
+from grace.cluster.retry import limits
 from grace.cluster.slurm import check_slurm
 from grace.config.resources import Resources
 from grace.errors import GraceError

@@ -17,7 +17,7 @@ from grace.config.plan import Plan
 from grace.errors import GraceError
 from grace.files import read_json
 from grace.models import load_model
-from grace.report.printed import made_otherwise
+from grace.report.paper_setup import made_otherwise
 
 FILE = EXPERIMENTS / "released_qwen3vl.yaml"
 

@@ -50,11 +50,11 @@ def code_sha256(package: Path = PACKAGE) -> str:
 
 
 def _git() -> dict[str, Any]:
-    revision = _asked("rev-parse", "HEAD")
-    return {"revision": revision, "modified": bool(_asked("status", "--porcelain", "--", ".")) if revision else None}
+    revision = _git_says("rev-parse", "HEAD")
+    return {"revision": revision, "modified": bool(_git_says("status", "--porcelain", "--", ".")) if revision else None}
 
 
-def _asked(*words: str) -> str | None:
+def _git_says(*words: str) -> str | None:
     """What git says of the package's folder; None without git or a repository."""
     try:
         done = subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, timeout=30)

@@ -83,7 +83,7 @@ def test_lmms_evals_yes_and_no():
     from lmms_eval.tasks.pope.utils import pope_process_results
 
     for text in YES_NO:
-        assert yes_no.opening(text) == parse_pred_ans(text), text
+        assert yes_no.leading(text) == parse_pred_ans(text), text
         theirs = pope_process_results({"question_id": 0, "answer": "yes"}, [text])["pope_accuracy"]
         assert (yes_no.lower(text), float(yes_no.lower(text) == "yes")) == (theirs["prediction"], theirs["score"])
 

@@ -10,8 +10,8 @@ from tiny_models import make_llava
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig
 
 from grace.cluster import size as size_module
+from grace.cluster.counts import DataSize, model_size, prepared_size, sampled_size
 from grace.cluster.predict import GPUS, cache_bytes, mfu, training, training_memory
-from grace.cluster.sizes import DataSize, model_size, prepared_size, sampled_size
 from grace.config.sections import FilesData, Optimisation
 from grace.errors import GraceError
 from grace.models import freeze_vision

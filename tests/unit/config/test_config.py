@@ -12,9 +12,9 @@ import yaml
 from stub_tree import CONFIG, ROOT
 
 from grace.config.generate import explain_file, schema
+from grace.config.job_parameters import QuantizeRun, TrainRun, split_precision, student_run, teacher_run
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
-from grace.config.runs import QuantizeRun, TrainRun, split_precision, student_run, teacher_run
 from grace.config.schema import Experiment
 from grace.config.sections import DEMO_BENCHMARKS
 from grace.errors import GraceError

@@ -13,8 +13,8 @@ import torch
 from own_data import dialogue, image_bytes, llava, prepare, report, rows, write_source
 
 from grace.data import load_conversations, load_prepared
-from grace.data import parts as parts_module
 from grace.data import prepare as prepare_module
+from grace.data import tokenise as tokenise_module
 from grace.data.examples import Tokeniser
 from grace.data.mix import plan_order
 from grace.demo.processor import build_processor
@@ -65,7 +65,7 @@ def test_workers_kills_and_mount_points_leave_the_bytes(tmp_path, processor, sma
     def killed(task):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(parts_module.make_part(task))
+        made.append(tokenise_module.make_part(task))
 
     monkeypatch.setattr(prepare_module, "make_part", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -74,7 +74,7 @@ def test_workers_kills_and_mount_points_leave_the_bytes(tmp_path, processor, sma
     damaged = made[0]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     redone = []
-    monkeypatch.setattr(prepare_module, "make_part", lambda task: redone.append(parts_module.make_part(task)))
+    monkeypatch.setattr(prepare_module, "make_part", lambda task: redone.append(tokenise_module.make_part(task)))
     assert contents_hash(prepare(tmp_path, processor, name="again") / "manifest.json") == expected
     assert made[0] in redone and made[1] not in redone
 
@@ -114,7 +114,7 @@ def test_a_killed_run_leaves_no_worker_and_is_gone_on_with(tmp_path, processor):
 def test_a_part_is_made_again_where_an_image_or_a_setting_changed(tmp_path, processor, small_parts, monkeypatch):
     write_source(tmp_path, [*records(4), llava(id="bad", image="gone.jpg")])
     made = []
-    monkeypatch.setattr(prepare_module, "make_part", lambda task: made.append(parts_module.make_part(task).name))
+    monkeypatch.setattr(prepare_module, "make_part", lambda task: made.append(tokenise_module.make_part(task).name))
     with pytest.raises(GraceError, match="max_bad"):
         prepare(tmp_path, processor, max_bad=0.0)
     assert len(made) == 2 and (tmp_path / "data-parts" / "report.md").exists()
@@ -237,7 +237,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, processor, monkeyp
 
     def meanwhile(task):
         path.write_text(json.dumps(records(4)))
-        return parts_module.make_part(task)
+        return tokenise_module.make_part(task)
 
     monkeypatch.setattr(prepare_module, "make_part", meanwhile)
     with pytest.raises(GraceError, match="changed while it was read"):

@@ -42,7 +42,7 @@ def _evaluate(folder: Path, out: str, batches: int, *more: str) -> subprocess.Co
     )  # fmt: skip
 
 
-def _asked(done: subprocess.CompletedProcess[str]) -> int:
+def _questions_asked(done: subprocess.CompletedProcess[str]) -> int:
     return sum(int(count) for count in re.findall(r"asked (\d+)", done.stdout))
 
 
@@ -62,31 +62,31 @@ def _same(folder: Path, out: str) -> None:
 
 def test_a_killed_process_goes_on_in_the_middle_of_a_benchmark(folder):
     killed = _evaluate(folder, "killed", 7)  # five batches to a benchmark: it dies in the second one
-    assert killed.returncode == -9 and _asked(killed) == 56
+    assert killed.returncode == -9 and _questions_asked(killed) == 56
     assert (folder / "killed/colour.parquet").is_file() and not (folder / "killed/object.parquet").exists()
     (part,) = (folder / "killed/.parts").iterdir()
     newest = sorted(part.iterdir())[-1]
     newest.write_text(newest.read_text()[:20])  # damaged: its batch is asked again
     again = _evaluate(folder, "killed", -1)
     assert again.returncode == 0, again.stderr
-    assert _asked(again) == 80 - 56 + 8
+    assert _questions_asked(again) == 80 - 56 + 8
     _same(folder, "killed")
 
 
 def test_two_processes_give_what_one_gives(folder):
     done = _evaluate(folder, "two", -1, "--processes", "2")
     assert done.returncode == 0, done.stderr
-    assert _asked(done) == 80, "every question is asked once"
+    assert _questions_asked(done) == 80, "every question is asked once"
     _same(folder, "two")
 
 
 def test_two_processes_killed_go_on_as_one(folder):
     killed = _evaluate(folder, "both", 2, "--processes", "2")
-    assert killed.returncode != 0 and 0 < _asked(killed) < 80
+    assert killed.returncode != 0 and 0 < _questions_asked(killed) < 80
     kept = sum(len(read_json(path)) for path in (folder / "both").rglob("*.json"))
     again = _evaluate(folder, "both", -1)
     assert again.returncode == 0, again.stderr
-    assert kept > 0 and _asked(again) == 80 - kept
+    assert kept > 0 and _questions_asked(again) == 80 - kept
     _same(folder, "both")
 
 

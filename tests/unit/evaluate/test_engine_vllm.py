@@ -55,7 +55,7 @@ class StandIn:
             ids = [t for token in one["prompt_token_ids"] for t in [token] * (SPARE if token == runner.image else 1)]
             images = one.get("multi_modal_data", {}).get("image", [])
             assert all(image.mode == "RGB" for image in images)
-            seen = runner.sight.pixels(images) if images else {}
+            seen = runner.encoder.pixels(images) if images else {}
             prompt = Prompt(ids, see(self.model, seen) if images else ())
             taken: list[int] = []
             runner._answers = lambda tokens, logprob, entropy: taken.append((tokens[0].tolist(), float(logprob[0])))  # noqa: B023

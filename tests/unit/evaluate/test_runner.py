@@ -69,14 +69,14 @@ def test_neither_batch_nor_order_changes_an_answer(runner):
 
 
 def test_a_image_is_seen_once_and_memory_is_bounded(runner, monkeypatch):
-    monkeypatch.setattr("grace.evaluate.sight.FEATURE_BYTES", 3 * 4 * 32 * 4)  # three images
+    monkeypatch.setattr("grace.evaluate.image_encoder.FEATURE_BYTES", 3 * 4 * 32 * 4)  # three images
     fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
     asked = questions(fresh, 12)
     forgetful = [answer.text for answer in fresh.answer(asked)]
-    assert len(fresh.sight._seen) <= 3
+    assert len(fresh.encoder._seen) <= 3
     seen, opened = [], EncodedImage.open
     monkeypatch.setattr(EncodedImage, "open", lambda self: seen.append(self.data) or opened(self))
-    monkeypatch.setattr("grace.evaluate.sight.FEATURE_BYTES", 1 << 20)
+    monkeypatch.setattr("grace.evaluate.image_encoder.FEATURE_BYTES", 1 << 20)
     fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
     assert [answer.text for answer in fresh.answer(asked)] == forgetful
     fresh.answer(asked)
@@ -183,11 +183,11 @@ def test_workers_prepare_images_ahead_and_change_no_answer(family):
     model, processor = family
     asked = mixed()
     plain, helped = (Runner(model, processor, batch=3, max_new_tokens=3) for _ in range(2))
-    helped.sight.workers = 2
-    helped.sight._look = None  # nothing is left to be looked at here
+    helped.encoder.workers = 2
+    helped.encoder._look = None  # nothing is left to be looked at here
     assert helped.answer(asked) == plain.answer(asked)
     fresh = Runner(model, processor, batch=3, max_new_tokens=3)
-    fresh.sight.workers = 2
+    fresh.encoder.workers = 2
     whole = png(90, 90, 5)
     with pytest.raises(Unaskable, match="broken"):
         fresh.answer([*asked, Question("broken", ask("what"), (whole[: len(whole) // 2],))])

@@ -9,7 +9,7 @@ import torch
 from chat_models import FAMILIES
 from some_conversations import conversations, picture
 
-from grace.config.runs import CacheRun, QuantizeRun, TrainRun
+from grace.config.job_parameters import CacheRun, QuantizeRun, TrainRun
 from grace.config.schema import Cache, Method, Optimisation, Quantization
 from grace.data import load_prepared, prepare_examples
 from grace.data.conversations import SCHEMA, as_row

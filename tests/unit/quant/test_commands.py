@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grace.config.runs import QuantizeRun
+from grace.config.job_parameters import QuantizeRun
 from grace.config.schema import Architecture, DemoData, Quantization
 from grace.demo.prepare import prepare
 from grace.errors import GraceError

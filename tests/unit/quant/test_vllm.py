@@ -23,7 +23,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from grace.demo.processor import TEMPLATE
 from grace.files import read_json
 from grace.models.families import FAMILIES
-from grace.quant.opening import write_opening
+from grace.quant.chat_template import write_bos
 from grace.quant.pack import pack
 
 JOINED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -132,8 +132,8 @@ def test_the_template_that_ships_begins_a_text_as_the_tokenizer_does(everywhere,
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    write_opening(tmp_path)
-    write_opening(tmp_path)  # again changes nothing
+    write_bos(tmp_path)
+    write_bos(tmp_path)  # again changes nothing
     shipped = AutoTokenizer.from_pretrained(tmp_path)
     written = shipped.apply_chat_template([{"role": "user", "content": "what is"}], tokenize=False)
     assert written == ("<s>what is" if everywhere else "<s> what is")
@@ -144,5 +144,5 @@ def test_a_template_without_need_is_left_alone(tmp_path):
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(tmp_path)
-    write_opening(tmp_path)
+    write_bos(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"

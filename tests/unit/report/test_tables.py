@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import recompute_table
 from fake_results import LEVELS, MIRRORS, experiment, make_results, results_folder
 from safetensors.numpy import save_file
 
-import recompute_table
 from grace.benchmarks.metrics import mme
 from grace.config.load import load_experiment
 from grace.config.schema import Recipe

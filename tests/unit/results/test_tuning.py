@@ -10,10 +10,10 @@ import pytest
 import yaml
 from stub_tree import CONFIG
 
+from grace.config.job_parameters import TrainRun
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
-from grace.config.runs import TrainRun
-from grace.config.tuned import unapplied
+from grace.config.unapplied_trials import unapplied
 from grace.errors import GraceError
 from grace.results.tuning import tune
 

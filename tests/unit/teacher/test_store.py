@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_models import make_llava
 
 from grace import hashes
-from grace.config.runs import CacheRun
+from grace.config.job_parameters import CacheRun
 from grace.config.schema import Cache
 from grace.data import Conversation, EncodedImage, load_examples, prepare_examples
 from grace.data.conversations import SCHEMA, as_row, asked_and_answered

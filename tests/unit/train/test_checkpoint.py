@@ -11,7 +11,7 @@ from grace.errors import GraceError
 from grace.files import check_manifest, read_json, sha256, write_json
 from grace.train import checkpoint
 from grace.train.checkpoint import Checkpoints, Part
-from grace.train.finished import finish, finished, publish
+from grace.train.finished_run import finish, finished, publish
 from grace.world import World
 
 ONE = World()

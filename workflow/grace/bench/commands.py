@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.bench.shapes import FIELD_SHAPES, decoder_shapes
-from grace.config.runs import BenchRun, read_run
+from grace.config.job_parameters import BenchRun, read_run
 from grace.files import whole_file, write_json
 from grace.models.families import check_family
 

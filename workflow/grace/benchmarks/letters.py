@@ -20,7 +20,7 @@ _REFUSALS = (
 REFUSED = "Z"
 
 
-def opening(text: str, options: Options) -> str:
+def leading(text: str, options: Options) -> str:
     """The letter that the answer opens with ("B", "B.", "(B) red").
 
     A letter further on is not taken: "The answer is B" begins with no option, and "A dog" would be A.
@@ -110,10 +110,10 @@ def lmms_mmbench(text: str, options: Options) -> str:
         letter = ""
     letter = letter or next(filter(None, map(lone, _MMBENCH_FORMS)), "")
     first = {x: option for x, option in options.items() if x in "ABCD"}  # it knows four options
-    return letter or _said(text, first) or lmms_ranked(text, sorted(first))
+    return letter or _only_named(text, first) or lmms_ranked(text, sorted(first))
 
 
-def _said(text: str, options: Options) -> str:
+def _only_named(text: str, options: Options) -> str:
     """The letter of the only option whose text stands in the answer."""
     found = [x for x, option in options.items() if option.lower() in text.lower()]
     return found[0] if len(found) == 1 else ""
@@ -157,7 +157,7 @@ def vlmevalkit(text: str, options: Options) -> str:
         return found.group(1).upper()
     if len(text) > 2 * sum(map(len, options.values())):
         return ""
-    return _said(text, options)
+    return _only_named(text, options)
 
 
 # --- LLaVA-1.5 ---

@@ -23,7 +23,7 @@ def lower(text: str) -> str:
     return text.lower().strip()
 
 
-def opening(text: str) -> str:
+def leading(text: str) -> str:
     """MME's own reader: yes or no within the first four characters, full stops removed; `y` and `n` alone count."""
     said = text.lower().strip().replace(".", "")
     if len(said) == 1:

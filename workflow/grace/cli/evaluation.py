@@ -31,9 +31,9 @@ def evaluate(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
     start(processes)
-    from grace.config.runs import EvaluateRun, read_run
+    from grace.config.job_parameters import EvaluateRun, read_run
     from grace.evaluate.commands import evaluate as ask
-    from grace.evaluate.waiting import ask_waiting
+    from grace.evaluate.pending_models import ask_pending
     from grace.world import this_world
 
     failed, since = [], time.monotonic()
@@ -52,7 +52,7 @@ def evaluate(
 
     own_engine = read_run(run, EvaluateRun).evaluation.engine == "grace"  # vLLM starts for each anew
     if others is not None and own_engine and this_world().size == 1:
-        ask_waiting(others, since, ask_too)
+        ask_pending(others, since, ask_too)
 
 
 @commands.command()
@@ -84,7 +84,7 @@ def overlap(
 ) -> None:
     """Count the benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
     from grace.benchmarks.protocols import protocols_of
-    from grace.config.runs import EvaluateRun, read_run
+    from grace.config.job_parameters import EvaluateRun, read_run
     from grace.evaluate.overlap import write_overlap
 
     if (run is None) == (not benchmark):

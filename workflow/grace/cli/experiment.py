@@ -58,7 +58,7 @@ def check(files: Annotated[list[Path], typer.Argument(help="config file, and fil
     from grace.config.load import load_files
     from grace.config.plan import Plan
     from grace.config.preflight import missing
-    from grace.config.tuned import unapplied
+    from grace.config.unapplied_trials import unapplied
 
     experiment = load_files(files)
     print(f"{files[0]}: experiment {experiment.experiment}, {len(experiment.students())} students")

@@ -30,7 +30,7 @@ def prepare(
     workers: Annotated[int, typer.Option(help="processes that read or draw images; no result depends on it")] = 1,
 ) -> None:
     """Make the training conversations and the benchmarks."""
-    from grace.config.runs import DataRun, read_run
+    from grace.config.job_parameters import DataRun, read_run
     from grace.files import MANIFEST
 
     parameters = read_run(run, DataRun)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from grace.cluster.lock import one_writer
-from grace.config.chosen import chosen_by
 from grace.config.code import CodeIndex, changed
 from grace.config.definitions import PACKAGE
+from grace.config.job_modules import modules_of_file
 from grace.errors import GraceError
 from grace.files import MANIFEST, before_renaming, check_manifest, remove_parts
 from grace.hashes import sha256
@@ -91,7 +91,7 @@ class _Code:
 
     def __init__(self, subcommand: str, inputs: list[Path]) -> None:
         self.subcommand = subcommand
-        self.chosen = [module for path in inputs if path.name != MANIFEST for module in chosen_by(path)]
+        self.chosen = [module for path in inputs if path.name != MANIFEST for module in modules_of_file(path)]
         self.states, self.before = self._states(), self._now()
 
     def _states(self) -> dict[Path, tuple[int, ...] | None]:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from grace.cluster.predict import GPUS, DataSize, Gpu, ModelSize, Need, cache_bytes, caching, training
+from grace.config.job_parameters import TrainRun, student_run
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.resources import Resources
-from grace.config.runs import TrainRun, student_run
 from grace.config.schema import Experiment
 from grace.errors import GraceError
 
@@ -63,7 +63,7 @@ def size(configfile: Path, gpu: str, disk: float) -> list[Line]:
     """
     if gpu not in GPUS:
         raise GraceError(f"--gpu {gpu}: not one of {', '.join(GPUS)}; give the one that comes nearest")
-    from grace.cluster.sizes import data_size, model_size
+    from grace.cluster.counts import data_size, model_size
 
     experiment = load_experiment(configfile)
     plan = Plan(experiment)

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 
-from grace.cluster.again import beyond, limits
+from grace.cluster.retry import beyond, limits
 from grace.config.resources import Resources
 from grace.errors import GraceError
 
@@ -23,7 +23,7 @@ def check_slurm(asked: Mapping[str, Resources], status_command: str | None = Non
     """
     if shutil.which("sbatch") is None:
         raise GraceError("sbatch: not found; run on a machine that submits to Slurm, or without --workflow-profile")
-    code, said = _asked("scontrol", "show", "config")
+    code, said = _run("scontrol", "show", "config")
     if code:
         raise GraceError(f"scontrol: Slurm does not answer ({said}); see `scontrol ping`, then try again")
     settings = {
@@ -82,12 +82,12 @@ def _refusal(request: Resources) -> str | None:
     if request.partition in limits() and (problem := beyond(request)):
         return problem  # sbatch takes these where EnforcePartLimits is not set
     flags = submission(request)
-    code, said = _asked("sbatch", "--test-only", *flags, "--wrap", "true")
+    code, said = _run("sbatch", "--test-only", *flags, "--wrap", "true")
     if not code:
         return None
     reason = said.splitlines()[-1].split(": ")[-1] if said else "no reason given"
     if "partition" in reason.lower():
-        _, known = _asked("sinfo", "--noheader", "--format", "%R")
+        _, known = _run("sinfo", "--noheader", "--format", "%R")
         return f"partition `{request.partition}`: {reason}; this Slurm has {', '.join(dict.fromkeys(known.split()))}"
     if "node configuration" in reason.lower() and _some_node_is_away(request.partition):
         return None  # it may fit a node that is drained or down: Slurm queues the job until that is back
@@ -96,12 +96,12 @@ def _refusal(request: Resources) -> str | None:
 
 def _some_node_is_away(partition: str | None) -> bool:
     """Whether a node of a partition (of the default one, which sinfo marks by `*`, without a name) takes no jobs now."""
-    _, said = _asked("sinfo", "--noheader", "--format", "%P %T")
+    _, said = _run("sinfo", "--noheader", "--format", "%P %T")
     rows = [line.split() for line in said.splitlines()]
     states = [state for name, state in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))]
     return any(word in state for state in states for word in ("drain", "down", "maint", "fail", "reboot"))
 
 
-def _asked(*command: str) -> tuple[int, str]:
+def _run(*command: str) -> tuple[int, str]:
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, (done.stdout or done.stderr if not done.returncode else done.stderr or done.stdout).strip()

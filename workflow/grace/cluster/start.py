@@ -24,7 +24,7 @@ STATE = Path(".snakemake")
 _held: list[int] = []  # open for as long as this process lives
 
 
-def put_in_order(results: str | Path) -> None:
+def recover(results: str | Path) -> None:
     """All of it, before the DAG is made; and the records of results that came by git and DVC are put back.
 
     Raises:

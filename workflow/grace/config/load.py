@@ -74,7 +74,7 @@ def _sentence(problem: ErrorDetails) -> str:
         close = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.5)
         if new := RENAMED.get(path):
             return f"`{path}` is called `{new}` now; rename it"
-        return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_listed(known)}")
+        return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_quoted(known)}")
     if kind == "value_error":
         # a validator's sentence quotes what the file says, whatever that is
         said = printable(
@@ -161,5 +161,5 @@ def _keys(annotation: Any) -> list[str]:
     return list(model.model_fields) if model is not None else []
 
 
-def _listed(names: list[str]) -> str:
+def _quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)

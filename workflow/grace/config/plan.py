@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from grace.config.accepted import resolved
-from grace.config.chosen import chosen, distillation
 from grace.config.code import CodeIndex
-from grace.config.pretrained import source_hashes
-from grace.config.resources import TRAININGS, Job
-from grace.config.runs import (
+from grace.config.job_modules import distillation_modules, modules_of
+from grace.config.job_parameters import (
     BenchRun,
     CacheRun,
     DataRun,
@@ -23,6 +21,8 @@ from grace.config.runs import (
     student_run,
     teacher_run,
 )  # fmt: skip
+from grace.config.pretrained import source_hashes
+from grace.config.resources import TRAININGS, Job
 from grace.config.schema import Experiment, Model, Resources
 from grace.config.sections import DEMO_BENCHMARKS, Release, Section
 from grace.config.tuning import Trial
@@ -69,9 +69,9 @@ class Plan:
         """The code that `config/code/{name}.json` freezes, as it is now; see `CodeIndex.fingerprint`."""
         subcommand, _, kd = name.partition("+")
         if kd:
-            return self.index.fingerprint(subcommand, *distillation(kd))
+            return self.index.fingerprint(subcommand, *distillation_modules(kd))
         run = {"prepare": self._data, "evaluate": self._evaluation}.get(subcommand)
-        return self.index.fingerprint(subcommand, *(chosen(run) if run else ()))
+        return self.index.fingerprint(subcommand, *(modules_of(run) if run else ()))
 
     # Frozen parameters: one JSON string each, because Snakemake compares parameters as a nameless set of `repr()`.
 
@@ -368,7 +368,7 @@ class Plan:
 
     def threads(self, job: Job) -> int:
         """Processor cores of one such job."""
-        return self._asked(job).cpus
+        return self._request(job).cpus
 
     def short_of_cores(self, jobs: Iterable[str], cores: int) -> list[str]:
         """A sentence for each of these kinds of jobs whose numbers fewer threads would change; GPUs do not ask for threads."""
@@ -376,22 +376,22 @@ class Plan:
             f"resources.{job}.cpus is {asked.cpus} and --cores {cores}: on fewer threads a CPU's results differ in their last "
             "digits; give --cores at least that, or lower cpus, which makes it another result"
             for job in COMPUTED
-            if job in jobs and not (asked := self._asked(job)).gpus and asked.cpus > cores
+            if job in jobs and not (asked := self._request(job)).gpus and asked.cpus > cores
         ]
 
     def resources(self, job: Job) -> dict[str, Any]:
         """Kind, memory, GPUs and time of one such job, under the names that Snakemake and its Slurm plugin know.
 
-        What a job that is sent again (`retries` in the Slurm profile) asks for, `again` says.
+        What a job that is sent again (`retries` in the Slurm profile) asks for, `retry_request` says.
         The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
         nothing is said. `grace train` starts a process for each `gpu`, which a machine limits to those it has, or on each
         machine `processes`, which is ours.
         """
-        asked = self._asked(job)
+        asked = self._request(job)
         named: dict[str, Any] = {
             "kind": job,
-            "mem_mb": lambda wildcards, attempt: self.again(asked, attempt, job, wildcards).mem_mb,
-            "runtime": lambda wildcards, attempt: self.again(asked, attempt, job, wildcards).runtime,
+            "mem_mb": lambda wildcards, attempt: self.retry_request(asked, attempt, job, wildcards).mem_mb,
+            "runtime": lambda wildcards, attempt: self.retry_request(asked, attempt, job, wildcards).runtime,
             "gpu": asked.gpus,
             "nodes": asked.nodes,
             "processes": 0,
@@ -407,11 +407,11 @@ class Plan:
         return named
 
     @staticmethod
-    def again(asked: Resources, attempt: int, kind: str, wildcards: Iterable[str]) -> Resources:
+    def retry_request(asked: Resources, attempt: int, kind: str, wildcards: Iterable[str]) -> Resources:
         """What the `attempt`-th try of such a job asks for; on a cluster the Snakefile puts one here that asks it."""
         return asked.model_copy(update={"mem_mb": attempt * asked.mem_mb, "runtime": attempt * asked.runtime})
 
-    def _asked(self, job: Job) -> Resources:
+    def _request(self, job: Job) -> Resources:
         return self.experiment.resources.get(job, Resources())
 
 

@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _problem(f"the key {_said(key_node)} is not text; put it in quotes", key_node)
+                raise _problem(f"the key {_excerpt(key_node)} is not text; put it in quotes", key_node)
             if key in seen:
                 raise _problem(f"the key `{key[:60]}` is given twice; drop one", key_node)
             seen.add(key)
@@ -37,9 +37,9 @@ class _Loader(yaml.SafeLoader):
             value = super().construct_object(node, deep)
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError):
             kind = node.tag.rpartition(":")[2]
-            raise _problem(f"{_said(node)} is no valid {kind}; put text in quotes, or correct it", node) from None
+            raise _problem(f"{_excerpt(node)} is no valid {kind}; put text in quotes, or correct it", node) from None
         if isinstance(value, int) and abs(value) >= LARGEST_INT:
-            raise _problem(f"{_said(node)} is larger than any number here may be", node)
+            raise _problem(f"{_excerpt(node)} is larger than any number here may be", node)
         return value
 
 
@@ -47,7 +47,7 @@ def _problem(text: str, node: yaml.Node) -> ConstructorError:
     return ConstructorError(None, None, text, node.start_mark)
 
 
-def _said(node: yaml.Node) -> str:
+def _excerpt(node: yaml.Node) -> str:
     """What a file says at a node, in a few characters."""
     if not isinstance(node, yaml.ScalarNode):
         return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from grace.data.conversations import SCHEMA
 from grace.data.index import FILE as INDEX
 from grace.data.index import IndexWriter
-from grace.data.parts import PART
+from grace.data.tokenise import PART
 from grace.files import sha256, whole_file
 
 PILE_ROWS = 4096  # rows that are sorted in memory at a time,

@@ -17,9 +17,9 @@ from typing import Any
 from grace.config.sections import FilesData
 from grace.data.images import FOLDERS
 from grace.data.mix import plan_order, read_ids, write_mix
-from grace.data.parts import BYTES, ROWS, Task, make_part, read_part
 from grace.data.report import summarise, too_many, write_report
 from grace.data.sources import Files, open_source
+from grace.data.tokenise import BYTES, ROWS, Task, make_part, read_part
 from grace.errors import GraceError
 from grace.files import read_json, whole_folder, write_json
 from grace.progress import progress
@@ -147,7 +147,7 @@ def _write_parts(data: FilesData, opened: list[Files], processor: Path, parts: P
     total = sum(min(count, limit or count) for count, limit in zip(counts, limits, strict=True))
     written: list[Path] = []
     with (
-        submitting(workers, "grace.data.parts", "grace.data.examples", "grace.models") as submit,
+        submitting(workers, "grace.data.tokenise", "grace.data.examples", "grace.models") as submit,
         progress("reading conversations", total) as advance,
     ):
         running: deque[tuple[Future | None, int]] = deque()

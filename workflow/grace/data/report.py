@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.config.sections import FilesData
-from grace.data.parts import TOO_LONG
+from grace.data.tokenise import TOO_LONG
 from grace.errors import printable
 from grace.files import read_json, whole_file
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from grace.diff.model import Change, Difference
-from grace.report.numbers import number, p_text
+from grace.report.formatting import number, p_text
 from grace.report.tables.scores import AVERAGE
 from grace.results.statistics import ALPHA
 

@@ -28,7 +28,7 @@ def predictor(
     runner: Runner, settings, advance: Callable[[int], None]
 ) -> Callable[[Benchmark, Path, Spec], pd.DataFrame]:
     """What `grace evaluate` calls for each benchmark file."""
-    said = cache(_said)  # the same question is asked of many images
+    said = cache(_user_turn)  # the same question is asked of many images
 
     def predict(entry: Benchmark, path: Path, spec: Spec) -> pd.DataFrame:
         limit, longest = settings.limit, settings.longest(entry.name)
@@ -55,7 +55,7 @@ def predictor(
     return predict
 
 
-def _said(text: str) -> tuple[Message, ...]:
+def _user_turn(text: str) -> tuple[Message, ...]:
     """One user turn; each `MARK` in the text is an image."""
     parts: list[Part] = []
     for place, piece in enumerate(text.split(MARK)):

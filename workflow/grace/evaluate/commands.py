@@ -21,11 +21,11 @@ from grace.arithmetic import settled
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
 from grace.config.accepted import resolved
-from grace.config.chosen import chosen
 from grace.config.code import CodeIndex
 from grace.config.evaluation import Evaluation
+from grace.config.job_modules import modules_of
+from grace.config.job_parameters import EvaluateRun, read_run
 from grace.config.preflight import VLLM
-from grace.config.runs import EvaluateRun, read_run
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
@@ -187,7 +187,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
 
 def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:
     """The code that asks and scores, or the code that `grace accept` took it as equal to in the results that `run` is of."""
-    return resolved(run.parent.parent, CodeIndex().fingerprint("evaluate", *chosen(parameters)))
+    return resolved(run.parent.parent, CodeIndex().fingerprint("evaluate", *modules_of(parameters)))
 
 
 def _predictions(out: Path, task: Task) -> Path:

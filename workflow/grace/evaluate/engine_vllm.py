@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 from grace.benchmarks.extraction import Answer
 from grace.data.examples import Tokeniser
 from grace.errors import GraceError
+from grace.evaluate.image_encoder import ImageEncoder
 from grace.evaluate.question import Question
 from grace.evaluate.runner import Runner
-from grace.evaluate.sight import Sight
 from grace.files import read_json
 from grace.models import load_processor
 from grace.world import this_world
@@ -53,7 +53,7 @@ class VllmRunner(Runner):
         self.stops = list(ends)
         self.batch, self.max_new_tokens = max(batch, AT_ONCE), 8
         self.image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self.sight = Sight(None, processor, {}, workers=0)
+        self.encoder = ImageEncoder(None, processor, {}, workers=0)
         self.parts, self.known, self.world = None, {}, this_world()
 
     @classmethod
@@ -93,7 +93,7 @@ class VllmRunner(Runner):
         laid = [(question.prompt, [1] * len(question.images)) for question in questions]
         asked: list[dict[str, Any]] = []
         for question, (ids, _) in zip(questions, self.tokeniser.template.tokens(laid, prompt=True), strict=True):
-            images = [self.sight._open(question, image) for image in question.images]
+            images = [self.encoder._open(question, image) for image in question.images]
             asked.append({"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})})
         how = SamplingParams(temperature=0.0, max_tokens=new_tokens, logprobs=0, stop_token_ids=self.stops)
         found = self.engine.generate(asked, how, use_tqdm=False)
@@ -103,9 +103,9 @@ class VllmRunner(Runner):
                     f"question {question.id}: vLLM read {len(each.prompt_token_ids)} tokens of prompt that are not this "
                     f"package's {len(ids)}; set evaluation.engine: grace"
                 )
-        return [self._said(each.outputs[0]) for each in found]
+        return [self._as_answer(each.outputs[0]) for each in found]
 
-    def _said(self, output: Any) -> Answer:
+    def _as_answer(self, output: Any) -> Answer:
         tokens = list(output.token_ids)
         logprob = sum(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
         return Answer(self.tokenizer.decode(tokens, skip_special_tokens=True).strip(), logprob, math.nan)

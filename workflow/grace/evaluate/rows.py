@@ -62,7 +62,7 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
         if limit is not None and count == limit:
             return
         try:
-            if not _asked(raw, spec):
+            if not _selected(raw, spec):
                 continue
             item: Item | str = _item(raw, place, entry, spec, asked_of)
             name = item.id
@@ -83,7 +83,7 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
         raise GraceError(f"{path}: has no rows that this protocol asks; copy the data set again")
 
 
-def _asked(raw: dict, spec: Spec) -> bool:
+def _selected(raw: dict, spec: Spec) -> bool:
     """Whether the protocol's `rows` takes this one."""
     if spec.rows == "image":
         return raw.get("data_type") in (None, "image")

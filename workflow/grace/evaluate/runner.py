@@ -17,8 +17,8 @@ from grace.benchmarks.extraction import Answer
 from grace.data.examples import Tokeniser
 from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
+from grace.evaluate.image_encoder import ImageEncoder, Unaskable
 from grace.evaluate.question import Question, turns
-from grace.evaluate.sight import Sight, Unaskable
 from grace.infer.decode import CHECK_EVERY, Session
 from grace.infer.prefill import Prompt, follow, read
 from grace.models import decoder, image_token_id, output_head
@@ -67,7 +67,7 @@ class Runner:
         self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
         self.image = image_token_id(model)
-        self.sight = Sight(model, processor, kept or {})
+        self.encoder = ImageEncoder(model, processor, kept or {})
         self.parts: Parts | None = None
         self.known: dict[str, Answer] = {}
         self.world = this_world()
@@ -99,19 +99,19 @@ class Runner:
             return found
 
         def before(batches: list[list[int]]) -> None:
-            self.sight.ahead([[questions[i] for i in rows] for rows in batches])
+            self.encoder.ahead([[questions[i] for i in rows] for rows in batches])
 
         answers |= self._together(self._batches(order, alike), ask, answers, before)
         return [answers[i] for i in range(len(questions))]
 
     def _answer(self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Answer]:
         """One batch, from its questions and their prompts' tokens."""
-        seen = self.sight(questions)
+        seen = self.encoder(questions)
         return self._generate([Prompt(*each) for each in zip(prompts, seen, strict=True)], new_tokens)
 
     def _tokens(self, questions: Sequence[Question]) -> list[list[int]]:
         """Token ids of every prompt, as training has them, visual tokens included."""
-        sizes = [self.sight.sizes(question) for question in questions]
+        sizes = [self.encoder.sizes(question) for question in questions]
         for question in questions:
             places = sum(part.type == "image" for message in question.prompt for part in message.content)
             if places != len(question.images):

@@ -103,7 +103,7 @@ def serves(decoder: Any, embedding: torch.Tensor, cache: Any) -> bool:
         linears, norms = _linears(layer), _norms(layer)
         biased, *others = (linear.bias is not None for linear in linears)
         alike = {norm.variance_epsilon for norm in norms} == {decoder.norm.variance_epsilon}
-        if not all(_plain(m) for m in linears) or any(others) or not alike:
+        if not all(_triton_int4(m) for m in linears) or any(others) or not alike:
             return False
         kinds.add((*((m.out_features, m.in_features) for m in linears), biased, len(norms)))
     heads, width = keys.shape[1], keys.shape[3]
@@ -159,7 +159,7 @@ def _norms(layer: Any) -> list[Any]:
     return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
-def _plain(linear: nn.Module) -> bool:
+def _triton_int4(linear: nn.Module) -> bool:
     return (
         isinstance(linear, Int4Linear)
         and linear.backend == "triton"

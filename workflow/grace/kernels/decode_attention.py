@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace.kernels.dependent import launch_options, locks, multiprocessors, start_next, wait, waited
+from grace.kernels.dependent_launch import launch_options, locks, multiprocessors, start_next, wait, waited
 
 LOG2_E = 1.4426950408889634
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace.kernels.dependent import launch_options, locks, wait
+from grace.kernels.dependent_launch import launch_options, locks, wait
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grace.kernels.dependent import launch_options, start_next, waited
+from grace.kernels.dependent_launch import launch_options, start_next, waited
 
 ROWS = 16
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grace.models.build import build_llava
     from grace.models.load import load_model, load_processor, model_folder
-    from grace.models.parts import (
+    from grace.models.modules import (
         decoder,
         decoder_linears,
         forward_inputs,
@@ -44,4 +44,4 @@ _HOMES = {"build_llava": "build", "load_model": "load", "load_processor": "load"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'parts')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'modules')}"), name)

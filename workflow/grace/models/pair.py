@@ -5,7 +5,7 @@ from typing import Any
 
 from grace.errors import GraceError
 from grace.models.load import load_processor, model_folder
-from grace.models.parts import vocabulary
+from grace.models.modules import vocabulary
 
 # What decides the pixels and the places of visual tokens; limits of size may differ, the student's are used.
 _GEOMETRY = (
@@ -44,7 +44,7 @@ def check_pair(teacher: Path, student: Path) -> None:
     for folder, processor in ((teacher, one), (student, other)):
         _check_image_token(folder, processor)
     for name in _GEOMETRY:
-        values = [_plain(getattr(p, name, None) or getattr(p.image_processor, name, None)) for p in (one, other)]
+        values = [_comparable(getattr(p, name, None) or getattr(p.image_processor, name, None)) for p in (one, other)]
         if values[0] != values[1]:
             raise GraceError(
                 f"{teacher} and {student}: their processors differ in {name} ({values[0]} and {values[1]}), so their visual "
@@ -76,5 +76,5 @@ def _check_vocabularies(teacher: Path, student: Path, one: dict[str, int], other
         )
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     return dict(value) if hasattr(value, "keys") else list(value) if isinstance(value, tuple | list) else value

@@ -99,7 +99,7 @@ class Template:
             )
         self.image = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._controls = _control_tokens(self.tokenizer, processor.image_token)
-        self._plain = _plain(self.tokenizer, self._controls)
+        self._plain = _without_controls(self.tokenizer, self._controls)
         self._control_ids = {
             number
             for number, token in self.tokenizer.added_tokens_decoder.items()
@@ -286,7 +286,7 @@ def _control_tokens(tokenizer: Any, image: str) -> re.Pattern:
     return re.compile("|".join(patterns) or r"(?!)")
 
 
-def _plain(tokenizer: Any, controls: re.Pattern) -> Tokenizer:
+def _without_controls(tokenizer: Any, controls: re.Pattern) -> Tokenizer:
     """The tokenizer's own rules without control tokens, and with the anchor."""
     if not tokenizer.is_fast:
         raise GraceError(f"{type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")

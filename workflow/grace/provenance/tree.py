@@ -147,7 +147,7 @@ class _Drawing:
         if seed is not None:
             text += f", seed {seed}"
         if in_full and parameters["values"]:
-            text += "\n" + escape("\n".join(_plain(parameters["values"])))
+            text += "\n" + escape("\n".join(_lines(parameters["values"])))
         return text
 
     def _environment(self, branch: Tree, step: Step) -> None:
@@ -210,5 +210,5 @@ def _seconds(seconds: float) -> str:
     )
 
 
-def _plain(values: dict[str, Any]) -> list[str]:
+def _lines(values: dict[str, Any]) -> list[str]:
     return [f"{name}: {value}" for name, value in flatten(values)]

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from grace.config.runs import QuantizeRun, read_run
+from grace.config.job_parameters import QuantizeRun, read_run
 from grace.errors import GraceError
 from grace.files import whole_folder
 from grace.models.families import check_family

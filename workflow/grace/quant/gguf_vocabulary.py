@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from grace.errors import GraceError
 from grace.files import read_json
-from grace.quant.opening import without_opening
+from grace.quant.chat_template import without_bos
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # llama.cpp's names of how byte-level tokenizers split a text into words, by the steps in tokenizer.json.
@@ -44,7 +44,7 @@ def _split_step(step: dict) -> tuple:
 
 def _template(folder: Path, settings: dict) -> str | None:
     if (folder / "chat_template.jinja").is_file():
-        return without_opening((folder / "chat_template.jinja").read_text())  # llama.cpp adds BOS
+        return without_bos((folder / "chat_template.jinja").read_text())  # llama.cpp adds BOS
     for name in ("chat_template.json", "processor_config.json"):
         if (folder / name).is_file() and isinstance(found := read_json(folder / name).get("chat_template"), str):
             return found

@@ -17,10 +17,10 @@ from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import ABOUT, about, write_card
+from grace.quant.chat_template import write_bos
 from grace.quant.checkpoint import SHARD_BYTES, Checkpoint, TensorSpec, copy_companions, copy_config, write_checkpoint
 from grace.quant.grid import dequantize, group_count
 from grace.quant.names import quantised_module
-from grace.quant.opening import write_opening
 from grace.quant.student import StoredQuantization, read_quantization
 
 # Linears that stay in bf16, by their names in memory: the head, the vision towers and projectors of every family.
@@ -172,6 +172,6 @@ def pack(model: Path, out: Path) -> None:
     with whole_folder(out, source=source, format="pack-quantized") as folder:
         stored = pack_student(model, folder)
         copy_companions(model, folder)
-        write_opening(folder)
+        write_bos(folder)
         write_json(folder / ABOUT, about(stored, read_config(folder), manifest, source))
         write_card(folder)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from grace.benchmarks.registry import BENCHMARKS
 from grace.config.schema import Experiment, Recipe
-from grace.report.printed import asked_otherwise, made_otherwise, setup_of
+from grace.report.paper_setup import asked_otherwise, made_otherwise, setup_of
 from grace.results.read import BASELINE, TEACHER, Row
 
 GRACE = "grace"
@@ -122,7 +122,7 @@ def paper_beside(experiment: Experiment, table: str, role: str, precision: str, 
     """The paper's number for one cell where it is about what this experiment's is about, else None.
 
     That is: the same models, all of the protocol's questions, and a student made by what the source states
-    (`grace.report.printed`). The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number
+    (`grace.report.paper_setup`). The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number
     is known and not ours, it is left out.
     """
     family = paper_family(experiment)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from scipy import stats
 
-from grace.report.numbers import number, p_text
+from grace.report.formatting import number, p_text
 from grace.results.paired import Comparison, minimum_detectable_difference
 from grace.results.statistics import ALPHA, POWER
 

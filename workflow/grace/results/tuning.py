@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from grace.config.runs import TuneRun, read_run
+from grace.config.job_parameters import TuneRun, read_run
 from grace.errors import GraceError
 from grace.files import whole_file, write_json
 from grace.results.paired import compare

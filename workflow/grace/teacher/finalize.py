@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from grace.config.runs import CacheRun, read_run
+from grace.config.job_parameters import CacheRun, read_run
 from grace.errors import GraceError
 from grace.files import file_entry, whole_file, write_manifest
 from grace.quant.checkpoint import Checkpoint

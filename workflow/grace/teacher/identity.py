@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grace.config.runs import CacheRun
+from grace.config.job_parameters import CacheRun
 from grace.errors import GraceError
 from grace.files import MANIFEST, contents_hash, read_json, sha256
 

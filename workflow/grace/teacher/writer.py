@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grace import __version__
-from grace.config.runs import CacheRun, read_run
+from grace.config.job_parameters import CacheRun, read_run
 from grace.data import Example, load_prepared
 from grace.data.batches import image_runs
 from grace.data.packed import prepare_packed

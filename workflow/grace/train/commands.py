@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from grace.config.runs import TrainRun, read_run
+from grace.config.job_parameters import TrainRun, read_run
 from grace.data import load_prepared
 from grace.data.development import development_examples
 from grace.data.prepared import captions_of
@@ -15,10 +15,10 @@ from grace.files import MANIFEST
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
 from grace.models.families import check_family, family_of
 from grace.quant import save_quantization
+from grace.quant.chat_template import write_bos
 from grace.quant.checkpoint import name_as_published
-from grace.quant.opening import write_opening
 from grace.teacher.forward import check_examples, check_sight
-from grace.train.finished import finish, finished, publish
+from grace.train.finished_run import finish, finished, publish
 from grace.train.loop import Trainer, counted, run_identity
 from grace.train.objective import Objective
 from grace.train.watch import check_watchers
@@ -59,7 +59,7 @@ def _finish(model, processor, trainer: Trainer) -> None:
         model.save_pretrained(folder, state_dict=weights)
         name_as_published(folder, family_of(model).published)
         processor.save_pretrained(folder)
-        write_opening(folder)
+        write_bos(folder)
         if run.bits is not None:
             save_quantization(folder, layers, run.bits, run.quantization.group_size, "lsq")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace.config.runs import TrainRun
+from grace.config.job_parameters import TrainRun
 from grace.data import Batch, Example
 from grace.data.prepared import keys_of
 from grace.distill import (

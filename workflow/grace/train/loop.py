@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from grace.config.chosen import chosen
 from grace.config.code import CodeIndex
-from grace.config.runs import TrainRun
+from grace.config.job_modules import modules_of
+from grace.config.job_parameters import TrainRun
 from grace.config.sections import Optimisation
 from grace.data import Batch, Example, collate, plan_batches
 from grace.data.packed import packed_row, prepare_packed
@@ -51,7 +51,7 @@ class MicroBatch(NamedTuple):
 def run_identity(run: TrainRun, *manifests: Path | None) -> str:
     """What a checkpoint must agree with: the frozen parameters, the code, and the folders that the run starts from."""
     digest = hashlib.sha256(run.model_dump_json().encode())
-    digest.update(json.dumps(CodeIndex().fingerprint("train", *chosen(run)), sort_keys=True).encode())
+    digest.update(json.dumps(CodeIndex().fingerprint("train", *modules_of(run)), sort_keys=True).encode())
     for path in manifests:
         digest.update(contents_hash(path).encode() if path is not None else b"-")
     return digest.hexdigest()

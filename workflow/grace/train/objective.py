@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import nn
 
-from grace.config.runs import TrainRun
+from grace.config.job_parameters import TrainRun
 from grace.data import Batch, Example
 from grace.distill.cross_entropy import cross_entropy_from_hidden
 from grace.models import forward_inputs, head_weight, output_head

@@ -2,7 +2,7 @@
 
 from grace.report.decoding import decode_rows
 from grace.report.figures.style import COLOURS, MARKERS, WIDE, headline, named, nothing, place_labels, plain
-from grace.report.numbers import number
+from grace.report.formatting import number
 from grace.report.paper import GRACE, row_role
 from grace.results.paired import compare
 from grace.results.read import BASELINE, Results, Row

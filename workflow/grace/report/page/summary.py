@@ -3,14 +3,14 @@
 from typing import Any
 
 from grace.report.claims import METHOD, Finding, findings, measured, sides
-from grace.report.numbers import number, p_text
+from grace.report.formatting import number, p_text
 from grace.report.paper import DEMO, GRACE, label, row_role, seed_range
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.pairs import pairs, won_and_lost
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
-def opening(results: Results, known: dict) -> dict[str, Any]:
+def page_head(results: Results, known: dict) -> dict[str, Any]:
     """What the page's head shows; `known` keeps comparisons for the tables."""
     demo = results.experiment.data.source == "demo"
     return {

@@ -16,7 +16,7 @@ from grace.files import MANIFEST, read_json, sha256, whole_file
 from grace.report.figures.style import title_of
 from grace.report.figures.write import NAMES as FIGURES
 from grace.report.page.examples import Example, examples
-from grace.report.page.summary import opening
+from grace.report.page.summary import page_head
 from grace.report.paper import label
 from grace.report.tables.table import WIDE, Cell, Table, Texts, aligned, comma_separated, latex, markdown
 from grace.report.tables.write import build_tables
@@ -45,7 +45,7 @@ def _content(results: Results) -> dict[str, Any]:
     known: dict = {}
     return {
         "experiment": results.experiment.experiment,
-        **opening(results, known),
+        **page_head(results, known),
         "tables": [_table(table) for table in build_tables(results, known)],
         "figures": [_figure(results, name) for name in FIGURES],
         "examples": [_example(example) for example in examples(results)],
@@ -59,7 +59,7 @@ def _table(table: Table) -> dict[str, Any]:
     blocks: list[dict[str, Any]] = []
     for line, texts in zip(table.lines, aligned(table), strict=True):
         cells = [
-            {"value": _plain(cell.value), "html": _cell(cell, text)}
+            {"value": _six_digits(cell.value), "html": _cell(cell, text)}
             for cell, text in zip(line.cells, texts, strict=True)
         ]
         if not blocks or blocks[-1]["title"] != line.group:
@@ -99,7 +99,7 @@ def _hidden(text: str) -> Markup:
     return Markup('<i class="h" aria-hidden="true">{}</i>').format(text) if text else Markup("")
 
 
-def _plain(value: float | None) -> str:
+def _six_digits(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 

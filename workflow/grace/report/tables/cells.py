@@ -98,15 +98,15 @@ def find_cells(numbers: list[Number], row: str, column: str, where: Path) -> lis
     """
     rows = _closest(numbers, row, lambda n: (n.row, n.heads[0], f"{n.group} {n.row}", " ".join((n.group, *n.heads))))
     if not rows:
-        raise GraceError(f"{where}: no row `{row}`; there are {_listed(n.row for n in numbers)}")
+        raise GraceError(f"{where}: no row `{row}`; there are {_joined(n.row for n in numbers)}")
     found = _closest(rows, column, lambda n: (n.column, n.column.partition(" (")[0], n.column))
     if not found:
         raise GraceError(
-            f"{where}: no number of `{row}` in a column `{column}`; there are {_listed(n.column for n in rows)}"
+            f"{where}: no number of `{row}` in a column `{column}`; there are {_joined(n.column for n in rows)}"
         )
     if len({n.files for n in found}) > 1:
         places = (f"`{f'{n.group} ' if n.group else ''}{n.row}` `{n.column}` in {n.table}" for n in found)
-        raise GraceError(f"{where}: `{row}` `{column}` is more than one number: {_listed(places)}; say which")
+        raise GraceError(f"{where}: `{row}` `{column}` is more than one number: {_joined(places)}; say which")
     return found
 
 
@@ -117,6 +117,6 @@ def _closest(numbers: list[Number], text: str, names: Any) -> list[Number]:
     return exact or [n for n in numbers if wanted and wanted in names(n)[-1].casefold()]
 
 
-def _listed(names: Iterable[str], shown: int = 12) -> str:
+def _joined(names: Iterable[str], shown: int = 12) -> str:
     every = list(dict.fromkeys(names))
     return ", ".join(every[:shown]) + (f" and {len(every) - shown} more" if len(every) > shown else "")

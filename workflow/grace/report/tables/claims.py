@@ -2,7 +2,7 @@
 
 from grace.report.claims import Finding, findings, measured, sides
 from grace.report.comparisons import files_compared
-from grace.report.numbers import p_text
+from grace.report.formatting import p_text
 from grace.report.paper import ARXIV, AVERAGE, seed_range, what_was_run
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.table import Cell, Line, Table

@@ -1,7 +1,7 @@
 """The footnotes of the score tables: what a number is, what was tested, and what the paper's number beside it means."""
 
 from grace.benchmarks.question_points import SAID
-from grace.report.numbers import number
+from grace.report.formatting import number
 from grace.report.paper import (
     ARXIV,
     AVERAGE,
@@ -14,7 +14,7 @@ from grace.report.paper import (
     row_role,
     unlike,
 )
-from grace.report.printed import asked_otherwise
+from grace.report.paper_setup import asked_otherwise
 from grace.results.read import TEACHER, Results, Row
 from grace.results.statistics import ALPHA, POWER
 

@@ -46,7 +46,7 @@ def language_table(results: Results) -> Table:
         ["Model", "Bits"],
         [],
     )
-    found = _listed(results)
+    found = _columns(results)
     if not found:
         table.notes = ["No text-only task was run: name some under `evaluation.language`."]
         return table
@@ -90,7 +90,7 @@ def _files(results: Results, row: Row, task: str) -> tuple[str, ...]:
     )
 
 
-def _listed(results: Results) -> list[Column]:
+def _columns(results: Results) -> list[Column]:
     """Every task and metric that some model has, in the config's order."""
     found: dict[Column, None] = {}
     for task in results.experiment.evaluation.language:

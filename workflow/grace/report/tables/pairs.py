@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from grace.report.claims import METHOD, Claim, claims_of, sides
 from grace.report.comparisons import Family, files_compared
-from grace.report.numbers import number
+from grace.report.formatting import number
 from grace.report.paper import AVERAGE, seed_range, what_was_run
 from grace.report.tables.footnotes import gaps
 from grace.report.tables.scores import columns_of, heading

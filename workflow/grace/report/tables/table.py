@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
-from grace.report.numbers import number
+from grace.report.formatting import number
 
 WIDE = 8  # with more columns than that, errors stand under the numbers
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from grace.cluster import again as module
-from grace.cluster.again import Limits, again, beyond, last_end, limits
+from grace.cluster import retry as module
+from grace.cluster.retry import Limits, beyond, last_end, limits, retry_request
 from grace.cluster.slurm import check_arrays
 from grace.config.resources import Resources
 from grace.errors import GraceError
@@ -22,7 +22,7 @@ def slurm(monkeypatch, tmp_path):
     def said(*command):
         return SINFO if command[0] == "sinfo" else "\n".join(jobs)
 
-    monkeypatch.setattr(module, "_said", said)
+    monkeypatch.setattr(module, "_output_of", said)
 
     def job(number, state, code="0:0", comment="rule_quantize_wildcards_demo_rtn", folder=tmp_path):
         jobs.append(f"JobId={number} JobState={state} ExitCode={code} WorkDir={folder} Comment={comment}")
@@ -46,15 +46,15 @@ def test_limits_are_those_of_each_partition(slurm):
 )  # fmt: skip
 def test_more_is_asked_of_what_it_ran_out_of(slurm, state, code, mem_mb, runtime):
     slurm(7, state, code)
-    asked = again(Resources(mem_mb=20000, runtime=60), 2, ["quantize"], WILDCARDS)
+    asked = retry_request(Resources(mem_mb=20000, runtime=60), 2, ["quantize"], WILDCARDS)
     assert (asked.mem_mb, asked.runtime) == (mem_mb, runtime)
 
 
 def test_never_more_than_there_is(slurm):
     slurm(7, "OUT_OF_MEMORY")
-    assert again(Resources(mem_mb=30000), 3, ["quantize"], WILDCARDS).mem_mb == 64000
+    assert retry_request(Resources(mem_mb=30000), 3, ["quantize"], WILDCARDS).mem_mb == 64000
     slurm(8, "TIMEOUT")
-    asked = again(Resources(partition="spare", runtime=10), 2, ["quantize"], WILDCARDS)
+    asked = retry_request(Resources(partition="spare", runtime=10), 2, ["quantize"], WILDCARDS)
     assert (asked.runtime, asked.mem_mb) == (15, Resources().mem_mb)
 
 

@@ -20,7 +20,7 @@ class Limits(NamedTuple):
 @cache
 def limits() -> dict[str | None, Limits]:
     """Limits by partition, under None those of the default one; empty where sinfo does not answer."""
-    said = _said("sinfo", "--noheader", "--Node", "--format", "%P|%l|%m")
+    said = _output_of("sinfo", "--noheader", "--Node", "--format", "%P|%l|%m")
     found: dict[str | None, Limits] = {}
     for line in said.splitlines():
         name, time, memory = line.split("|")
@@ -56,7 +56,7 @@ def beyond(request: Resources) -> str | None:
     return None
 
 
-def again(asked: Resources, attempt: int, rules: Iterable[str], wildcards: Iterable[str]) -> Resources:
+def retry_request(asked: Resources, attempt: int, rules: Iterable[str], wildcards: Iterable[str]) -> Resources:
     """What the `attempt`-th try of a job asks for.
 
     A job that ran out of memory or time asks for `attempt` times as much of it; one that failed otherwise asks for the
@@ -83,7 +83,7 @@ def last_end(rules: Iterable[str], wildcards: Iterable[str]) -> str | None:
     """How the last ended job of one of these rules and these wildcards ended: memory, time, other; None if unknown."""
     values = "_".join(value.replace("/", "_") for value in wildcards)
     comments = {f"rule_{rule}_wildcards_{values}" if values else f"rule_{rule}" for rule in rules}
-    shown = _said("scontrol", "--oneliner", "show", "jobs")
+    shown = _output_of("scontrol", "--oneliner", "show", "jobs")
     known = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in shown.splitlines()]
     mine = [job for job in known if job.get("Comment") in comments and job.get("WorkDir") == str(Path.cwd())]
     over = [job for job in mine if job.get("JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")]
@@ -109,7 +109,7 @@ def _says_out_of_memory(log: Path) -> bool:
     )
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):

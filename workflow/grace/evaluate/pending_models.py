@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from grace.config.runs import split_precision
+from grace.config.job_parameters import split_precision
 from grace.errors import GraceError
 from grace.files import MANIFEST
 
@@ -19,7 +19,7 @@ QUICK = 60.0  # seconds: a model that takes longer is asked by a job of its own
 ALTOGETHER = 600.0  # seconds after which no further model is begun: a cluster ends jobs that run long
 
 
-def waiting(results: Path) -> Iterator[tuple[Path, Path]]:
+def pending(results: Path) -> Iterator[tuple[Path, Path]]:
     """(model, where its predictions go) of every model below `results` that is whole and has no predictions yet.
 
     Looks again before each, for other jobs ask too.
@@ -31,14 +31,14 @@ def waiting(results: Path) -> Iterator[tuple[Path, Path]]:
             yield model, predictions
 
 
-def ask_waiting(results: Path, since: float, ask: Callable[[Path, Path], None]) -> None:
+def ask_pending(results: Path, since: float, ask: Callable[[Path, Path], None]) -> None:
     """Call `ask(model, predictions)` for each waiting model while that is quick; what one raises is said and stops no other.
 
     Args:
         since: `time.monotonic()` when this process began with its own model.
     """
     last = since
-    for model, predictions in waiting(results):
+    for model, predictions in pending(results):
         now = time.monotonic()
         if now - last > QUICK or now - since > ALTOGETHER:
             return

@@ -8,13 +8,13 @@ import pytest
 from evaluate_models import write_asked, write_model
 from typer.testing import CliRunner
 
-import grace.evaluate.waiting as waiting_module
 import grace.models
 from grace.cli import app
 from grace.cluster.lock import one_writer
 from grace.config.evaluation import Evaluation
-from grace.config.runs import EvaluateRun
-from grace.evaluate.waiting import ask_waiting, waiting
+from grace.config.job_parameters import EvaluateRun
+from grace.evaluate import pending_models as module
+from grace.evaluate.pending_models import ask_pending, pending
 from grace.files import MANIFEST, write_json
 
 
@@ -63,7 +63,7 @@ def test_integers_are_asked_packed_and_those_with_predictions_are_not_asked(tmp_
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / MANIFEST).write_text("{}")  # fmt: skip
     (tmp_path / "students/b/bf16/seed1/predictions").mkdir()
-    found = [model.relative_to(tmp_path).as_posix() for model, _ in waiting(tmp_path)]
+    found = [model.relative_to(tmp_path).as_posix() for model, _ in pending(tmp_path)]
     assert found == [
         "teacher/model", "students/a/int4/seed1/packed", "students/a/int8-outliers/seed0/packed",
         "students/b/bf16/seed0/model",
@@ -105,10 +105,10 @@ def test_a_model_that_its_own_job_asks_is_passed_over(results: Path) -> None:
 def test_slow_models_are_left_to_jobs_of_their_own(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Path] = []
     now = time.monotonic()
-    ask_waiting(results, now - waiting_module.QUICK - 1, lambda model, out: called.append(model))
+    ask_pending(results, now - module.QUICK - 1, lambda model, out: called.append(model))
     assert not called, "its own model took long"
-    monkeypatch.setattr(waiting_module, "ALTOGETHER", 10.0)
-    ask_waiting(results, now - 11, lambda model, out: called.append(model))
+    monkeypatch.setattr(module, "ALTOGETHER", 10.0)
+    ask_pending(results, now - 11, lambda model, out: called.append(model))
     assert not called, "the job has run long enough"
-    ask_waiting(results, now, lambda model, out: called.append(model))
+    ask_pending(results, now, lambda model, out: called.append(model))
     assert len(called) == 3

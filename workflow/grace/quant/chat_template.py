@@ -13,11 +13,11 @@ from grace.errors import GraceError, reason
 from grace.models.families.files import read_object
 
 _TEXT = "A chat"
-OPENINGS = {"": "{{ bos_token }}", " ": "{{ bos_token + ' ' }}"}
+BOS_FORMS = {"": "{{ bos_token }}", " ": "{{ bos_token + ' ' }}"}
 """What a template begins with, by what the tokenizer wants between BOS and the first word."""
 
 
-def write_opening(folder: Path) -> None:
+def write_bos(folder: Path) -> None:
     """Let `chat_template.jinja` begin with BOS where the tokenizer adds one and the template does not write it."""
     template, rules = folder / "chat_template.jinja", folder / "tokenizer.json"
     settings = folder / "tokenizer_config.json"
@@ -32,14 +32,14 @@ def write_opening(folder: Path) -> None:
     wanted = tokenizer.encode(_TEXT).ids
     if not isinstance(bos, str) or "bos_token" in source or bos in source or wanted[:1] != [tokenizer.token_to_id(bos)]:
         return
-    for written, opening in OPENINGS.items():
+    for written, bos_form in BOS_FORMS.items():
         if tokenizer.encode(f"{bos}{written}{_TEXT}", add_special_tokens=False).ids == wanted:
-            template.write_text(opening + source)
+            template.write_text(bos_form + source)
             return
 
 
-def without_opening(source: str) -> str:
+def without_bos(source: str) -> str:
     """A template for a reader that adds BOS by itself."""
-    for opening in OPENINGS.values():
-        source = source.removeprefix(opening)
+    for bos_form in BOS_FORMS.values():
+        source = source.removeprefix(bos_form)
     return source

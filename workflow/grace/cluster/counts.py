@@ -84,8 +84,8 @@ def sampled_size(data: FilesData, processor: Path) -> DataSize:
 
 
 def _source_size(data: FilesData, number: int, section: Source, processor: Path) -> DataSize:
-    from grace.data.parts import Task, make_part
     from grace.data.sources import open_source
+    from grace.data.tokenise import Task, make_part
 
     draw, kept, count = random.Random(0), [], 0
     for record in islice(open_source(section.path).records(), section.limit):

@@ -38,7 +38,7 @@ class Unaskable(GraceError):
 Prepared = tuple[tuple[bytes, ...], dict[str, torch.Tensor] | Unaskable]
 
 
-class Sight:
+class ImageEncoder:
     """What a model's vision side makes of images.
 
     Args:
@@ -151,8 +151,8 @@ class Sight:
 class _Images:
     """What the workers make: by number of a batch, the digests of its new images and what the model takes of them."""
 
-    def __init__(self, sight: Sight, wanted: Sequence[Mapping[bytes, tuple["Question", bytes]]]) -> None:
-        self.sight, self.wanted = sight, wanted
+    def __init__(self, encoder: ImageEncoder, wanted: Sequence[Mapping[bytes, tuple["Question", bytes]]]) -> None:
+        self.encoder, self.wanted = encoder, wanted
 
     def __len__(self) -> int:
         return len(self.wanted)
@@ -160,6 +160,6 @@ class _Images:
     def __getitem__(self, number: int) -> Prepared:
         new = self.wanted[number]
         try:
-            return tuple(new), self.sight.prepare(new) if new else {}
+            return tuple(new), self.encoder.prepare(new) if new else {}
         except Unaskable as error:  # an exception of several arguments does not travel between processes
             return (), error
