@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, followed to the letter (an objective's is followed in tests/unit/distill)."""
+"""The examples of docs/extending*.md, followed to the letter (an objective's is followed in tests/unit/distill)."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from grace.quant.calibration import round_model
 from grace.quant.grid import dequantize
 from grace.quant.pack import pack
 
-PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text()
+PAGE = "\n".join(page.read_text() for page in sorted((Path(__file__).parents[2] / "docs").glob("extending*.md")))
 
 
 def code(section: str) -> str:
@@ -37,7 +37,7 @@ def code(section: str) -> str:
 
 def module(section: str) -> ModuleType:
     made = ModuleType(section.replace(" ", "_"))
-    exec(compile(code(section), "docs/extending.md", "exec"), made.__dict__)
+    exec(compile(code(section), "docs/extending*.md", "exec"), made.__dict__)
     return made
 
 
