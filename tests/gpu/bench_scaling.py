@@ -9,8 +9,9 @@ Each number of processes is a torchrun of its own with the trainer of `bench_ste
 its own. A sharding is `layer`, `pass` or `step` (how long layers stay gathered), with `,bf16` where gradients are summed in
 bf16 instead of fp32 and `,prefetchN` where N layers are gathered ahead by order. After --seconds nothing new is begun; --out is
 written after every point. The table has tokens/s, the speed over one GPU, MFU over the GEMM rate measured beside it, passes per
-step (an odd number of rows leaves a GPU idle for one), memory, and the largest relative difference of a loss from one GPU's with
-the same batch. Beside --out a PNG shows both curves. Exits with status 1 if losses differ by more than bf16's noise.
+step (an odd number of rows leaves a GPU idle for one), memory, the share of a step's time in which NCCL ran (beside computation or
+not), and the largest relative difference of a loss from one GPU's with the same batch. With --also, a shard of the teacher's cache
+per GPU (`bench_cache.py`) and evaluation (`bench_evaluate.py`), which share nothing but the host, run once per GPU at the same time. Beside --out a PNG shows both curves. Exits with status 1 if losses differ by more than bf16's noise.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import torch
 
 from grace.bench.machine import describe
 from grace.distributed import Sharding, join_world
+from grace.files import write_json
 
 NOISE = 5e-3  # relative, of a loss in bf16 after a few steps
 
@@ -61,7 +63,7 @@ def work(shape: bench_step.Shape, arguments: argparse.Namespace) -> None:
             model = bench_step.build_model(shape, device)
             row = bench_step.run_recipe(
                 "GRACE", model, shape, examples, cache, arguments.steps, world, Path(scratch), arguments.warm,
-                apart=0, sharding=way,
+                apart=1, sharding=way, traced=True,
             )  # fmt: skip
             about = {"sharding": asdict(way), "gemm_flop_s": rate, "whole_s": time.monotonic() - start}
             found.append(row | about)
@@ -86,6 +88,32 @@ def run(processes: int, batch: int, seconds: float, arguments: argparse.Namespac
         command += ["--steps", str(arguments.steps), "--warm", str(arguments.warm), "--seconds", str(seconds)]
         subprocess.run([*command, "--sharding", *ways], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
         return json.loads(out.read_text())
+
+
+def side_by_side(part: str, count: int, tiny: bool) -> dict[str, Any]:
+    """The rate of `count` processes at once, one a GPU, that cache a shard or answer questions."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for gpu in range(count):
+            out = Path(folder) / f"{gpu}.json"
+            command = [sys.executable, str(here / f"bench_{part}.py"), "--out", str(out)]
+            if part == "cache":
+                command += ["--folder", str(Path(folder) / f"shard{gpu}"), "--ways", "packed"]
+                command += ["--shape", "tiny", "--conversations", "16"] if tiny else ["--conversations", "192"]
+            else:
+                command += ["--runner", "--images", "4" if tiny else "32", *(["--tiny"] if tiny else [])]
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+            started.append((subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL), out))
+        if any([process.wait() for process, _ in started]):
+            raise SystemExit(f"{part}: a process failed")
+        found = [json.loads(out.read_text()) for _, out in started]
+    if part == "cache":
+        rates = [one["rows"][0]["tokens_per_second"] for one in found]
+    else:
+        rates = [one["runner"] for one in found]
+    unit = "tokens/s" if part == "cache" else "questions/s"
+    return {"part": part, "gpus": count, "rate": sum(rates), "unit": unit, "slowest": min(rates)}
 
 
 def flags(way: Sharding) -> list[str]:
@@ -123,7 +151,7 @@ def point(found: dict[str, Any], count: int, scaling: str, batch: int) -> dict[s
         "gpus": count, "scaling": scaling, "sharding": found["sharding"], "batch": batch, "tokens_per_second": speed,
         "mfu": speed * found["flops_per_token"] / rate if rate else None, "steps_ms": found["steps_ms"],
         "passes": found["passes"], "peak_gib": found["peak_gib"], "reserved_gib": found["reserved_gib"],
-        "gemm_tflop_s": found["gemm_flop_s"] / 1e12, "losses": found["losses"], "whole_s": found["whole_s"],
+        "communication": found["communication"], "gemm_tflop_s": found["gemm_flop_s"] / 1e12, "losses": found["losses"], "whole_s": found["whole_s"],
     }  # fmt: skip
 
 
@@ -140,6 +168,7 @@ def main() -> int:
     parser.add_argument("--scaling", choices=("strong", "weak"), nargs="+", default=["strong", "weak"])
     parser.add_argument("--sharding", type=sharding, nargs="+", default=[Sharding()], help="ways to try")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
+    parser.add_argument("--also", choices=("cache", "evaluate"), nargs="*", default=[], help="what is dealt out, too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -153,6 +182,7 @@ def main() -> int:
     counts = arguments.processes or [n for n in (1, 2, 4, 8) if n <= there]
     points: list[dict[str, Any]] = []
     references: dict[int, dict[str, Any]] = {}
+    dealt: list[dict[str, Any]] = []
     about = {"shape": arguments.shape, **describe(torch.device("cuda" if cuda else "cpu"))}
     for count in counts:
         for scaling in arguments.scaling if count > 1 else ["strong"]:
@@ -169,14 +199,23 @@ def main() -> int:
                     new["losses_apart"] = max(abs(a / b - 1) for a, b in pairs)
                 points.append(new)
                 print(json.dumps(new), flush=True)
-            arguments.out.write_text(json.dumps({"points": points, "about": about}, indent=2) + "\n")
+            write_json(arguments.out, {"points": points, "dealt": dealt, "about": about})
+        for part in arguments.also:
+            if time.monotonic() - begun < arguments.seconds:
+                dealt.append(side_by_side(part, count, arguments.shape.startswith("tiny")))
+                print(json.dumps(dealt[-1]), flush=True)
+                write_json(arguments.out, {"points": points, "dealt": dealt, "about": about})
     for new in points:
         mfu = f"{new['mfu']:.3f}" if new["mfu"] else "-"
         print(
             f"{new['gpus']} GPUs {new['scaling']} {','.join(flags(Sharding(**new['sharding'])))}: "
             f"{new['tokens_per_second']:,.0f} tokens/s, x{new.get('speed_up', float('nan')):.3f}, MFU {mfu}, "
-            f"{new['peak_gib']:.1f} GiB, losses apart {new.get('losses_apart', float('nan')):.1e}"
+            f"{new['peak_gib']:.1f} GiB, communicating {new['communication']:.2f}, losses apart {new.get('losses_apart', float('nan')):.1e}"
         )
+    for new in dealt:
+        one = next(first for first in dealt if first["part"] == new["part"])
+        share = new["rate"] / new["gpus"] / (one["rate"] / one["gpus"])
+        print(f"{new['gpus']} GPUs {new['part']}: {new['rate']:,.1f} {new['unit']}, {share:.3f} of one GPU's each")
     draw(points, arguments.out.with_suffix(".png"))
     return int(any(new.get("losses_apart", 0.0) > NOISE for new in points))
 

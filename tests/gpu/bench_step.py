@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -238,11 +239,12 @@ class Stopwatch:
 
 def run_recipe(
     name: str, model: PreTrainedModel, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int,
-    world: World, scratch: Path, warm: int = 2, apart: int = 1, sharding: Sharding = WHOLE, **change: object,
+    world: World, scratch: Path, warm: int = 2, apart: int = 1, sharding: Sharding = WHOLE, traced: bool = False, **change: object,
 ) -> dict:  # fmt: skip
     """`steps` timed optimiser steps after `warm` of warm-up, then, where `apart` is 1, one taken apart.
 
-    `change` are other values of `optimisation`.
+    With `traced` the profiler takes that step apart: the share of its time in which anything was communicated. `change` are
+    other values of `optimisation`.
     """
     wanted: dict = dict(batch=shape.batch, micro_batch=2, learning_rate=1e-6, checkpoint_every=10**6,
                         pass_tokens=shape.pass_tokens) | change  # fmt: skip
@@ -264,9 +266,15 @@ def run_recipe(
     watches: list[Stopwatch] = []
     peaks: list[float] = []
     plain_step = trainer._step
+    shares: list[float] = []
 
     def step(number: int, chosen: list[Example], *rest) -> dict | None:
         rounds.append(sum(1 for _ in trainer._cuts(chosen)))
+        if number == warm + steps and traced:
+            peaks.append(trainer.meter.memory_gib())
+            entry, share = communicating(partial(plain_step, number, chosen, *rest), world.device)
+            shares.append(share)
+            return entry
         if number == warm + steps:
             peaks.append(trainer.meter.memory_gib())
             watches.extend([Stopwatch(trainer.objective, "backward", world.device),
@@ -283,7 +291,9 @@ def run_recipe(
     log.unlink()
     timed = entries[warm : warm + steps]
     taken = {}
-    if apart:
+    if shares:
+        taken = {"communication": shares[0]}
+    elif apart:
         taken = {"forward_backward_ms": 1e3 * watches[0].seconds, "optimiser_ms": 1e3 * watches[1].seconds}
     last = {key: entries[-1][key] for key in ("loss", "ce", "kd", "rcka", "beta", "grad_norm") if key in entries[-1]}
     per_token = [entry["seconds"] / entry["tokens"] for entry in timed]
@@ -295,6 +305,31 @@ def run_recipe(
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
         "losses": [entry["loss"] for entry in entries], "last": last,
     }  # fmt: skip
+
+
+def communicating(step: Callable[[], dict | None], device: torch.device) -> tuple[dict | None, float]:
+    """What a step returns, and the share of its time in which a collective ran, beside computation or not.
+
+    On GPUs those are NCCL's kernels, on CPUs gloo's operations, of this process; those at the same time count once.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        start = time.perf_counter()
+        entry = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    wanted = "ncclDevKernel" if device.type == "cuda" else "gloo:"
+    spans = sorted(
+        (event.time_range.start, event.time_range.end) for event in trace.events() or () if wanted in event.name
+    )
+    busy, until = 0.0, 0.0
+    for begin, end in spans:  # in microseconds
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return entry, busy / 1e6 / seconds
 
 
 def gemm_rate(device: torch.device) -> float:
