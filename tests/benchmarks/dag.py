@@ -1,7 +1,7 @@
 """`python tests/benchmarks/dag.py FOLDER`: how long a no-op `snakemake` and `dvc status` take on a DAG of the paper's size.
 
 Not a test: it is run by hand and takes some minutes. The tree is workflow/experiments/llava15_7b.yaml with stubbed
-subcommands: its jobs, and 100,000 small files, most of them in the data folder and listed in its manifest. What is printed goes to docs/versions.md.
+subcommands: its jobs, and 100,000 small files, most of them in the data folder and listed in its manifest. What is printed goes to docs/log/.
 """
 
 import os

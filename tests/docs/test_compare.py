@@ -1,4 +1,4 @@
-"""The outputs that docs/versions.md shows are those of the commands, on simulated results; `…` stands for any text."""
+"""The outputs that docs/compare.md shows are those of the commands, on simulated results; `…` stands for any text."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from grace.provenance.verify import verify
 from grace.report.tables.write import write_tables
 from grace.results.read import read_results
 
-PAGE = (Path(__file__).parents[2] / "docs/versions.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/compare.md").read_text()
 STUDENT = "results/demo/students/grace/int4/seed0"
 COMMITS = {"model": "4f2a9c1e", "predictions": "b81d03f7"}
 
