@@ -4,10 +4,8 @@
 """
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from lm_eval.api.metrics import exact_match_hf_evaluate
 
 from grace.benchmarks.extraction import extract, normalise
-from grace.benchmarks.metrics import all_right, circular, clustered_stderr, hallusion, mme, pope, pope_lmms
+from grace.benchmarks.metrics import all_right, circular, hallusion, mme, pope, pope_lmms
 from grace.benchmarks.scores import vqa_accuracy
 
 STORED = json.loads((Path(__file__).parent / "harness_values.json").read_text())
@@ -48,16 +46,8 @@ def test_vqa_accuracy_by_hand():
 
 
 def test_all_right_counts_whole_groups():
-    assert all_right([1, 1, 1, 0, 1], ["a", "a", "b", "b", "c"]) == pytest.approx(2 / 3)
-
-
-def test_clustered_stderr_is_the_plain_one_for_lone_questions_and_grows_with_repeats():
-    scores = np.random.default_rng(0).integers(0, 2, 400).astype(float)
-    plain = scores.std(ddof=1) / math.sqrt(len(scores))
-    assert clustered_stderr(scores.tolist(), range(400)) == pytest.approx(plain, rel=1e-12)
-    twice = np.repeat(scores, 2).tolist()
-    assert clustered_stderr(twice, np.repeat(np.arange(400), 2).tolist()) == pytest.approx(plain, rel=1e-12)
-    assert math.isnan(clustered_stderr([1.0, 0.0], ["a", "a"]))
+    right = all_right(pd.Series([1, 1, 1, 0.99, 1]), pd.Series(["a", "a", "b", "b", "c"]))
+    assert right.to_dict() == {"a": True, "b": False, "c": True}
 
 
 def test_pope_by_hand():

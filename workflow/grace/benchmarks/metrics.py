@@ -8,33 +8,18 @@ et al. 2023; HallusionBench, Guan et al. 2024. Where the harnesses differ from t
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable
 
 import pandas as pd
 
 
-def all_right(scores: Iterable[float], groups: Iterable[Hashable]) -> float:
-    """The share of groups whose questions are all answered fully: pairs, circular shifts, question sets."""
-    right: dict[Hashable, bool] = defaultdict(lambda: True)
-    for score, group in zip(scores, groups, strict=True):
-        right[group] &= score == 1
-    return sum(right.values()) / len(right)
+def all_right(scores: pd.Series, groups: pd.Series) -> pd.Series:
+    """Of each group, by its label, whether its questions are all answered fully: pairs, circular shifts, question sets."""
+    return (scores == 1).groupby(groups).all()
 
 
-def clustered_stderr(scores: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean score when questions about one image move together (Liang and Zeger 1986).
-
-    sqrt(G / (G - 1) sum over images of (sum of residuals)^2) / n; NaN with a single image.
-    """
-    mean = sum(scores) / len(scores)
-    residuals: dict[Hashable, float] = defaultdict(float)
-    for score, cluster in zip(scores, clusters, strict=True):
-        residuals[cluster] += score - mean
-    images = len(residuals)
-    if images < 2:
-        return math.nan
-    return math.sqrt(images / (images - 1) * sum(r * r for r in residuals.values())) / len(scores)
+def _share_right(scores: pd.Series, groups: pd.Series) -> float:
+    return float(all_right(scores, groups).mean())
 
 
 def accuracy(rows: pd.DataFrame) -> dict[str, float]:
@@ -111,7 +96,9 @@ def mme(rows: pd.DataFrame) -> dict[str, float]:
 
     def total(part: pd.DataFrame) -> float:
         tasks = [task for _, task in part.groupby("group", sort=True)]
-        return sum(100 * (float(task["score"].mean()) + all_right(task["score"], task["image_id"])) for task in tasks)
+        return sum(
+            100 * (float(task["score"].mean()) + _share_right(task["score"], task["image_id"])) for task in tasks
+        )
 
     printed = in_perception(rows)
     also = {} if printed.all() else {"cognition": total(rows[~printed])}
@@ -120,7 +107,7 @@ def mme(rows: pd.DataFrame) -> dict[str, float]:
 
 def circular(rows: pd.DataFrame) -> dict[str, float]:
     """Accuracy, and MMBench's circular accuracy: a question counts when it is right under every order of its options."""
-    return {**accuracy(rows), "circular": all_right(rows["score"], circular_questions(rows))}
+    return {**accuracy(rows), "circular": _share_right(rows["score"], circular_questions(rows))}
 
 
 def hallusion(rows: pd.DataFrame) -> dict[str, float]:
@@ -131,8 +118,8 @@ def hallusion(rows: pd.DataFrame) -> dict[str, float]:
     groups, shown = hallusion_groups(rows), rows["image_id"] != ""
     return {
         **accuracy(rows),
-        "figure": all_right(rows["score"][shown], groups["figure"][shown]) if shown.any() else math.nan,
-        "question_pair": all_right(rows["score"], groups["question"]),
+        "figure": _share_right(rows["score"][shown], groups["figure"][shown]) if shown.any() else math.nan,
+        "question_pair": _share_right(rows["score"], groups["question"]),
     }
 
 

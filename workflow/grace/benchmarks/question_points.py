@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from grace.benchmarks.metrics import circular_questions, hallusion_groups, in_perception
+from grace.benchmarks.metrics import all_right, circular_questions, hallusion_groups, in_perception
 
 COLUMNS = ("sample_id", "image_id", "group", "score")  # what the forms below read of a predictions file
 SAID = {
@@ -22,12 +22,12 @@ SAID = {
 UNLIKE_PERCENT = ("mme",)  # not on the scale of 0 to 100, so left out of averages
 
 
-def _all_right(score: pd.Series, groups: pd.Series) -> np.ndarray:
+def _right_values(score: pd.Series, groups: pd.Series) -> np.ndarray:
     """Values [questions] whose mean is the share of groups that are all right; 0 or 1 where groups are equally large."""
-    right = (score >= 1).groupby(groups)
-    share = float(right.all().mean())
-    weight = len(score) / right.ngroups / right.transform("size").to_numpy()
-    return share + (right.transform("all").to_numpy(dtype=float) - share) * weight
+    right = all_right(score, groups)
+    share = float(right.mean())
+    weight = len(groups) / len(right) / groups.map(groups.value_counts()).to_numpy()
+    return share + (groups.map(right).to_numpy(dtype=float) - share) * weight
 
 
 def _mme(rows: pd.DataFrame) -> pd.DataFrame:
@@ -35,21 +35,21 @@ def _mme(rows: pd.DataFrame) -> pd.DataFrame:
     total, influence = 0.0, np.zeros(len(rows))
     for places in rows.groupby("group", sort=True).indices.values():
         part = rows.iloc[places]
-        each = 100 * (part["score"].to_numpy(dtype=float) + _all_right(part["score"], part["image_id"]))
+        each = 100 * (part["score"].to_numpy(dtype=float) + _right_values(part["score"], part["image_id"]))
         total += each.mean()
         influence[places] = (each - each.mean()) * len(rows) / len(part)
     return rows.assign(points=total + influence)
 
 
 def _circular(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(points=100 * _all_right(rows["score"], circular_questions(rows)))
+    return rows.assign(points=100 * _right_values(rows["score"], circular_questions(rows)))
 
 
 def _hallusion(rows: pd.DataFrame) -> pd.DataFrame:
     groups, shown = hallusion_groups(rows), (rows["image_id"] != "").to_numpy()
-    total = rows["score"].to_numpy(dtype=float) + _all_right(rows["score"], groups["question"])
+    total = rows["score"].to_numpy(dtype=float) + _right_values(rows["score"], groups["question"])
     if shown.any():
-        figures = _all_right(rows["score"][shown], groups["figure"][shown])
+        figures = _right_values(rows["score"][shown], groups["figure"][shown])
         share = figures.mean()
         total += share
         total[shown] += (figures - share) * len(rows) / shown.sum()  # influence on a mean over the rows with an image

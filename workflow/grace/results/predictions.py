@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.benchmarks.extraction import Answer
-from grace.benchmarks.metrics import METRICS, clustered_stderr
+from grace.benchmarks.metrics import METRICS
 from grace.benchmarks.protocols import Spec
 from grace.errors import GraceError, reason
 from grace.files import MANIFEST, contents_hash, sha256, whole_file
+from grace.results.statistics import Scores, estimate
 
 NAMED = 3  # failed rows that a message names
 
@@ -146,7 +147,8 @@ def summary(protocol: str, spec: Spec, rows: pd.DataFrame, limit: int | None = N
 
     Where a `limit` was asked for, `of` says how many questions the protocol has.
     """
-    stderr = clustered_stderr(rows["score"].tolist(), rows["image_id"].tolist())
+    scores = Scores(rows["score"].to_numpy(dtype=float)[None], rows["image_id"].to_numpy())
+    stderr = estimate([scores]).stderr  # infinite where there is one image
     partial = {} if limit is None else {"limit": limit, "of": spec.size}
     return {
         "protocol": protocol,
@@ -154,7 +156,7 @@ def summary(protocol: str, spec: Spec, rows: pd.DataFrame, limit: int | None = N
         **partial,
         "metric": spec.metric,
         "score": float(rows["score"].mean()),
-        "stderr": None if math.isnan(stderr) else stderr,
+        "stderr": stderr if math.isfinite(stderr) else None,
         "also": METRICS[spec.metric](rows),
     }
 
