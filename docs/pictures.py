@@ -52,10 +52,7 @@ bench/ -> tables/, figures/,|report/
 
 
 def imports() -> dict[str, set[str]]:
-    """For each subpackage, the subpackages that its modules import, inside functions too.
-
-    `config` reads the families' names, which lie below it; the rest of `models` lies above, so that arrow is left out.
-    """
+    """For each subpackage, the subpackages that its modules import, inside functions too."""
     names = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
     found: dict[str, set[str]] = {name: set() for name in names}
     for name in names:
@@ -65,7 +62,6 @@ def imports() -> dict[str, set[str]]:
                 if isinstance(node, ast.ImportFrom):
                     imported = [f"{node.module}.{alias.name}" for alias in node.names]
                 found[name] |= {i.split(".")[1] for i in imported if i.startswith("grace.")} & set(names) - {name}
-    found["config"] -= {"models"}
     found.pop("cli", None)  # it imports all of them
     return found
 

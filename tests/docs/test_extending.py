@@ -17,9 +17,9 @@ from quant_models import llava_batch, make_student, tiny
 from safetensors.torch import load_file
 
 import grace.evaluate.commands as evaluation
+from grace import families
 from grace.benchmarks import metrics, protocols, registry
 from grace.files import read_json
-from grace.models import families
 from grace.quant import card, export, read_quantization
 from grace.quant.calibration import round_model
 from grace.quant.grid import dequantize

@@ -117,7 +117,7 @@ def test_the_readme_has_the_demos_numbers():
 def test_a_file_that_a_page_names_is_there():
     pattern = re.compile(r"(?<![\w/.])((?:tests|workflow|rules|docs|envs|profiles)/[\w./-]*\w)")
     named = {(page.name, path) for page in PAGES for path in pattern.findall(page.read_text())}
-    examples = {"workflow/grace/models/families/NAME.py", "workflow/grace/distill/objectives/NAME.py"}
+    examples = {"workflow/grace/families/NAME.py", "workflow/grace/distill/objectives/NAME.py"}
     examples |= {"workflow/grace/quant/weighted.py", "workflow/grace/quant/byte_codes.py"}
     lost = sorted(
         (page, path)

@@ -26,9 +26,9 @@ from transformers import AutoModelForImageTextToText
 
 from grace.config.load import load_experiment
 from grace.config.preflight import missing
+from grace.families.__init__ import check_family
 from grace.infer.load import load_for_inference
 from grace.models import load_model, load_processor
-from grace.models.families.__init__ import check_family
 from grace.models.fetch import fetch
 from grace.models.pair import check_pair
 from grace.quant.card import Origin, write_card

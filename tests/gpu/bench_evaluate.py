@@ -22,10 +22,10 @@ import torch
 from grace.data.batches import collate_prompts
 from grace.data.images import EncodedImage
 from grace.evaluate.runner import Question, Runner, turns
+from grace.families import family_of
 from grace.files import write_json
 from grace.infer.fuse import fuse_dense
 from grace.models import decoder
-from grace.models.families import family_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from bench_decode import random_model, round_in_place

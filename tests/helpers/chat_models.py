@@ -28,8 +28,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from grace.families import family_of
 from grace.files import whole_folder
-from grace.models.families import family_of
 from grace.quant import LearnedStepSize, save_quantization
 from grace.quant.chat_template import write_bos
 from grace.quant.checkpoint import name_as_published

@@ -13,7 +13,7 @@ from chat_models import LLAVA_TEMPLATE, QWEN_TEMPLATE, byte_level, sentencepiece
 from real_sizes import TOKENS, real_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from grace.models.families import FAMILIES
+from grace.families import FAMILIES
 from grace.quant.checkpoint import rename_weights
 
 SIZES = {"student": (128, 256, 2), "teacher": (256, 384, 3)}  # width, inner width, layers

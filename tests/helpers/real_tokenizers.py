@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import Qwen2Tokenizer
 
-from grace.models.families.llama_vocabulary import read_sentencepiece
+from grace.families.llama_vocabulary import read_sentencepiece
 
 PRETOKEN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",

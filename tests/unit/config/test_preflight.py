@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import grace.config.preflight as preflight
+from grace import families
 from grace.config.load import load_experiment, load_files
 from grace.config.schema import Experiment
 from grace.errors import GraceError
-from grace.models import families
 
 IDS = {"<s>": 1, "a": 2}
 

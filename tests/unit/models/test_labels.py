@@ -12,8 +12,8 @@ from transformers import LlamaTokenizer, Qwen2Tokenizer
 
 from grace.data.conversations import IMAGE, asked_and_answered
 from grace.errors import GraceError
-from grace.models.families import FAMILIES
-from grace.models.families.llava import SYSTEM, _as_read
+from grace.families import FAMILIES
+from grace.families.llava import SYSTEM, _as_read
 from grace.models.template import Template, marks_answers
 
 WORDS = ["USER", "ASSISTANT", "Be", "brief.", "What", "is", "it?", "red", "shirt", "and", "now?", "yes"]

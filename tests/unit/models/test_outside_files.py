@@ -8,8 +8,8 @@ import pytest
 
 from fuzz import models as fuzz
 from grace.errors import GraceError
+from grace.families.files import read_config, read_weight_map
 from grace.models import load_model, load_processor
-from grace.models.families.files import read_config, read_weight_map
 
 CONFIGS = {
     "[]": "holds no JSON object",

@@ -8,8 +8,8 @@ import torch
 from chat_models import FAMILIES
 
 from grace.errors import GraceError
+from grace.families import check_family
 from grace.files import read_json
-from grace.models.families import check_family
 from grace.models.pair import check_pair
 
 

@@ -13,9 +13,9 @@ from some_conversations import BRIEF, model, shown, user
 
 from grace.data.conversations import IMAGE
 from grace.errors import GraceError
+from grace.families import FAMILIES
+from grace.families.llava import _as_read
 from grace.models import families, load_processor
-from grace.models.families import FAMILIES
-from grace.models.families.llava import _as_read
 from grace.models.template import Template
 
 TEXTS = [

@@ -6,8 +6,8 @@ from chat_models import FAMILIES
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
+from grace.families import family_of
 from grace.files import read_json
-from grace.models.families import family_of
 from grace.quant.checkpoint import Checkpoint, name_as_published
 
 

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from grace.demo.processor import TEMPLATE
+from grace.families import FAMILIES
 from grace.files import read_json
-from grace.models.families import FAMILIES
 from grace.quant.chat_template import write_bos
 from grace.quant.pack import pack
 

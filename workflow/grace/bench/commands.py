@@ -5,8 +5,8 @@ from typing import Any
 
 from grace.bench.shapes import FIELD_SHAPES, decoder_shapes
 from grace.config.job_parameters import BenchRun, read_run
+from grace.families import check_family
 from grace.files import whole_file, write_json
-from grace.models.families import check_family
 
 
 def kernel(run: Path, model: Path, out: Path) -> None:

@@ -41,7 +41,7 @@ def prepare(
             prepare_demo(parameters.data, parameters.benchmarks, out, workers)
     else:
         from grace.data.prepare import prepare_files
-        from grace.models.families import check_family
+        from grace.families import check_family
         from grace.models.pair import check_pair
 
         if processor is None:

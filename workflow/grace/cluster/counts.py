@@ -14,8 +14,8 @@ from grace.cluster.predict import DataSize, ModelSize
 from grace.config.sections import FilesData, Source
 from grace.data.prepared import FILE, Examples
 from grace.errors import GraceError
+from grace.families import family_of
 from grace.models import decoder, decoder_linears, freeze_vision, load_processor, output_head
-from grace.models.families import family_of
 
 SAMPLE = 256  # conversations of a source, or of a data folder
 

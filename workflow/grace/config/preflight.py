@@ -21,8 +21,8 @@ from grace.benchmarks.protocols import Spec, spec
 from grace.config.schema import Experiment, FilesData, Model
 from grace.config.sections import Release
 from grace.errors import GraceError
-from grace.models.families import FAMILIES, Family, family_of_folder, lacking_package
-from grace.models.families.files import read_config
+from grace.families import FAMILIES, Family, family_of_folder, lacking_package
+from grace.families.files import read_config
 
 IMAGES = ("image", "image_1")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -32,7 +32,7 @@ from grace.config.sections import (
 )
 from grace.config.tuning import PARTS, Tuning
 from grace.errors import GraceError
-from grace.models.families import FAMILIES
+from grace.families import FAMILIES
 
 __all__ = [
     "Architecture", "Bench", "Cache", "DemoData", "Evaluation", "Experiment", "FilesData", "Method", "Model",

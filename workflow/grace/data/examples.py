@@ -14,7 +14,7 @@ import torch
 from grace.data.conversations import Conversation, Message, load_conversations
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
-from grace.models.families import family_of
+from grace.families import family_of
 from grace.models.template import Template
 from grace.progress import progress
 

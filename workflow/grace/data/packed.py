@@ -5,8 +5,8 @@ from torch import nn
 
 from grace.data.batches import Batch
 from grace.data.packing import PackedRow, pack_row
+from grace.families import family_of
 from grace.models import decoder, image_token_id
-from grace.models.families import family_of
 from grace.models.packed_attention import use_packed_attention
 
 

@@ -31,8 +31,8 @@ from grace.evaluate.answer_log import Parts
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, write_submission
+from grace.families import check_family
 from grace.files import MANIFEST, list_files, sha256, write_manifest
-from grace.models.families import check_family
 from grace.progress import progress
 from grace.results.predictions import (
     RowsFailed,

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.preprocess import Pixels, pad_to_square
+from grace.families import family_of
 from grace.infer.prefill import Seen, see
-from grace.models.families import family_of
 
 if TYPE_CHECKING:
     from grace.evaluate.question import Question

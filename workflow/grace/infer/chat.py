@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from grace.errors import GraceError
+from grace.families.files import read_config
 from grace.infer.decode import Session, stream
 from grace.infer.load import load_for_inference
 from grace.infer.prompt import build_conversations, model_turn, open_image, user_turn
 from grace.models import load_processor
-from grace.models.families.files import read_config
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _OPENERS = {

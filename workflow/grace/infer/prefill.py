@@ -16,9 +16,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from grace.errors import GraceError
+from grace.families import family_of
 from grace.infer.decode import Session, best_logprob
 from grace.models import image_token_id
-from grace.models.families import family_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
 from grace.errors import GraceError, reason
+from grace.families.files import INDEX, read_object, read_weight_map
 from grace.files import whole_folder
 from grace.hashes import known_hashes
-from grace.models.families.files import INDEX, read_object, read_weight_map
 
 
 def fetch(model: str, out: Path, revision: str | None = None, expected: Mapping[str, str] | None = None) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
 from grace.errors import GraceError, reason
-from grace.models.families import family_named, family_of_folder, lacking_package
-from grace.models.families.files import read_config, read_object
+from grace.families import family_named, family_of_folder, lacking_package
+from grace.families.files import read_config, read_object
 from grace.models.template import marks_answers
 
 TESTED = ((5, 20), (5, 24))  # of transformers: from, and below

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace.models.families import family_of
-from grace.models.families.base import DECODER, LAYERS
+from grace.families import family_of
+from grace.families.base import DECODER, LAYERS
 
 
 def decoder(model: nn.Module) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grace.errors import GraceError
-from grace.models.families.base import LAYERS
+from grace.families.base import LAYERS
 from grace.progress import progress
 
 # Linears that read the same activations share one H, collected at the first of them.

@@ -12,8 +12,8 @@ import yaml
 
 from grace import __version__
 from grace.errors import GraceError, reason
+from grace.families.files import read_config
 from grace.files import read_json
-from grace.models.families.files import read_config
 from grace.nested import flatten
 from grace.quant.student import DESCRIPTION, TENSORS, StoredQuantization
 

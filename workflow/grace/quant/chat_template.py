@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from grace.errors import GraceError, reason
-from grace.models.families.files import read_object
+from grace.families.files import read_object
 
 _TEXT = "A chat"
 BOS_FORMS = {"": "{{ bos_token }}", " ": "{{ bos_token + ' ' }}"}

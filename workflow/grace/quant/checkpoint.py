@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from grace.errors import GraceError, reason
+from grace.families.files import INDEX, read_config, read_weight_map
 from grace.files import ENVIRONMENT, MANIFEST, read_json, whole_file, write_json
-from grace.models.families.files import INDEX, read_config, read_weight_map
 
 SHARD_BYTES = 4_000_000_000
 DTYPES = {

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from grace.config.job_parameters import QuantizeRun, read_run
 from grace.errors import GraceError
+from grace.families import check_family
 from grace.files import whole_folder
-from grace.models.families import check_family
 
 
 def quantize(run: Path, init: Path, data: Path | None, out: Path) -> None:

@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, VisionProjecto
 from gguf.constants import MODEL_ARCH
 
 from grace.errors import GraceError
+from grace.families import family_of_folder
 from grace.files import read_json
-from grace.models.families import family_of_folder
 from grace.progress import progress
 from grace.quant.packed import OUTSIDE, PackedModel
 

@@ -17,9 +17,9 @@ import torch
 
 from grace.config.pretrained import SIDECAR
 from grace.errors import GraceError
+from grace.families import family_of_folder
+from grace.families.files import read_config
 from grace.files import MANIFEST, read_json, sha256, whole_folder, write_json
-from grace.models.families import family_of_folder
-from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.awq_gemm import unpack_gemm
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row

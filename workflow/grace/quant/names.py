@@ -1,6 +1,6 @@
 """What the decoder's tensors are called: one name per module, whatever the checkpoint's age.
 
-In memory every family keeps its decoder at the same place (`models.families.base.LAYERS`). On disk LLaVA writes
+In memory every family keeps its decoder at the same place (`families.base.LAYERS`). On disk LLaVA writes
 `language_model.model.layers` and Qwen2-VL `model.layers`; transformers renames them when it loads. Codes and scales
 go by the name in memory, so a key on disk is matched by its layer number and part. What is packed for others to load
 takes the names that published checkpoints have (`Family.published`).
@@ -9,7 +9,7 @@ takes the names that published checkpoints have (`Family.published`).
 import re
 from typing import NamedTuple
 
-from grace.models.families.base import LAYERS
+from grace.families.base import LAYERS
 
 LINEARS = (
     "self_attn.q_proj",

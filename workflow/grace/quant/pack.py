@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from grace.errors import GraceError
+from grace.families import family_of_folder
+from grace.families.files import read_config
 from grace.files import MANIFEST, contents_hash, read_json, whole_folder, write_json
-from grace.models.families import family_of_folder
-from grace.models.families.files import read_config
 from grace.progress import progress
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import ABOUT, about, write_card

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from grace.errors import GraceError
-from grace.models.families.files import read_config
+from grace.families.files import read_config
 from grace.quant.bits import unpack_codes, words_per_row
 from grace.quant.checkpoint import Checkpoint
 from grace.quant.grid import code_range

@@ -18,8 +18,8 @@ from grace.data.packed import prepare_packed
 from grace.data.prepared import Chosen
 from grace.distill.gated_dkd import entropy_gate
 from grace.errors import GraceError
+from grace.families import check_family
 from grace.models import head_weight, image_token_id, load_model, load_processor, output_head, vocabulary
-from grace.models.families import check_family
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
 from grace.teacher.forward import Seen, check_examples, check_sight, see, supervised_tokens

@@ -11,9 +11,9 @@ from grace.data.development import development_examples
 from grace.data.prepared import captions_of
 from grace.distributed import join_world, whole
 from grace.errors import GraceError
+from grace.families import check_family, family_of
 from grace.files import MANIFEST
 from grace.models import build_llava, load_model, load_processor, vision_tower, vocabulary
-from grace.models.families import check_family, family_of
 from grace.quant import save_quantization
 from grace.quant.chat_template import write_bos
 from grace.quant.checkpoint import name_as_published

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
-from grace.models.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
-from grace.models.families.base import Family
-from grace.models.families.files import read_config, read_object
+from grace.families import llava, qwen2_5_vl, qwen2_vl, qwen3_vl
+from grace.families.base import Family
+from grace.families.files import read_config, read_object
 
 __all__ = ["FAMILIES", "Family", "check_family", "family_named", "family_of", "family_of_folder", "lacking_package"]
 

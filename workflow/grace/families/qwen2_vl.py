@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grace.models.families.base import Family
+from grace.families.base import Family
 
 if TYPE_CHECKING:
     import torch

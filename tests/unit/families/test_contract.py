@@ -16,6 +16,7 @@ from grace.data.batches import collate_prompts, image_runs
 from grace.data.conversations import IMAGE, SCHEMA, Message, Part, as_row
 from grace.data.examples import IGNORED, Tokeniser
 from grace.errors import GraceError
+from grace.families import family_of, family_of_folder
 from grace.files import whole_folder
 from grace.models import (
     decoder,
@@ -29,7 +30,6 @@ from grace.models import (
     vision_tower,
     vocabulary,
 )
-from grace.models.families import family_of, family_of_folder
 from grace.teacher.forward import check_examples, check_sight, check_sight_alone, see
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grace.errors import GraceError
-from grace.models.families.base import Family
-from grace.models.families.files import read_config, read_object
+from grace.families.base import Family
+from grace.families.files import read_config, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class Llava(Family):
             LlavaProcessor,
         )
 
-        from grace.models.families.llama_vocabulary import read_sentencepiece
+        from grace.families.llama_vocabulary import read_sentencepiece
 
         if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
             tokenizer = read_sentencepiece(folder)

@@ -3,7 +3,7 @@
 No system turn of its own; patches of 16 pixels, where Qwen2-VL has 14.
 """
 
-from grace.models.families.qwen2_vl import Qwen, chatml
+from grace.families.qwen2_vl import Qwen, chatml
 
 FAMILY = Qwen(
     name="qwen3_vl",
