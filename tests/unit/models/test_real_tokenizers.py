@@ -11,11 +11,12 @@ import pytest
 import real_tokenizers
 from some_conversations import BRIEF, model, shown, user
 
+from grace import families
 from grace.data.conversations import IMAGE
 from grace.errors import GraceError
 from grace.families import FAMILIES
 from grace.families.llava import _as_read
-from grace.models import families, load_processor
+from grace.models import load_processor
 from grace.models.template import Template
 
 TEXTS = [
