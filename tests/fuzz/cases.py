@@ -52,7 +52,9 @@ def failure(read: Callable[[], Any], one_line: bool = False) -> str | None:
     except GraceError as error:
         said = str(error)
         return f"a sentence of {len(said)} letters" if len(said) > 3000 or (one_line and "\n" in said) else None
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a package in Rust is no Exception
         frames = traceback.extract_tb(error.__traceback__)
         place = [frame for frame in frames if "/grace/" in frame.filename] or frames
         return f"{type(error).__name__} at {'/'.join(Path(place[-1].filename).parts[-2:])}:{place[-1].lineno}"

@@ -305,3 +305,13 @@ def test_json_says_what_the_tables_say(results_folder, version, capsys):
     assert drop["difference"] == pytest.approx(-100 * 15 / 80) and (drop["gained"], drop["lost"]) == (0, 30)
     assert said["flipped"] == 30 == len(said["flips"]) and not drop["identical"] and drop["seeds"] == [0, 1]
     assert sum(not change["identical"] for change in said["changes"]) == 2
+
+
+def test_damaged_files_are_named(results_folder, version):
+    (version / "bench/decode.csv").write_text("model,precision\n1,2\n1,2,3,4\n")
+    with pytest.raises(GraceError, match=r"bench/decode\.csv: not a readable CSV file"):
+        compare_folders(results_folder, version)
+    manifest = version / "teacher/predictions/manifest.json"
+    manifest.write_text('"all of it"')
+    with pytest.raises(GraceError, match=r"teacher/predictions/manifest\.json: not a manifest"):
+        compare_folders(results_folder, version)

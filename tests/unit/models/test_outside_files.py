@@ -21,6 +21,8 @@ CONFIGS = {
     '{"quantization_config": {}}': "`quantization_config.quant_method`: field required",
     '{"auto_map": {"AutoModel": "x.Model"}}': "`auto_map`: asks for code of its own, which is never run",
     "{" * 5000: "not valid JSON",
+    '{"eps": NaN}': "not valid JSON (NaN is no number of JSON)",
+    '{"eps": 1e999}': "not valid JSON (1e999 is no number of JSON)",
 }
 INDEXES = {
     "{}": "`weight_map`: field required",
@@ -80,9 +82,21 @@ def test_a_config_without_its_sizes_takes_no_memory(tmp_path):
         load_model(folder)
 
 
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tmp_path):
+    """tokenizers (0.23) cuts each merge behind a prefix that none of them has; its panic is no `Exception`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        folder = fuzz.folders(tmp_path)["plain"]
+    about = json.loads((folder / "tokenizer.json").read_text())
+    assert about["model"]["type"] == "BPE" and about["model"]["merges"]
+    about["model"]["continuing_subword_prefix"] = "longer than any token"
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(GraceError, match=r"no usable processor \(range .* out of range"):
+        load_processor(folder)
+
+
 def test_broken_folders_are_used_or_refused_in_a_sentence(tmp_path):
     """A short run of tests/fuzz/models.py; the numbers are of cases that once were tracebacks."""
     with contextlib.redirect_stdout(io.StringIO()):
         sound = fuzz.folders(tmp_path)
-    for number in (3, 12, 14, 15, 17, 34, 36, 49, 3042, 3064, 3173):
+    for number in (3, 12, 14, 15, 17, 34, 36, 49, 3042, 3064, 3173, 2000190, 2000219, 2000246, 2001180):
         assert fuzz.failures(number, sound, tmp_path) == {}, number

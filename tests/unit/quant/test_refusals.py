@@ -33,7 +33,10 @@ def test_not_a_checkpoint(tmp_path):
 
 def test_missing_and_incomplete_description(copied, tmp_path):
     edit(copied, bits="four")
-    with pytest.raises(GraceError, match="`bits` is missing or not of type int"):
+    with pytest.raises(GraceError, match="`bits`: input should be a valid integer"):
+        pack(copied, tmp_path / "x")
+    edit(copied, bits=4, layers=[["a"]])
+    with pytest.raises(GraceError, match=r"`layers\.0`: input should be a valid string"):
         pack(copied, tmp_path / "x")
     (copied / "quantization.json").unlink()
     with pytest.raises(GraceError, match=r"not a quantised student \(quantization\.json is missing\)"):

@@ -41,7 +41,15 @@ from grace.report.tables.protocols import protocols_table
 from grace.report.tables.scores import Group, groups_of, on_shared_seeds, score_table
 from grace.report.tables.table import Cell, Line, Table, aligned, comma_separated, latex, markdown
 from grace.report.tables.write import NAMES, build_tables, write_tables
-from grace.results.read import BASELINE, TEACHER, Row, read_predictions, read_results
+from grace.results.read import (
+    BASELINE,
+    TEACHER,
+    Row,
+    read_bench,
+    read_predictions,
+    read_predictions_manifest,
+    read_results,
+)
 
 __all__ = ["results_folder"]  # a fixture
 
@@ -440,6 +448,39 @@ def test_missing_pieces_are_named(tmp_path, results_folder):
     (folder / "bench/decode.csv").write_text("model,precision\n")
     with pytest.raises(GraceError, match=r"decode\.csv: column device, batch"):
         _ = read_results(folder, partial=True).decode
+
+
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("decode", "\n", ",7,7,7\n", "not a readable CSV file"),
+        ("decode", "grace", "\udcff", "not a readable CSV file"),
+        ("kernel", "\n", "many\n", "column relative_error holds something that is no number"),
+    ],
+)
+def test_damaged_measurements_are_named(tmp_path, results_folder, name, old, new, said):
+    """Like a file that a disk or an editor has damaged in its last line."""
+    path = shutil.copytree(results_folder / "bench", tmp_path / "bench") / f"{name}.csv"
+    before, _, after = path.read_text().rpartition(old)
+    path.write_bytes(f"{before}{new}{after}".encode(errors="surrogateescape"))
+    with pytest.raises(GraceError, match=f"bench/{name}.csv: {said}.*run the benchmark again"):
+        read_bench(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    "damaged, said",
+    [
+        ({"benchmarks": None}, "`benchmarks`: input should be a valid dictionary"),
+        ({"benchmarks": {"colour": {"score": "high", "questions": 8}}}, "`benchmarks.colour.score`: input should be"),
+        ({"protocols": {"release": {"colour": {}}}}, "`protocols.release.colour.file`: field required"),
+        ({"files": 3}, "not a manifest that lists its files"),
+    ],
+)
+def test_a_damaged_manifest_of_predictions_is_named(tmp_path, results_folder, damaged, said):
+    path = results_folder / "teacher/predictions/manifest.json"
+    (tmp_path / "manifest.json").write_text(json.dumps({**json.loads(path.read_text()), **damaged}))
+    with pytest.raises(GraceError, match=f"manifest.json: {said}"):
+        read_predictions_manifest(tmp_path)
 
 
 def test_partial_results_make_tables_with_gaps(tmp_path, results_folder):

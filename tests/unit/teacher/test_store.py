@@ -498,3 +498,19 @@ def test_info_reads_like_a_summary(home, capsys):
         assert f"format      {format}" in said and "8 records" in said and "7 Gram matrices" in said
         assert f"{per_token} per supervised token" in said and "per record" in said
         assert "gated DKD" in said and "±" in said
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda manifest: manifest.pop("tokenizer"), "`tokenizer`: field required"),
+        (lambda manifest: manifest.update(records="8"), "`records`: input should be a valid integer"),
+        (lambda manifest: manifest.update(temperature=None), "a sampled cache has `temperature`"),
+        (lambda manifest: manifest["audit_results"].pop("tokens"), r"`audit_results\.tokens`: field required"),
+    ],
+)
+def test_a_damaged_manifest_of_a_cache_is_named(home, tmp_path, change, said):
+    shutil.copy(home / "sampled/manifest.json", tmp_path / "manifest.json")
+    edit(tmp_path / "manifest.json", change)
+    with pytest.raises(GraceError, match=rf"manifest\.json: .*{said}.*grace cache finish"):
+        info(tmp_path)

@@ -24,7 +24,7 @@ from grace.config.schema import (
 )
 from grace.config.sections import PostTraining
 from grace.config.tuning import Tuning
-from grace.errors import GraceError
+from grace.errors import GraceError, problem
 from grace.files import read_json
 
 Run = TypeVar("Run", bound=Section)
@@ -35,11 +35,8 @@ def read_run(path: Path, kind: type[Run]) -> Run:
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole of it"
         raise GraceError(
-            f"{path}: not the frozen parameters of this job (`{where}`: {first['msg'].lower()}); delete it, and Snakemake "
-            "writes it again"
+            f"{path}: not the frozen parameters of this job ({problem(error)}); delete it, and Snakemake writes it again"
         ) from None
 
 

@@ -1,7 +1,6 @@
 """Reading a configuration, with messages that name the file, the key and the fix."""
 
 import difflib
-import re
 import reprlib
 import types
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from grace.config.schema import Experiment
 from grace.config.yaml_file import read_yaml
-from grace.errors import GraceError, printable
+from grace.errors import GraceError, printable, shortened
 
 RENAMED = {
     "data.pictures": "data.images",
@@ -77,9 +76,7 @@ def _sentence(problem: ErrorDetails) -> str:
         return f"`{path}` is not a key; " + (f"did you mean `{close[0]}`?" if close else f"use {_quoted(known)}")
     if kind == "value_error":
         # a validator's sentence quotes what the file says, whatever that is
-        said = printable(
-            re.sub(r"\S{100,}", lambda word: f"{word[0][:SHOWN]}…", said.removeprefix("Value error, ")), 800
-        )
+        said = printable(shortened(said.removeprefix("Value error, ")), 800)
         return f"`{path}`: {said}" if path else said
     if kind.startswith("union_tag"):
         old = "; `llava` is called `files` now" if isinstance(value, dict) and value.get("source") == "llava" else ""

@@ -15,10 +15,10 @@ from grace.diff.questions import Reader, answers
 from grace.diff.render import to_html, to_json, to_markdown, to_terminal
 from grace.diff.revisions import results_of
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.files import MANIFEST, sha256, whole_file
 from grace.report.tables.scores import AVERAGE
 from grace.results.paired import compare, holm
-from grace.results.read import Row
+from grace.results.read import Row, read_predictions_manifest
 from grace.results.statistics import Scores
 
 FLIPS, FLIPS_OF_ONE = 200, 40  # answers that are kept to be shown: in all, and of one model on one benchmark
@@ -79,7 +79,7 @@ def _compare_row(
     found: Difference, reader: Reader, sides: tuple[Path, Path], row: Row, seeds: tuple[int, ...], lonely: dict
 ) -> None:
     folders = [[side / row.folder(seed) / "predictions" for seed in seeds] for side in sides]
-    manifests = [[read_json(folder / MANIFEST)["benchmarks"] for folder in side] for side in folders]
+    manifests = [[read_predictions_manifest(folder)["benchmarks"] for folder in side] for side in folders]
     names = [set.intersection(*(set(m) for m in side)) for side in manifests]
     for side, other in (("A", 1), ("B", 0)):
         for seed, own, others in zip(seeds, manifests[1 - other], manifests[other], strict=True):

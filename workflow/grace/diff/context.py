@@ -3,21 +3,23 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow.parquet as pq
 
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest
 from grace.nested import flatten
-from grace.results.read import with_cache_bits
+from grace.results.read import read_bench
 
 # what tells measurements apart, and what is compared: per file of bench/
-_KERNEL = (["backend", "device", "dtype", "shape", "m", "group_size"], ["microseconds", "speedup"])
-_DECODE = (
-    ["model", "precision", "device", "batch", "cache"],
-    ["prefill_ms", "tokens_per_second", "weight_mib", "peak_mib"],
-)
+_MEASURED: dict[Literal["kernel", "decode"], tuple[list[str], list[str]]] = {
+    "kernel": (["backend", "device", "dtype", "shape", "m", "group_size"], ["microseconds", "speedup"]),
+    "decode": (
+        ["model", "precision", "device", "batch", "cache"],
+        ["prefill_ms", "tokens_per_second", "weight_mib", "peak_mib"],
+    ),
+}
 _SMALLER_IS_BETTER = {"microseconds", "prefill_ms", "weight_mib", "peak_mib"}
 _NOT_ENVIRONMENT = {"files", "benchmarks", "run", "model", "source", "identity"}
 MISSING = "(not set)"
@@ -80,14 +82,12 @@ def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
 def speed(a: Path, b: Path) -> pd.DataFrame | None:
     """Ratios B / A of every measurement that both have: what, measure, A, B, ratio, better (or None: nothing shared)."""
     rows = []
-    for name, (keys, measures) in {"kernel": _KERNEL, "decode": _DECODE}.items():
-        paths = [side / "bench" / f"{name}.csv" for side in (a, b)]
-        if not all(path.is_file() for path in paths):
+    for name, (keys, measures) in _MEASURED.items():
+        old_frame, new_frame = (read_bench(side, name) for side in (a, b))
+        if old_frame is None or new_frame is None:
             continue
-        frames = [pd.read_csv(path) for path in paths]
-        frames = list(map(with_cache_bits, frames)) if name == "decode" else frames
-        keys = [key for key in keys if all(key in frame for frame in frames)]
-        merged = frames[0].merge(frames[1], on=keys, suffixes=(" A", " B"))
+        keys = [key for key in keys if key in old_frame and key in new_frame]
+        merged = old_frame.merge(new_frame, on=keys, suffixes=(" A", " B"))
         for record in merged.to_dict("records"):
             what = f"{name}: " + ", ".join(f"{key} {record[key]}" for key in keys)
             for measure in measures:

@@ -4,12 +4,13 @@ Nothing here imports torch: a dry run reads them too.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
-from grace.errors import GraceError, printable
+from grace.errors import GraceError, printable, problem
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,13 +77,21 @@ class _Index(BaseModel):
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object; a `GraceError` where it does not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_float=_number, parse_constant=_number)
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; build or copy it again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise GraceError(f"{path}: not valid JSON ({printable(str(error))}); build or copy it again") from None
     if not isinstance(value, dict):
         raise GraceError(f"{path}: holds no JSON object; build or copy it again")
+    return value
+
+
+def _number(text: str) -> float:
+    """A number that can be written as JSON again: Python alone reads NaN and infinities."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON")
     return value
 
 
@@ -106,8 +115,5 @@ def _checked(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
         model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(printable(str(part), 60) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        raise GraceError(f"{path}: `{where}`: {said[0].lower() + said[1:]}; build or copy the model again") from None
+        raise GraceError(f"{path}: {problem(error)}; build or copy the model again") from None
     return value

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
-from grace.errors import GraceError, reason
+from grace.errors import GraceError, panics_as_errors, reason
 from grace.families import family_named, family_of_folder, lacking_package
 from grace.families.files import read_config, read_object
 from grace.models.template import marks_answers
@@ -139,7 +139,8 @@ def load_processor(folder: str | Path) -> Any:
     if lacking := lacking_package(folder):
         raise GraceError(lacking)
     try:
-        processor = family.load_processor(folder)
+        with panics_as_errors():
+            processor = family.load_processor(folder)
     except GraceError:
         raise
     except Exception as error:  # whatever a file of others makes transformers raise

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grace.config.accepted import accepted, resolved
 from grace.config.code import CodeIndex, changed
-from grace.errors import GraceError
+from grace.errors import GraceError, problem
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256
 from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path, benchmark
 
@@ -256,11 +256,7 @@ def _made_with(path: Path) -> dict[str, Any]:
     try:
         return _Environment.model_validate(read_json(path)).model_dump()
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole of it"
-        raise GraceError(
-            f"{path}: damaged (`{where}`: {first['msg'].lower()}); take it from DVC, or remove it"
-        ) from None
+        raise GraceError(f"{path}: damaged ({problem(error)}); take it from DVC, or remove it") from None
 
 
 def _gpus(environment: dict[str, Any] | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from grace.errors import GraceError, reason
+from grace.errors import GraceError, panics_as_errors, reason
 from grace.families.files import read_object
 
 _TEXT = "A chat"
@@ -26,7 +26,8 @@ def write_bos(folder: Path) -> None:
     source, bos = template.read_text(encoding="utf-8", errors="replace"), read_object(settings).get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     try:
-        tokenizer = Tokenizer.from_file(str(rules))
+        with panics_as_errors():
+            tokenizer = Tokenizer.from_file(str(rules))
     except Exception as error:  # tokenizers raises no kind of its own
         raise GraceError(f"{rules}: not a readable tokenizer ({reason(error)}); fetch the model again") from error
     wanted = tokenizer.encode(_TEXT).ids

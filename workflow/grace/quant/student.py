@@ -10,15 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from grace.errors import GraceError
+from grace.errors import GraceError, problem
 from grace.files import read_json, write_json
 from grace.quant.checkpoint import Checkpoint, TensorSpec, write_tensors
 from grace.quant.grid import code_range, group_count
 
 TENSORS = "quantization.safetensors"
 DESCRIPTION = "quantization.json"
-_FIELDS = {"bits": int, "group_size": int, "method": str, "layers": list}
+
+
+class _Description(BaseModel):
+    """`quantization.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    bits: int
+    group_size: int
+    method: str
+    layers: list[str]
 
 
 def write_quantization(
@@ -121,13 +132,9 @@ def read_quantization(folder: str | Path) -> StoredQuantization:
     folder = Path(folder)
     if not (folder / DESCRIPTION).is_file():
         raise GraceError(f"{folder}: not a quantised student ({DESCRIPTION} is missing); quantise it first")
-    about = read_json(folder / DESCRIPTION)
-    for field, kind in _FIELDS.items():
-        if not isinstance(about, dict) or not isinstance(about.get(field), kind):
-            raise GraceError(
-                f"{folder / DESCRIPTION}: `{field}` is missing or not of type {kind.__name__}; build it again"
-            )
-    code_range(about["bits"])
-    return StoredQuantization(
-        folder, **{field: about[field] for field in _FIELDS}, tensors=Checkpoint([folder / TENSORS])
-    )
+    try:
+        about = _Description.model_validate(read_json(folder / DESCRIPTION))
+    except ValidationError as error:
+        raise GraceError(f"{folder / DESCRIPTION}: {problem(error)}; build it again") from None
+    code_range(about.bits)
+    return StoredQuantization(folder, **about.model_dump(), tensors=Checkpoint([folder / TENSORS]))

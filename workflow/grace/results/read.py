@@ -4,23 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from grace.benchmarks.question_points import COLUMNS, SAID, UNLIKE_PERCENT, points
 from grace.config.schema import Experiment
-from grace.errors import GraceError, reason
-from grace.files import MANIFEST, read_json
+from grace.errors import GraceError, problem, reason
+from grace.files import MANIFEST, read_json, read_manifest
 from grace.results.predictions import about
 from grace.results.statistics import Estimate, Scores, estimate
 
 PREDICTION_COLUMNS = ("sample_id", "image_id", "score")
-KERNEL_COLUMNS = ("backend", "device", "shape", "m", "microseconds", "speedup")
-DECODE_COLUMNS = ("model", "precision", "device", "batch", "tokens_per_second", "weight_mib", "peak_mib")
+_BENCH = {
+    "kernel": ("backend", "device", "shape", "m", "microseconds", "speedup"),
+    "decode": ("model", "precision", "device", "batch", "tokens_per_second", "weight_mib", "peak_mib"),
+}
+_NAMES = {"backend", "device", "dtype", "shape", "model", "precision"}  # all other columns are numbers
 
 
 @dataclass(frozen=True, order=True)
@@ -179,9 +183,9 @@ class Results:
             if row not in (TEACHER, BASELINE) and (not precisions or row.precision in precisions)
         ]
 
-    def manifest(self, row: Row, seed: int, part: str = "predictions") -> dict:
-        """The manifest of one of a model's folders (`predictions`, `model`, `packed`)."""
-        return read_json(self.folder / row.folder(seed) / part / MANIFEST)
+    def manifest(self, row: Row, seed: int) -> dict[str, Any]:
+        """The manifest of a model's predictions."""
+        return read_predictions_manifest(self.folder / row.folder(seed) / "predictions")
 
     def training(self, row: Row, seed: int) -> pd.DataFrame:
         """The training log; a `GraceError` where there is none."""
@@ -196,18 +200,12 @@ class Results:
     @cached_property
     def kernel(self) -> pd.DataFrame | None:
         """bench/kernel.csv, or None where the kernel benchmark was not run."""
-        return _bench(self.folder / "bench" / "kernel.csv", KERNEL_COLUMNS)
+        return read_bench(self.folder, "kernel")
 
     @cached_property
     def decode(self) -> pd.DataFrame | None:
         """bench/decode.csv, or None where the decoding benchmark was not run."""
-        frame = _bench(self.folder / "bench" / "decode.csv", DECODE_COLUMNS)
-        return None if frame is None else with_cache_bits(frame)
-
-
-def with_cache_bits(decode: pd.DataFrame) -> pd.DataFrame:
-    """bench/decode.csv with its column `cache`, bits of keys and values: 16 in tables of before there was another."""
-    return decode if "cache" in decode else decode.assign(cache=16)
+        return read_bench(self.folder, "decode")
 
 
 def read_results(folder: str | Path, partial: bool = False) -> Results:
@@ -221,9 +219,7 @@ def read_results(folder: str | Path, partial: bool = False) -> Results:
     try:
         experiment = Experiment.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise GraceError(f"{path}: {where}: {first['msg']}; freeze the config again with this version") from error
+        raise GraceError(f"{path}: {problem(error)}; freeze the config again with this version") from error
     seeds: dict[Row, tuple[int, ...]] = {}
     missing, absent = [], []
     for row, seed in [(TEACHER, 0)] + [(Row(r, p), s) for r, p, s in experiment.students()]:
@@ -282,14 +278,65 @@ def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFra
     return frame
 
 
-def _bench(path: Path, columns: tuple[str, ...]) -> pd.DataFrame | None:
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Scored(_Strict):
+    questions: NonNegativeInt
+    score: float
+    protocol: str | None = None
+    file: str | None = None
+    seconds: float | None = None
+
+
+class _Named(_Strict):
+    file: str
+
+
+class _Texts(_Named):
+    results: dict[str, dict[str, float]]
+
+
+class _Manifest(_Strict):
+    """What is read of a manifest of predictions besides its files."""
+
+    model: str = ""
+    harness: dict[str, str] = {}
+    benchmarks: dict[str, _Scored]
+    protocols: dict[str, dict[str, _Named]] = {}
+    language: dict[str, _Texts] = {}
+
+
+def read_predictions_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of predictions; a `GraceError` where it is missing, or a value is not what it has to be."""
+    value = read_manifest(folder / MANIFEST)
+    try:
+        _Manifest.model_validate(value)
+    except ValidationError as error:
+        raise GraceError(f"{folder / MANIFEST}: {problem(error)}; evaluate this model again") from None
+    return value
+
+
+def read_bench(folder: Path, name: Literal["kernel", "decode"]) -> pd.DataFrame | None:
+    """bench/{name}.csv of an experiment's folder, or None where that benchmark was not run.
+
+    A decode.csv has the bits of keys and values in its column `cache`: 16 in tables of before there was another.
+
+    Raises:
+        GraceError: it cannot be read, or a column is missing or holds something else than numbers.
+    """
+    path = folder / "bench" / f"{name}.csv"
     if not path.is_file():
         return None
     try:
         frame = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, ValueError) as error:
         raise GraceError(f"{path}: not a readable CSV file ({reason(error)}); run the benchmark again") from error
-    lacking = [name for name in columns if name not in frame.columns]
+    lacking = [column for column in _BENCH[name] if column not in frame]
     if lacking:
         raise GraceError(f"{path}: column {', '.join(lacking)} is missing; run the benchmark again")
-    return frame
+    for column in frame.columns.difference(list(_NAMES)):
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise GraceError(f"{path}: column {column} holds something that is no number; run the benchmark again")
+    return frame.assign(cache=16) if name == "decode" and "cache" not in frame else frame

@@ -3,15 +3,30 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from grace.errors import GraceError, printable
+from grace.errors import GraceError, problem
 from grace.files import MANIFEST, read_json
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class _File(BaseModel):
+class _Strict(BaseModel):
+    """What is read is the file's own value, not what pydantic could make of it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _File(_Strict):
     bytes: NonNegativeInt
     sha256: Digest
 
@@ -42,10 +57,32 @@ class _Sidecar(_Shard):
     conversations: NonNegativeInt
 
 
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class _Error(_Strict):
+    loss: float | None
+    error: float | None
+    standard_error: float | None
 
+
+class _LossError(_Error):
+    relative_error: float | None
+    gradient_cosine: float | None
+
+
+class _Audit(_Strict):
+    records: NonNegativeInt
+    tokens: NonNegativeInt
+    temperature: float
+    gated_dkd: dict[str, _LossError]
+    relational_cka: _Error
+
+
+class _Manifest(_Strict):
     format: Literal["hidden", "hidden-int8", "sampled"]
+    teacher: str
+    tokenizer: str
+    processor: str
+    template: str
+    dtype: str
     vocabulary: PositiveInt
     width: PositiveInt
     temperature: float | None
@@ -56,6 +93,15 @@ class _Manifest(BaseModel):
     libraries: dict[str, str]
     shards: list[_Shard]
     files: dict[str, _File]
+    head: int | None
+    tail: int | None
+    audit_results: _Audit
+
+    @model_validator(mode="after")
+    def _sampled(self) -> "_Manifest":
+        if self.format == "sampled" and None in (self.temperature, self.head, self.tail):
+            raise ValueError("a sampled cache has `temperature`, `head` and `tail`")
+        return self
 
 
 def read_cache_manifest(folder: Path) -> dict[str, Any]:
@@ -68,8 +114,10 @@ def read_cache_manifest(folder: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict) or "supervised_tokens" not in value:
         raise GraceError(f"{path}: not the manifest of a teacher cache; check the path")
-    if problem := _problem(_Manifest, value):
-        raise GraceError(f"{path}: {problem}; run `grace cache finish` again")
+    try:
+        _Manifest.model_validate(value)
+    except ValidationError as error:
+        raise GraceError(f"{path}: {problem(error)}; run `grace cache finish` again") from None
     return value
 
 
@@ -77,17 +125,7 @@ def read_sidecar(folder: Path, name: str) -> dict[str, Any] | None:
     """A shard's sidecar, or None where there is none or it is not whole."""
     try:
         value = read_json(folder / f"{name}.json")
-    except GraceError:
+        _Sidecar.model_validate(value)
+    except (GraceError, ValidationError):
         return None
-    return None if _problem(_Sidecar, value) else value
-
-
-def _problem(model: type[BaseModel], value: Any) -> str | None:
-    try:
-        model.model_validate(value)
-        return None
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(printable(str(part), 80) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        return f"`{where}`: {said[0].lower() + said[1:]}"
+    return value
