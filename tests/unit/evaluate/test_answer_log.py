@@ -112,3 +112,15 @@ def test_parts_come_back_as_they_were(tmp_path, monkeypatch):
     waiting = Parts(tmp_path / "later")
     waiting.add("name", [0], answers[:1])
     assert waiting.read("name") == {}, "not every batch is written"
+
+
+def test_answers_that_wait_stay_with_their_questions(tmp_path):
+    """A benchmark is asked in chunks, whose questions are numbered from 0 each."""
+    parts = Parts(tmp_path / "key")
+    first, second = (Answer(text, -1.0, 0.5) for text in ("first", "second"))
+    parts.add("one", [0, 1], [first, first])
+    parts.add("two", [0], [second])
+    parts.add("three", [0], [second])
+    again = Parts(tmp_path / "key")
+    assert again.read("one") == {0: first, 1: first}
+    assert again.read("two") == {0: second}

@@ -28,6 +28,7 @@ class Parts:
     def __init__(self, folder: Path, writer: int = 0) -> None:
         self.folder, self.writer = folder, writer
         self._waiting: dict[int, Answer] = {}
+        self._name = ""  # of the questions that the waiting answers belong to
         self._last = time.monotonic()
 
     def read(self, questions: str) -> dict[int, Answer]:
@@ -45,12 +46,18 @@ class Parts:
         return found
 
     def add(self, questions: str, numbers: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Take the answers of a batch; write a part now and then."""
+        """Take the answers of a batch; write a part now and then, and before answers to other questions come."""
+        if questions != self._name:  # their numbers start anew
+            self._write()
+            self._name = questions
         self._waiting |= dict(zip(numbers, answers, strict=True))
-        if time.monotonic() - self._last < SECONDS_BETWEEN_PARTS:
-            return
-        rows = [[number, a.text, a.logprob, a.entropy] for number, a in self._waiting.items()]
-        write_json(self.folder / f"{questions}-{min(self._waiting):08d}-{self.writer}.json", rows)
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_PARTS:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            rows = [[number, a.text, a.logprob, a.entropy] for number, a in self._waiting.items()]
+            write_json(self.folder / f"{self._name}-{min(self._waiting):08d}-{self.writer}.json", rows)
         self._waiting, self._last = {}, time.monotonic()
 
     def drop(self) -> None:
