@@ -102,6 +102,14 @@ def test_a_model_that_does_not_fit(place: Path, change: dict, words: str) -> Non
     assert words in sentence
 
 
+def test_a_tokenizer_without_the_templates_control_tokens(place: Path) -> None:
+    for role in ("teacher", "student"):
+        write_model(place / f"{role}-qwen", model_type="qwen2_vl")
+    more = {role: {"pretrained": str(place / f"{role}-qwen")} for role in ("teacher", "student")}
+    sentence, _ = said(place, family="qwen2_vl", **more)
+    assert "has no token <|image_pad|>, <|im_start|>, <|im_end|>, <|vision_start|>, <|vision_end|>; use" in sentence
+
+
 def test_columns_and_counts_of_benchmarks(place: Path) -> None:
     write_rows(place / "benchmarks/pope.parquet", text="?", image="x")
     (place / "benchmarks/mmbench.tsv").write_text("index\tquestion\tA\tB\n")

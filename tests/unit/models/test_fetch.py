@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from chat_models import FAMILIES
 
 from grace.config.pretrained import source_hashes
 from grace.errors import GraceError
@@ -42,6 +43,34 @@ def test_a_replaced_file_changes_the_hashes_whatever_its_time(model):
     os.utime(blob, ns=(state.st_atime_ns, state.st_mtime_ns))
     after = source_hashes(model)
     assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "ends"),
+    [
+        (
+            "qwen2_vl",
+            {"eos_token_id": 151645, "top_k": 1},
+            ["<|im_end|>"],
+        ),  # transformers' default, no row of this head
+        ("qwen2_vl", {"eos_token_id": 5}, [5, "<|im_end|>"]),
+        ("qwen2_vl", None, ["<|im_end|>"]),
+        ("llava-clip", {"eos_token_id": [2, 7]}, None),  # as published: kept
+    ],
+)
+def test_generation_stops_where_training_ends_an_answer(tmp_path, family, named, ends):
+    model, processor = FAMILIES[family]()
+    model.config.get_text_config().eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/generation_config.json"
+    path.unlink(missing_ok=True)
+    if named is not None:
+        path.write_text(json.dumps(named))
+    fetch(str(tmp_path / "model"), tmp_path / "out")
+    found = json.loads((tmp_path / "out/generation_config.json").read_text())
+    ids = ends and [processor.tokenizer.convert_tokens_to_ids(end) if isinstance(end, str) else end for end in ends]
+    assert found == (named or {}) | ({"eos_token_id": ids} if ids else {})
 
 
 def dangling(model):

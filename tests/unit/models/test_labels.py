@@ -172,6 +172,13 @@ def test_transformers_own_mask_agrees_where_texts_are_plain():
     assert ids == theirs["input_ids"] and asked == [bool(mark) for mark in theirs["assistant_masks"]]
 
 
+def test_a_tokenizer_without_an_end_is_said():
+    tokenizer = byte_level("qwen2_vl").tokenizer
+    tokenizer.eos_token = None
+    with pytest.raises(GraceError, match="the end has to be a token of the tokenizer, whose eos_token is None"):
+        Template(SimpleNamespace(tokenizer=tokenizer, chat_template=FAMILIES["llava"].template, image_token="<image>"))
+
+
 def test_templates_that_cannot_be_trained_with_are_refused():
     tokenizer = byte_level("qwen2_vl").tokenizer
     endless = "{% for m in messages %}{% generation %}{{ m.content[0].text }}{% endgeneration %}{% endfor %}"

@@ -75,6 +75,17 @@ def test_another_image_token_than_the_configs_is_refused(home, tmp_path):
         check_pair(tmp_path / "teacher", home / "student")
 
 
+def test_a_tokenizer_without_the_templates_control_tokens_is_refused(home, tmp_path):
+    for role in ("teacher", "student"):
+        shutil.copytree(home / role, tmp_path / role)
+        file = tmp_path / role / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|vision_start|>", "<|seen|>"))
+    with pytest.raises(
+        GraceError, match=r"teacher: its tokenizer has no token <\|vision_start\|>; use the model's own"
+    ):
+        check_pair(tmp_path / "teacher", tmp_path / "student")
+
+
 def test_the_configuration_names_the_family_that_is_there(home):
     check_family(home / "student", "qwen2_vl")
     with pytest.raises(GraceError, match=r"config\.json says qwen2_vl and the configuration family: llava"):

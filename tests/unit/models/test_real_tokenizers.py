@@ -15,6 +15,7 @@ from grace import families
 from grace.data.conversations import IMAGE
 from grace.errors import GraceError
 from grace.families import FAMILIES
+from grace.families.llama_vocabulary import read_sentencepiece
 from grace.families.llava import _as_read
 from grace.models import load_processor
 from grace.models.template import Template
@@ -143,3 +144,47 @@ def test_what_reading_tokenizer_model_needs_is_said(lacking, tmp_path, monkeypat
         GraceError, match=rf"tokenizer\.json is not there, and reading tokenizer\.model needs {package}; pip install"
     ):
         load_processor(tmp_path)
+
+
+def _own_sentencepiece(folder, **more):
+    """`folder`/tokenizer.model of 400 pieces, of Llama's kind but for `more`."""
+    import io
+
+    import sentencepiece
+
+    model, lines = io.BytesIO(), ["The dog looks over 12 lazy dogs.", "é 你好  double   spaces", "ASSISTANT: USER:"] * 9
+    kind = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=400, byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False, **kind | more,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"add_dummy_prefix": False}, {"user_defined_symbols": ["FOX"], "unk_id": 2, "bos_id": 0, "eos_id": 1}]
+)
+def test_other_models_of_llamas_kind_give_sentencepieces_tokens(tmp_path, more):
+    reference = _own_sentencepiece(tmp_path, **more)
+    tokenizer = read_sentencepiece(tmp_path)
+    for text in ["Red", "The  dog", "12 é 你", "\n\nx", "aFOXb over"]:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"model_type": "unigram"}, "it is no byte-pair encoding"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "it changes texts before it cuts them"),
+        ({"treat_whitespace_as_suffix": True}, "it puts spaces behind words"),
+        (None, "no SentencePiece model, or a damaged one"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(tmp_path, more, said):
+    if more is None:
+        (tmp_path / "tokenizer.model").write_bytes(b"\x08\xff garbage")
+    else:
+        _own_sentencepiece(tmp_path, **more)
+    with pytest.raises(GraceError, match=said):
+        read_sentencepiece(tmp_path)

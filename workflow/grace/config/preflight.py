@@ -228,8 +228,8 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
     if isinstance(rows, int) and rows < size:
         yield f"{folder}: its head has {rows} rows and the tokenizer {size} tokens; use the model's own tokenizer"
     image = config.get("image_token_index", config.get("image_token_id"))
-    if family.image_token not in words:
-        yield f"{path}: has no token {family.image_token}; use the model's own tokenizer"
+    if lacking := family.lacks(words):
+        yield f"{path}: {lacking}; use the model's own tokenizer"
     elif image is not None and words[family.image_token] != image:
         yield (
             f"{folder}: {family.image_token} is token {words[family.image_token]} and config.json says {image}; use the "

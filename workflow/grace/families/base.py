@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ class Family:
         template: the training template in Jinja. Each answer and its end token stand between {% generation %} marks,
             and an image is `image_token` once; it ships as chat_template.jinja.
         image_token: what stands for one visual token.
+        controls: the other control tokens that the template writes by name; a tokenizer without them would read them as text.
         tower: module of the vision side, in memory.
         trained: parts of the tower that are trained, because they project into the decoder.
         disk: (pattern, replacement) pairs from names that transformers writes to those of published checkpoints.
@@ -36,6 +38,7 @@ class Family:
     template: str
     image_token: str
     tower: str
+    controls: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     disk: tuple[tuple[str, str], ...] = ()
 
@@ -44,6 +47,11 @@ class Family:
         for pattern, replacement in self.disk:
             key = re.sub(pattern, replacement, key)
         return key
+
+    def lacks(self, words: Container[str]) -> str | None:
+        """Which control tokens of the template a tokenizer's `words` do not have, in words, or None."""
+        missing = [token for token in (self.image_token, *self.controls) if token not in words]
+        return f"has no token {', '.join(missing)}" if missing else None
 
     def load_processor(self, folder: Path) -> Any:
         """The processor of a folder with this family's geometry, working without torchvision."""

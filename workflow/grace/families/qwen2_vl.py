@@ -48,6 +48,7 @@ def chatml(system: str | None) -> str:
 class Qwen(Family):
     image_token: str = "<|image_pad|>"
     tower: str = "model.visual"
+    controls: tuple[str, ...] = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
     def load_processor(self, folder: Path) -> Any:
         from transformers import AutoTokenizer, Qwen2VLImageProcessorPil

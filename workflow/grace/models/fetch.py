@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
 from grace.errors import GraceError, reason
-from grace.families.files import INDEX, read_object, read_weight_map
-from grace.files import whole_folder
+from grace.families.files import INDEX, read_config, read_object, read_weight_map
+from grace.files import whole_folder, write_json
 from grace.hashes import known_hashes
 
 
@@ -36,6 +37,7 @@ def fetch(model: str, out: Path, revision: str | None = None, expected: Mapping[
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         try:
             _check(model, folder)
+            _end_where_training_ends(folder)
         except GraceError as error:  # by the name that the user knows, not that of the copy
             raise GraceError(str(error).replace(str(folder), model)) from None
 
@@ -70,3 +72,25 @@ def _check(model: str, folder: Path) -> None:
                 f"{model}: {file.name} asks for code of its own (auto_map), which is never run; use a model that "
                 "transformers knows"
             )
+
+
+def _end_where_training_ends(folder: Path) -> None:
+    """Let generation stop at the token that ends an answer in training, where generation_config.json names others alone.
+
+    A student would write it and go on. What the file names stays, but for ids that no row of the head stands for.
+    """
+    from grace.models.load import load_processor
+    from grace.models.template import Template
+
+    config, path = read_config(folder), folder / "generation_config.json"
+    text = config.get("text_config") or config
+    about: dict[str, Any] = read_object(path) if path.is_file() else {}
+    named = about.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))
+    ends: list[int] = named if isinstance(named, list) else [] if named is None else [named]
+    try:
+        end = Template(load_processor(folder)).end
+    except GraceError:  # `prepare` says what is wrong with its processor
+        return
+    if end is not None and end not in ends:
+        rows = text.get("vocab_size") or config.get("vocab_size") or 0
+        write_json(path, {**about, "eos_token_id": [*(e for e in ends if e < rows), end]})

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
+from grace.families import family_of
 from grace.models.load import load_processor, model_folder
 from grace.models.modules import vocabulary
 
@@ -43,6 +44,8 @@ def check_pair(teacher: Path, student: Path) -> None:
             )
     for folder, processor in ((teacher, one), (student, other)):
         _check_image_token(folder, processor)
+        if lacking := family_of(processor).lacks(processor.tokenizer.get_vocab()):
+            raise GraceError(f"{folder}: its tokenizer {lacking}; use the model's own tokenizer")
     for name in _GEOMETRY:
         values = [_comparable(getattr(p, name, None) or getattr(p.image_processor, name, None)) for p in (one, other)]
         if values[0] != values[1]:

@@ -95,7 +95,8 @@ class Template:
         if not marks_answers(self.tokenizer, self.source):
             raise GraceError(
                 "the chat template is not one to train with: put each answer and its end token between "
-                "{% generation %} and {% endgeneration %}"
+                "{% generation %} and {% endgeneration %}; the end has to be a token of the tokenizer, whose eos_token "
+                f"is {self.tokenizer.eos_token}"
             )
         self.image = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self._controls = _control_tokens(self.tokenizer, processor.image_token)
@@ -108,6 +109,13 @@ class Template:
         started = self.tokenizer("")["input_ids"]
         self._start = started[:1] if started and started[0] == self.tokenizer.bos_token_id else []
         self._forms = cache(self._form)
+
+    @property
+    def end(self) -> int | None:
+        """The control token that ends an answer; None where the template's end is none."""
+        pieces = self._forms((("user", ("text",)), ("assistant", ("text",))), False)
+        ends = [piece.id for piece in pieces if isinstance(piece, _Control) and piece.asked]
+        return ends[-1] if ends else None
 
     def tokens(
         self, conversations: Sequence[tuple[Sequence[SaidMessage], Sequence[int]]], prompt: bool = False
