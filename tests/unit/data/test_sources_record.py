@@ -166,6 +166,34 @@ def test_bad_records_have_a_reason(record, reason):
         understand(record)
 
 
+def openai(*parts, **more):
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": "q"}]}
+    return {"messages": [asked, {"role": "assistant", "content": "a", **more.pop("answer", {})}], **more}
+
+
+def test_an_image_that_a_part_and_the_record_name_is_one():
+    record = openai({"type": "image", "image": "a.jpg"}, images=["a.jpg"])
+    assert said(record) == [("user", ["a.jpg", "q"]), ("assistant", ["a"])]
+    assert said(llava(image="a.jpg") | {"images": ["a.jpg"]})[0][1][0] == "a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (openai({"type": "image", "image": "a.jpg"}, images=["b.jpg"]), "two lists of images"),
+        (llava(image="a.jpg") | {"images": ["b.jpg"]}, "two lists of images"),
+        (openai(image_path="a.JPG"), "unknown key.*'image_path'; call it"),
+        (openai(pictures=[{"bytes": b"x", "path": None}]), "unknown key.*'pictures'"),
+        (openai(answer={"tool_calls": [{"type": "function"}]}), r"messages\[1\].tool_calls: models here call no tools"),
+        (openai(answer={"weight": 0}), r"messages\[1\].weight: every answer is trained on alike"),
+        (openai(answer={"content": None}), r"messages\[1\].content: must be text, not null"),
+    ],
+)
+def test_nothing_is_left_out_without_a_word(record, sentence):
+    with pytest.raises(BadRecord, match=sentence):
+        understand(record)
+
+
 def test_the_format_decides_between_two_conversations():
     record = llava() | {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     assert said(record, "llava")[1] == ("assistant", ["red"])

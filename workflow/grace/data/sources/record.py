@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError, field_validator
 
 from grace.data.conversations import IMAGE, Message, Part, Role
 
@@ -34,6 +34,7 @@ MOST_MESSAGES = 10_000
 
 # The line break that LLaVA writes between the tag and the text is the template's to write.
 _TAG = re.compile(r"(?:[ \t\r]*\n\s*)?<image>(?:[ \t\r]*\n\s*)?")
+_IMAGE_FILE = re.compile(r"[^\n]{1,300}\.(jpe?g|png|webp|gif|bmp|tiff?|ppm)", re.IGNORECASE)
 
 
 class BadRecord(Exception):
@@ -117,6 +118,22 @@ class _ContentPart(BaseModel):
 class _OpenAITurn(BaseModel):
     role: Text
     content: Text | list[_ContentPart]
+    tool_calls: Any = None
+    weight: Any = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _no_tools(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("models here call no tools")
+        return value
+
+    @field_validator("weight")
+    @classmethod
+    def _trained(cls, value: Any) -> Any:
+        if value not in (None, 1):
+            raise ValueError("every answer is trained on alike, with weight 1")
+        return value
 
 
 class _CauldronTurn(BaseModel):
@@ -145,6 +162,8 @@ def understand(record: Any, format: Format = "auto") -> Said:
         notes.append("a number was read as text")
     listed = _listed_images(record)
     messages, images = _place(turns, listed, notes)
+    if not images:
+        _no_other_image(record)
     messages, images = _trim(messages, images, notes)
     _check(messages)
     return Said(_id(record, notes), messages, images, notes)
@@ -173,7 +192,8 @@ def _turns(record: dict, key: str) -> list[tuple[str, Any]]:
         turns = _TURNS[key].validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        path = key + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
+        names = [p for p in problem["loc"] if isinstance(p, int) or p.isidentifier()]  # others are names of types
+        path = key + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in names)
         said = {"missing": "is missing", "model_type": "must be an object"}.get(problem["type"], problem["msg"])
         said = said.removeprefix("Value error, ")
         raise BadRecord("message is malformed", f"{path}: {said[0].lower() + said[1:]}") from None
@@ -188,12 +208,21 @@ def _is_number(value: Any) -> bool:
 
 def _listed_images(record: dict) -> list[ImageReference]:
     """What `image` or `images` holds: one or a list of paths, or of encoded images as data sets keep them."""
-    value = record.get("image")
-    if value is None or value == "" or value == []:
-        value = record.get("images")
-    if value is None or value == "":
-        return []
-    return [_reference(item) for item in (value if isinstance(value, list) else [value])]
+    found = [record[name] for name in ("image", "images") if record.get(name) not in (None, "", [])]
+    listed = [[_reference(item) for item in (value if isinstance(value, list) else [value])] for value in found]
+    if len(listed) == 2 and listed[0] != listed[1]:
+        raise BadRecord("record has two lists of images", "`image` and `images` differ")
+    return listed[0] if listed else []
+
+
+def _no_other_image(record: dict) -> None:
+    """A record that is taken for text alone holds no image under a name that is not read."""
+    for name, value in record.items():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            first = first.get("bytes") or first.get("path")
+        if name != "id" and (isinstance(first, bytes) or (isinstance(first, str) and _IMAGE_FILE.fullmatch(first))):
+            raise BadRecord("image is under an unknown key", f"{str(name)[:40]!r}; call it `image` or `images`")
 
 
 def _reference(value: Any) -> ImageReference:
@@ -254,13 +283,17 @@ def _place(
         if role == "system" and not parts:
             continue
         messages.append(Message(role, tuple(parts)))
+    if places == 0 and listed and images:
+        if listed != images:
+            raise BadRecord("record has two lists of images", "parts of messages name others than the record")
+        return messages, images
     if places == 0 and listed:
         first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
         if first is None:
             raise BadRecord("conversation has no question")
         messages[first] = Message("user", (*(IMAGE,) * len(listed), *messages[first].content))
         notes.append("an image without a tag was put before the first question")
-        return messages, [*listed, *images]
+        return messages, listed
     if places != len(listed):
         raise BadRecord("number of <image> tags and images differ", f"{places} tags, {len(listed)} images")
     return messages, images
