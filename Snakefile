@@ -131,5 +131,6 @@ rule all:
         f"{plan.folder}/tables/manifest.json",
         f"{plan.folder}/figures/manifest.json",
         f"{plan.folder}/metrics.json",
+        f"{plan.folder}/speed/manifest.json",
         f"{plan.folder}/report/index.html",
         plan.packed,

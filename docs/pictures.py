@@ -46,8 +46,8 @@ students/|baseline/ -> students/{recipe}/|{precision}/seed{seed}/
 students/{recipe}/|{precision}/seed{seed}/ -> packed/
 students/{recipe}/|{precision}/seed{seed}/ -> predictions/
 packed/ -> bench/
-predictions/ -> tables/, figures/,|report/
-bench/ -> tables/, figures/,|report/
+predictions/ -> tables/, figures/,|speed/, report/
+bench/ -> tables/, figures/,|speed/, report/
 """
 
 

@@ -1,6 +1,7 @@
 # What people read.
-# Needs: every model's predictions, the training logs and the speed tables. Makes: results/{experiment}/tables/,
-# figures/, metrics.json and report/index.html.
+# Needs: every model's predictions, the training logs and bench/. Makes: results/{experiment}/tables/, figures/ and
+# metrics.json, which another machine makes again bit for bit; speed/, which is made from what was timed; and
+# report/index.html, which shows all of it.
 
 
 rule tables:
@@ -8,11 +9,6 @@ rule tables:
         experiment="results/{experiment}/config/experiment.json",
         predictions=plan.predictions,
         overlap=plan.overlap,
-        packed=plan.packed,
-        bench=[
-            "results/{experiment}/bench/kernel.csv",
-            "results/{experiment}/bench/decode.csv",
-        ],
         code=plan.code("report-tables"),
     output:
         "results/{experiment}/tables/manifest.json",
@@ -42,10 +38,6 @@ rule figures:
         experiment="results/{experiment}/config/experiment.json",
         predictions=plan.predictions,
         curves=plan.curves,
-        bench=[
-            "results/{experiment}/bench/kernel.csv",
-            "results/{experiment}/bench/decode.csv",
-        ],
         code=plan.code("report-figures"),
     output:
         "results/{experiment}/figures/manifest.json",
@@ -75,11 +67,6 @@ rule metrics:
     input:
         experiment="results/{experiment}/config/experiment.json",
         predictions=plan.predictions,
-        packed=plan.packed,
-        bench=[
-            "results/{experiment}/bench/kernel.csv",
-            "results/{experiment}/bench/decode.csv",
-        ],
         code=plan.code("report-metrics"),
     output:
         "results/{experiment}/metrics.json",
@@ -103,12 +90,47 @@ rule metrics:
         " > {log:q} 2>&1"
 
 
+# Whatever is made from times.
+rule speed:
+    input:
+        experiment="results/{experiment}/config/experiment.json",
+        predictions=plan.predictions,
+        packed=plan.packed,
+        bench=[
+            "results/{experiment}/bench/kernel.csv",
+            "results/{experiment}/bench/decode.csv",
+        ],
+        code=plan.code("report-speed"),
+    output:
+        "results/{experiment}/speed/manifest.json",
+    log:
+        "results/{experiment}/logs/report/speed.log",
+    benchmark:
+        "results/{experiment}/logs/report/speed.tsv"
+    conda:
+        "../envs/grace.yaml"
+    threads: plan.threads("report")
+    resources:
+        **plan.resources("report"),
+    params:
+        results=subpath(output[0], ancestor=2),
+        out=subpath(output[0], parent=True),
+    message:
+        "show what was timed"
+    shell:
+        "grace report speed"
+        " --results {params.results:q}"
+        " --out {params.out:q}"
+        " > {log:q} 2>&1"
+
+
 rule page:
     input:
         experiment="results/{experiment}/config/experiment.json",
         tables="results/{experiment}/tables/manifest.json",
         figures="results/{experiment}/figures/manifest.json",
         metrics="results/{experiment}/metrics.json",
+        speed="results/{experiment}/speed/manifest.json",
         code=plan.code("report-page"),
     output:
         "results/{experiment}/report/index.html",

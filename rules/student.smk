@@ -1,6 +1,6 @@
 # Students: the bf16 baseline, and from it every recipe at every precision and seed.
 # Needs: results/{experiment}/data/, for distilled recipes results/{experiment}/teacher/cache/.
-# Makes: results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/ and, where it was trained, train.jsonl and timing.jsonl.
+# Makes: results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/ and, where it was trained, train.jsonl.
 
 
 # The parameters of one student, so that an edit of one recipe reaches that recipe alone.
@@ -64,7 +64,6 @@ rule train_baseline:
     output:
         model="results/{experiment}/students/baseline/bf16/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/baseline/bf16/seed{seed}/train.jsonl",
-        timing="results/{experiment}/students/baseline/bf16/seed{seed}/timing.jsonl",
     log:
         "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.log",
     benchmark:
@@ -91,7 +90,6 @@ rule train_baseline:
         " --data {params.data:q}"
         " --out {params.out:q}"
         " --log {output.curve:q}"
-        " --timing {output.timing:q}"
         " --checkpoints {params.checkpoints:q}"
         " > {log:q} 2>&1"
 
@@ -106,7 +104,6 @@ rule finetune:
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",
-        timing="results/{experiment}/students/{recipe}/{precision}/seed{seed}/timing.jsonl",
     log:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/train.log",
     benchmark:
@@ -135,7 +132,6 @@ rule finetune:
         " --data {params.data:q}"
         " --out {params.out:q}"
         " --log {output.curve:q}"
-        " --timing {output.timing:q}"
         " --checkpoints {params.checkpoints:q}"
         " > {log:q} 2>&1"
 
@@ -151,7 +147,6 @@ rule distil:
     output:
         model="results/{experiment}/students/{recipe}/{precision}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/students/{recipe}/{precision}/seed{seed}/train.jsonl",
-        timing="results/{experiment}/students/{recipe}/{precision}/seed{seed}/timing.jsonl",
     log:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/train.log",
     benchmark:
@@ -182,7 +177,6 @@ rule distil:
         " --cache {params.cache:q}"
         " --out {params.out:q}"
         " --log {output.curve:q}"
-        " --timing {output.timing:q}"
         " --checkpoints {params.checkpoints:q}"
         " > {log:q} 2>&1"
 

@@ -45,7 +45,6 @@ rule train_teacher:
     output:
         model="results/{experiment}/teacher/model/manifest.json",
         curve="results/{experiment}/teacher/train.jsonl",
-        timing="results/{experiment}/teacher/timing.jsonl",
     log:
         "results/{experiment}/logs/teacher/train.log",
     benchmark:
@@ -72,7 +71,6 @@ rule train_teacher:
         " --data {params.data:q}"
         " --out {params.out:q}"
         " --log {output.curve:q}"
-        " --timing {output.timing:q}"
         " --checkpoints {params.checkpoints:q}"
         " > {log:q} 2>&1"
 

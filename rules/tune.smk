@@ -33,7 +33,6 @@ rule train_trial:
     output:
         model="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/train.jsonl",
-        timing="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/timing.jsonl",
     log:
         "results/{experiment}/logs/trials/{recipe}/trial{trial}/seed{seed}/train.log",
     benchmark:
@@ -64,7 +63,6 @@ rule train_trial:
         " {params.cache}"
         " --out {params.out:q}"
         " --log {output.curve:q}"
-        " --timing {output.timing:q}"
         " --checkpoints {params.checkpoints:q}"
         " > {log:q} 2>&1"
 

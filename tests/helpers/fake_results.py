@@ -148,7 +148,8 @@ def _training(folder: Path, recipe: str, seed: int) -> None:
         lines.append(json.dumps(entry))
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     timing = [json.dumps({"step": step, "seconds": 0.1}) for step in range(0, 200, 10)]
-    (folder / "timing.jsonl").write_text("\n".join(timing) + "\n")
+    (folder / "model").mkdir()
+    (folder / "model/timing.jsonl").write_text("\n".join(timing) + "\n")
 
 
 def _bench(folder: Path) -> None:

@@ -279,7 +279,7 @@ def deviations(results: Path) -> dict[str, Deviations]:
     }  # fmt: skip
     found = {}
     for name, rule in rules.items():
-        table = pd.read_csv(results / "tables" / f"{name}.csv")
+        table = pd.read_csv(results / ("speed" if name == "deployment" else "tables") / f"{name}.csv")
         table.attrs["name"] = name
         found[name] = rule(experiment, table) if len(table) else Deviations()
     return found

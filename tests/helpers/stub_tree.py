@@ -67,7 +67,8 @@ def main():
         targets = [out, out.with_suffix(".json")]
     elif out.suffix:
         targets = [out, *([out.with_suffix(".md")] if words[0] == "tune" else [])]
-    targets += [Path(flags[flag]) for flag in ("--log", "--timing") if flag in flags]
+    if "--log" in flags:
+        targets.append(Path(flags["--log"]))
     for target in targets:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.name == "manifest.json":  # another each time, as the machine and the code's revision may be

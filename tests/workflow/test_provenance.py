@@ -190,9 +190,9 @@ def test_a_cell_whose_predictions_are_not_here_says_how_to_get_them(reported: Pa
 
 
 def test_a_cell_of_what_is_no_table_is_a_sentence(reported: Path) -> None:
-    with pytest.raises(GraceError, match="not a table; give a file of results/fake/tables"):
+    with pytest.raises(GraceError, match="not a table; give a file of results/fake/tables or results/fake/speed"):
         cell(reported / "bench/decode.csv", "GRACE int4", "colour")
-    with pytest.raises(GraceError, match="no table with numbers; there are claims, deployment"):
+    with pytest.raises(GraceError, match="no table with numbers; there are claims, measures"):
         cell(reported / "tables/table9.md", "GRACE int4", "colour")
 
 

@@ -18,7 +18,7 @@ from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
 
-REPORT = ["build the page", "draw the figures", "write the metrics", "write the tables"]
+REPORT = ["build the page", "draw the figures", "show what was timed", "write the metrics", "write the tables"]
 TIMED = ["time prefill and decoding", "time the integer product against the dense one"]
 
 
@@ -125,8 +125,13 @@ def test_a_loss_function_reruns_what_is_distilled_and_what_follows(tree: Tree, p
 
 
 def test_a_tables_code_reruns_the_tables_and_the_page_that_shows_them(tree: Tree) -> None:
-    edit_function(tree, "report/tables/deployment.py", "deployment_table")
+    edit_function(tree, "report/tables/pairs.py", "pairs_table")
     assert tree.planned() == ["build the page", "write the tables"]
+
+
+def test_the_code_of_a_table_of_times_writes_no_other_table(tree: Tree) -> None:
+    edit_function(tree, "report/tables/deployment.py", "deployment_table")
+    assert tree.planned() == ["build the page", "show what was timed"]
 
 
 def test_printing_code_retrains_nothing(tree: Tree) -> None:

@@ -23,8 +23,10 @@ from grace.hashes import known_hashes, sha256
 
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment.json"
-NOT_CONTENT = (MANIFEST, ENVIRONMENT, "image_folders.json")
-"""Not listed in a manifest: itself, what made the files, and where images outside lie on this machine."""
+TIMING = "timing.jsonl"
+NOT_CONTENT = (MANIFEST, ENVIRONMENT, TIMING, "image_folders.json")
+"""Not listed in a manifest: itself, what made the files, what a training's steps took, and where images outside lie on
+this machine."""
 
 _checks: list[Callable[[], None]] = []
 

@@ -119,7 +119,7 @@ def test_an_experiment_is_sized_and_what_ran_stands_beside_it(experiment, capsys
     assert lines[0].need.tokens == tokens / 2 and lines[1].need.tokens == 2 * tokens
     said = capsys.readouterr().out
     assert "64 conversations" in said and "The cache by cache.format: hidden 0.0 GB" in said
-    log = experiment.parent / "results/tiny/students/grace/int4/seed0/timing.jsonl"
+    log = experiment.parent / "results/tiny/students/grace/int4/seed0/model/timing.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps({"memory_gib": g, "seconds": 1800}) + "\n" for g in (1.5, 77.25)))
     size_module.size(experiment, "H200", 1.0)

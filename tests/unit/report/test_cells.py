@@ -8,6 +8,7 @@ import pytest
 from fake_results import MIRRORS, results_folder
 
 from grace.errors import GraceError
+from grace.report import speed
 from grace.report.tables.cells import CELLS, find_cells, read_cells
 from grace.report.tables.write import NAMES, write_tables
 from grace.results.read import read_results
@@ -44,14 +45,25 @@ def test_every_score_is_the_mean_of_the_files_it_names(numbers, results_folder):
 def test_every_number_of_every_table_names_files_that_are_there(tables, numbers, results_folder):
     lines = [json.loads(line) for line in (tables / CELLS).read_text().splitlines()[1:]]
     assert {line["table"] for line in lines} <= set(NAMES)
-    for name in {line["table"] for line in lines} - {"deployment"}:  # its ratios to nothing, and texts, have no files
+    for name in {line["table"] for line in lines}:
         with (tables / f"{name}.csv").open() as file:
             frame = pd.read_csv(file)
         values = [c for c in frame.columns if f"{c} stderr" in frame.columns and c != "paper"]
         shown = int(frame[values].notna().sum().sum() - frame[values].isin(["–", "reference", ""]).sum().sum())
         assert len([n for n in numbers if n.table == name]) >= shown, name
     assert all((results_folder / file).is_file() for number in numbers for file in number.files)
-    assert {n.files for n in numbers if n.table == "deployment"} == {("bench/decode.csv",), ("bench/kernel.csv",)}
+    assert not any(file.startswith("bench/") for number in numbers for file in number.files), "nothing here was timed"
+
+
+def test_numbers_of_what_was_timed_name_the_times(results_folder, tmp_path):
+    speed.write_speed(read_results(results_folder), tmp_path / "speed")
+    numbers = read_cells(tmp_path / "speed")
+    assert {number.table for number in numbers} == set(speed.TABLES)
+    assert {number.files for number in numbers} == {("bench/decode.csv",), ("bench/kernel.csv",)}
+    written = {path.name for path in (tmp_path / "speed").iterdir()}
+    forms = [(speed.TABLES, ("md", "csv", "tex")), (speed.FIGURES, ("svg", "png"))]
+    named = {f"{name}.{ending}" for names, endings in forms for name in names for ending in endings}
+    assert written == named | {CELLS, "metrics.json", "manifest.json", "environment.json"}
 
 
 def test_a_difference_names_both_sides_on_the_same_seeds(numbers, tables):

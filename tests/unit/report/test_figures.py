@@ -14,6 +14,7 @@ from fake_results import results_folder
 from PIL import Image
 
 from grace.distill import relational_cka
+from grace.report import speed
 from grace.report.entropy import binned, entropy_error, entropy_numbers
 from grace.report.figures import attention as looking
 from grace.report.figures import write as figures
@@ -74,9 +75,9 @@ def test_entropy_numbers_are_the_formulas(results):
 def test_titles_say_what_the_data_says(results):
     with style() as plt:
         assert "An unsure teacher errs more often" in figures.entropy(results, plt).get_suptitle()
-        assert "1.24 × its throughput" in figures.pareto(results, plt).get_suptitle().replace("\n", " ")
+        assert "1.24 × its throughput" in speed.pareto(results, plt).get_suptitle().replace("\n", " ")
         assert (
-            figures.roofline(results, plt)
+            speed.roofline(results, plt)
             .get_suptitle()
             .startswith("cpu-int4 against the dense product: 1.50 × at M = 1")
         )
@@ -99,7 +100,7 @@ def test_titles_follow_the_data(tmp_path, results_folder):
     other = read_results(folder)
     with style() as plt:
         assert "Entropy says nothing sure" in figures.entropy(other, plt).get_suptitle()
-        assert "within noise" in figures.pareto(other, plt).get_suptitle()
+        assert "within noise" in speed.pareto(other, plt).get_suptitle()
 
 
 def test_few_questions_make_no_entropy_figure_of_nan(tmp_path, results_folder):
@@ -163,7 +164,7 @@ def test_points_above_the_roof_are_not_to_be_trusted(tmp_path, results_folder):
     table.loc[0, "floor_share"] = 37.26
     table.to_csv(folder / "bench/kernel.csv", index=False)
     with style() as plt:
-        said = " ".join(figures.roofline(read_results(folder), plt).get_suptitle().split())
+        said = " ".join(speed.roofline(read_results(folder), plt).get_suptitle().split())
     assert said.startswith("NOT TO BE TRUSTED") and "37.26 times the measured roof" in said
 
 
@@ -187,7 +188,7 @@ def test_labels_are_drawn_as_they_are(tmp_path, results_folder):
     odd = read_results(folder)
     with style() as plt:
         for name in ("pareto", "training", "entropy"):
-            figure = figures.DRAWN[name](odd, plt)
+            figure = {**figures.DRAWN, **speed.FIGURES}[name](odd, plt)
             save(figure, tmp_path, name)
             texts = [
                 text for text in figure.findobj(match=lambda it: hasattr(it, "get_text")) if "script" in text.get_text()
@@ -201,9 +202,9 @@ def test_without_measurements_a_figure_says_so(tmp_path, results_folder):
     shutil.copytree(results_folder, folder)
     shutil.rmtree(folder / "bench")
     with style() as plt:
-        drawn = figures.pareto(read_results(folder), plt)
+        drawn = speed.pareto(read_results(folder), plt)
         assert "decoding was not measured" in drawn.axes[0].texts[0].get_text()
-        for draw in (figures.roofline, figures.attention, figures.similarity):  # the fake models have no weights
+        for draw in (speed.roofline, figures.attention, figures.similarity):  # the fake models have no weights
             assert draw(read_results(folder), plt).get_suptitle() == "Not drawn"
 
 

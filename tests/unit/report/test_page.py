@@ -14,6 +14,7 @@ from grace.errors import GraceError
 from grace.report import commands
 from grace.report.figures.style import nothing, save, style
 from grace.report.figures.write import NAMES
+from grace.report.speed import FIGURES as TIMED
 
 __all__ = ["results_folder"]  # a fixture
 
@@ -58,10 +59,11 @@ class Page(HTMLParser):
 def built(results_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "fake"
     shutil.copytree(results_folder, folder)
-    (folder / "figures").mkdir()
     with style() as plt:
-        for name in NAMES:
-            save(nothing(plt, name), folder / "figures", name)
+        for name in (*NAMES, *TIMED):
+            place = folder / ("speed" if name in TIMED else "figures")
+            place.mkdir(exist_ok=True)
+            save(nothing(plt, name), place, name)
     out = folder / "report" / "index.html"
     commands.page(folder, out)
     return folder, out.read_text()
@@ -79,8 +81,8 @@ def test_page_is_well_formed_and_self_contained(built):
 def test_figures_and_example_images_are_inlined_whole(built):
     folder, text = built
     sources = Page(text).sources
-    for name in NAMES:
-        figure = base64.b64encode((folder / "figures" / f"{name}.svg").read_bytes()).decode()
+    for path in (*folder.glob("figures/*.svg"), *folder.glob("speed/*.svg")):
+        figure = base64.b64encode(path.read_bytes()).decode()
         assert f"data:image/svg+xml;base64,{figure}" in sources
     images = [base64.b64decode(s.partition(",")[2]) for s in sources if s.startswith("data:image/png")]
     assert len(images) >= 3 and all(image.startswith(b"\x89PNG") for image in images)

@@ -17,7 +17,7 @@ from grace.config.load import load_experiment
 from grace.config.schema import Recipe
 from grace.errors import GraceError
 from grace.files import write_manifest
-from grace.report.claims import claims_of, findings, measured
+from grace.report.claims import claims_of, findings, measured, savings
 from grace.report.comparisons import Family
 from grace.report.metrics import metrics
 from grace.report.page.summary import main_finding, verdicts
@@ -32,6 +32,7 @@ from grace.report.paper import (
     seed_range,
     what_was_run,
 )  # fmt: skip
+from grace.report.speed import speed_metrics, write_speed
 from grace.report.tables.benchmark_metrics import jackknife
 from grace.report.tables.claims import claims_table
 from grace.report.tables.deployment import deployment_table
@@ -288,7 +289,9 @@ def test_claims_state_what_the_simulation_holds(five):
 
 def test_each_claim_is_answered_with_yes_no_or_not_decided(five, results):
     shown = [line for part in verdicts(five, {}) for line in part["claims"]]
-    assert {text for text, *_ in shown} == {c.text for c in claims_of(five)} | {m.text for m in measured(five)}
+    assert {text for text, *_ in shown} == {c.text for c in claims_of(five)} | {
+        m.text for m in (*measured(five), *savings(five))
+    }
     assert {verdict for _, _, _, verdict, _ in shown} <= {"Holds", "Fails", "Not decided"}
     assert verdicts(five, {})[0]["group"] == "GRACE"
     two = {item.claim.text: item.decision for item in findings(results)}  # two seeds, whatever they show
@@ -348,8 +351,11 @@ def test_metrics_are_plain_json_with_stable_names(results):
     assert found["teacher_minus_baseline"] == pytest.approx(
         found["scores"]["teacher"]["average"] - found["scores"]["baseline"]["bf16"]["average"]
     )
-    assert found["decode"]["grace int4"]["batch8"]["tokens_per_second"] == 4960
-    assert found["decode"]["grace int4"]["batch8_cache8"]["tokens_per_second"] == 5600
+    timed = speed_metrics(results)
+    assert json.loads(json.dumps(timed)) == timed and not found.keys() & timed.keys()
+    assert timed["decode"]["grace int4"]["batch8"]["tokens_per_second"] == 4960
+    assert timed["decode"]["grace int4"]["batch8_cache8"]["tokens_per_second"] == 5600
+    assert timed["kernel_speedup"]["cpu-int4"] == {"m1": 1.5, "m8": 2.2}
 
 
 def test_metrics_are_rounded_by_who_shows_them_alone(results):
@@ -548,6 +554,7 @@ def test_every_table_is_what_a_script_without_our_code_computes(tmp_path, result
     folder = tmp_path / "again"
     shutil.copytree(results_folder, folder)
     write_tables(read_results(folder), folder / "tables")
+    write_speed(read_results(folder), folder / "speed")
     found = recompute_table.deviations(folder)
     assert all(each.count > 3 and each.largest < 1e-3 for each in found.values()), vars(found["pairs"])
     for name, old, new in (

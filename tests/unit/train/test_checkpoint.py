@@ -123,7 +123,6 @@ def test_what_fails_in_the_background_is_said(tmp_path, monkeypatch):
 
 def test_a_finished_run_outlives_its_output(tmp_path):
     checkpoints, out, log = tmp_path / ".checkpoints", tmp_path / "model", tmp_path / "train.jsonl"
-    timing = tmp_path / "timing.jsonl"
     checkpoints.mkdir()
     (checkpoints / "train.jsonl").write_text('{"step": 1, "loss": 2.5, "seconds": 0.25, "memory_gib": 1.5}\n')
     finish(
@@ -131,11 +130,12 @@ def test_a_finished_run_outlives_its_output(tmp_path):
     )
     for _ in range(2):  # the second time after Snakemake has deleted what it does not believe in
         assert finished(checkpoints, "mine") and not finished(checkpoints, "other")
-        publish(checkpoints, out, log, timing, kind="model")
+        publish(checkpoints, out, log, kind="model")
         assert (out / "w").read_bytes() == b"weights" and check_manifest(out)["kind"] == "model"
+        assert list(check_manifest(out)["files"]) == ["w"], "no times"
         assert (out / "w").stat().st_ino == (checkpoints / "finished/model/w").stat().st_ino, "shares its bytes"
         assert log.read_text() == '{"step": 1, "loss": 2.5}\n', "what another machine gives too"
-        assert timing.read_text() == '{"step": 1, "seconds": 0.25, "memory_gib": 1.5}\n'
+        assert (out / "timing.jsonl").read_text() == '{"step": 1, "seconds": 0.25, "memory_gib": 1.5}\n'
         shutil.rmtree(out)
         log.unlink()
 

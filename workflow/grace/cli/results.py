@@ -14,12 +14,15 @@ report_commands = group("Tables, figures, metrics and the page.")
 records_commands = group("Snakemake's records of how each output was made, kept beside the results.")
 
 
-def _read_by_reports(results: Path) -> tuple[Path, ...]:
-    """What stands for everything that tables, figures and the page are made of."""
+def _answers(results: Path) -> tuple[Path, ...]:
+    """What stands for everything that tables, figures and metrics are made of."""
     folders = [path for part in ("data", "teacher", "students") for path in (results / part).rglob("manifest.json")]
-    return (
-        results / "config/experiment.json", results / "overlap.json", *folders, *(results / "bench").glob("*.*"),
-    )  # fmt: skip
+    return results / "config/experiment.json", results / "overlap.json", *folders
+
+
+def _timed(results: Path) -> tuple[Path, ...]:
+    """The same with what was timed, which may still be going on while the others are made."""
+    return *_answers(results), *(results / "bench").glob("*.*")
 
 
 @report_commands.command("tables")
@@ -27,7 +30,7 @@ def report_tables(results: Results, out: Out) -> None:
     """Write the tables as Markdown, CSV and LaTeX, with the paper's values beside."""
     from grace.report.commands import tables
 
-    with job(out, files=_read_by_reports(results), subcommand="report-tables"):
+    with job(out, files=_answers(results), subcommand="report-tables"):
         tables(results, out)
 
 
@@ -36,7 +39,7 @@ def report_figures(results: Results, out: Out) -> None:
     """Draw the figures as SVG and PNG."""
     from grace.report.commands import figures
 
-    with job(out, files=_read_by_reports(results), subcommand="report-figures"):
+    with job(out, files=_answers(results), subcommand="report-figures"):
         figures(results, out)
 
 
@@ -45,8 +48,17 @@ def report_metrics(results: Results, out: Out) -> None:
     """Write the numbers that versions are compared by."""
     from grace.report.commands import metrics
 
-    with job(out, files=_read_by_reports(results), subcommand="report-metrics"):
+    with job(out, files=_answers(results), subcommand="report-metrics"):
         metrics(results, out)
+
+
+@report_commands.command("speed")
+def report_speed(results: Results, out: Out) -> None:
+    """Write tables, figures and numbers of what was timed."""
+    from grace.report.commands import speed
+
+    with job(out, files=_timed(results), subcommand="report-speed"):
+        speed(results, out)
 
 
 @report_commands.command("page")
@@ -54,7 +66,7 @@ def report_page(results: Results, out: Out) -> None:
     """Build the self-contained HTML page."""
     from grace.report.commands import page
 
-    with job(out, files=_read_by_reports(results), subcommand="report-page"):
+    with job(out, files=_timed(results), subcommand="report-page"):
         page(results, out)
 
 

@@ -91,7 +91,6 @@ def train(
     out: Out,
     log: Annotated[Path, typer.Option(help="training curves, JSON lines")],
     checkpoints: Annotated[Path, typer.Option(help="folder for resumable checkpoints")],
-    timing: Annotated[Path | None, typer.Option(help="seconds, tokens/s and memory of each step, JSON lines")] = None,
     init: Annotated[Path | None, typer.Option(help="model folder to start from")] = None,
     cache: Annotated[Path | None, typer.Option(help="the teacher's cache")] = None,
     teacher: Annotated[Path | None, typer.Option(help="its model folder, to refuse a cache of another")] = None,
@@ -109,8 +108,8 @@ def train(
     from grace.train.commands import train as run_training
 
     pins = tuple(folder / MANIFEST if folder else None for folder in (cache, teacher))  # the cache checks its own parts
-    with job(checkpoints, out, log, timing, files=(run, *pins), folders=(data, init), subcommand="train"):
-        run_training(run, data, out, log, checkpoints, init, cache, teacher, timing)
+    with job(checkpoints, out, log, files=(run, *pins), folders=(data, init), subcommand="train"):
+        run_training(run, data, out, log, checkpoints, init, cache, teacher)
 
 
 @cache_commands.command("write")

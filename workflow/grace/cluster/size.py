@@ -17,6 +17,7 @@ from grace.config.plan import Plan
 from grace.config.resources import Resources
 from grace.config.schema import Experiment
 from grace.errors import GraceError
+from grace.files import TIMING
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _lines(
         gpus = max(1, asked.gpus * asked.nodes)
         head = teacher.head * teacher.hidden if run.kd != "none" and cache.format != "sampled" else 0
         need = training(student, run.optimisation, data, gpu, gpus, run.bits, experiment.quantization.group_size, head)
-        yield Line(f"{recipe} {precision}", len(folders), gpus, need, tuple(f / "timing.jsonl" for f in folders))
+        yield Line(f"{recipe} {precision}", len(folders), gpus, need, tuple(f / "model" / TIMING for f in folders))
 
 
 def _distils(experiment: Experiment, recipe: str) -> bool:

@@ -50,7 +50,7 @@ def cell(path: str | Path, row: str, column: str, as_json: bool = False) -> dict
     """Print what a number of the tables is computed from, and return it as JSON-able values.
 
     Args:
-        path: a table of results/{experiment}/tables, in any of its forms, or that folder.
+        path: a table of results/{experiment}/tables or speed, in any of its forms, or the folder.
         row, column: as `grace.report.tables.cells.find_cells` takes them.
         as_json: print JSON instead of a tree.
 
@@ -63,9 +63,11 @@ def cell(path: str | Path, row: str, column: str, as_json: bool = False) -> dict
     """
     path = Path(path)
     results = Results(path)
-    tables = results.folder / "tables"
-    if path.absolute() != tables and path.absolute().parent != tables:
-        raise GraceError(f"{path}: not a table; give a file of {results.name(tables)}, or that folder, with --cell")
+    folders = [results.folder / name for name in ("tables", "speed")]
+    tables = next((folder for folder in folders if folder in (path.absolute(), path.absolute().parent)), None)
+    if tables is None:
+        named = " or ".join(results.name(folder) for folder in folders)
+        raise GraceError(f"{path}: not a table; give a file of {named}, or the folder, with --cell")
     numbers = read_cells(tables)
     if path.absolute() != tables:
         numbers = [number for number in numbers if number.table == path.stem]

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace.errors import GraceError
-from grace.files import ENVIRONMENT, MANIFEST, read_manifest, sha256
+from grace.files import ENVIRONMENT, MANIFEST, TIMING, read_manifest, sha256
 from grace.provenance.chain import Results
 
 _UNRECORDED = ("logs", ".checkpoints", ".trials")  # what no manifest and no record speaks of
-_IGNORED = (".gitignore", "provenance.jsonl", "accepted.jsonl", ENVIRONMENT)
+_IGNORED = (".gitignore", "provenance.jsonl", "accepted.jsonl", ENVIRONMENT, TIMING)
 
 
 @dataclass

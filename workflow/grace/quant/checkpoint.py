@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from grace.errors import GraceError, reason
 from grace.families.files import INDEX, read_config, read_weight_map
-from grace.files import ENVIRONMENT, MANIFEST, read_json, whole_file, write_json
+from grace.files import ENVIRONMENT, MANIFEST, TIMING, read_json, whole_file, write_json
 
 SHARD_BYTES = 4_000_000_000
 DTYPES = {
@@ -192,7 +192,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
     Left behind: weights, config.json, quantization files, manifest and model card, which the target gets of its own.
     """
-    own = {"config.json", INDEX, "quantization.json", MANIFEST, ENVIRONMENT, "README.md"}
+    own = {"config.json", INDEX, "quantization.json", MANIFEST, ENVIRONMENT, TIMING, "README.md"}
     weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in weights and path.name not in own:

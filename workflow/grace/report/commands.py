@@ -30,6 +30,14 @@ def metrics(results: Path, out: Path) -> None:
     write_metrics(read_results(results, partial=True), out)
 
 
+def speed(results: Path, out: Path) -> None:
+    """Write what is made from what was timed, tables, figures and numbers, into the folder `out`."""
+    from grace.report.speed import write_speed
+    from grace.results.read import read_results
+
+    write_speed(read_results(results, partial=True), out)
+
+
 def page(results: Path, out: Path) -> None:
     """Build the self-contained page `out` (index.html)."""
     from grace.report.page.write import write_page

@@ -1,18 +1,17 @@
-"""metrics.json: the numbers that `dvc metrics diff` compares between two versions."""
+"""metrics.json: the numbers that `dvc metrics diff` compares between two versions; speed is in `grace.report.speed`."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from grace.files import write_json
 from grace.report.claims import findings
-from grace.report.decoding import decode_rows
 from grace.report.entropy import entropy_numbers
 from grace.report.paper import AVERAGE
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """Scores, standard errors and claims' differences in points, unrounded; speed to 3 significant digits.
+    """Scores, standard errors and claims' differences in points, unrounded.
 
     Who shows a number rounds it, once: rounded here too, it could differ in its last digit from the tables'. Keys are
     names, never positions, so that a diff of two versions lines up.
@@ -39,20 +38,6 @@ def metrics(results: Results) -> dict[str, Any]:
     entropy = entropy_numbers(results)
     if entropy is not None:
         found["teacher_entropy"] = {"pearson_r": round(entropy["r"], 3), "binned_r2": round(entropy["r2"], 3)}
-    decode = {}
-    for row, record in decode_rows(results):
-        numbers = {key: _significant(record[key]) for key in ("tokens_per_second", "weight_mib", "peak_mib")}
-        case = f"batch{int(record['batch'])}" + ("" if record["cache"] == 16 else f"_cache{int(record['cache'])}")
-        decode.setdefault(str(row), {})[case] = numbers
-    if decode:
-        found["decode"] = decode
-    if results.kernel is not None:
-        speedup = results.kernel.groupby(["backend", "m"])["speedup"].median()
-        kernel: dict[str, Any] = {}
-        for key, value in speedup.items():
-            backend, m = cast("tuple[str, int]", key)
-            kernel.setdefault(backend, {})[f"m{int(m)}"] = _significant(value)
-        found["kernel_speedup"] = kernel
     return found
 
 
@@ -63,10 +48,6 @@ def _scores(results: Results, row: Row) -> dict[str, Any]:
         average = results.estimate(row)
         found |= {AVERAGE: float(average.value), "average_stderr": float(average.stderr)}
     return found
-
-
-def _significant(value: float, digits: int = 3) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def write_metrics(results: Results, out: Path) -> None:

@@ -76,20 +76,18 @@ def train(
     init: Path | None = None,
     cache: Path | None = None,
     teacher: Path | None = None,
-    timing: Path | None = None,
 ) -> None:
     """Train the model that the frozen parameters `run` describe and write it to `out`.
 
     Args:
         run: a frozen `TrainRun`.
         data: the data folder.
-        out: the model folder to make.
+        out: the model folder to make; what the steps took goes to `timing.jsonl` in it.
         log: JSON lines, one per optimiser step.
         checkpoints: folder for resumable checkpoints, and for the finished run until it is accepted.
         init: the model to start from; needed unless `run` gives an architecture.
         cache: the teacher's cache; needed by recipes that distil.
         teacher: the teacher's model folder, to refuse a cache of another one.
-        timing: JSON lines beside `log`: seconds, tokens/s and memory of each step; None keeps none.
 
     Raises:
         GraceError: before the first step: files that do not fit together, weights or data that cannot be trained on.
@@ -107,7 +105,7 @@ def train(
     if not any(world.gather([world.first and finished(checkpoints, identity)])):
         _train(parameters, data, checkpoints, identity, world, init, cache if distils else None, teacher)
     if world.first:
-        publish(checkpoints, out, log, timing, run=parameters.model_dump())
+        publish(checkpoints, out, log, run=parameters.model_dump())
     world.barrier()
 
 

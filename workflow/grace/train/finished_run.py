@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError
-from grace.files import MANIFEST, check_manifest, whole_file, whole_folder
+from grace.files import MANIFEST, TIMING, check_manifest, whole_file, whole_folder
 from grace.train.checkpoint import steps
 from grace.train.meter import TIMED
 from grace.world import SMALLER
@@ -48,12 +48,14 @@ def finished(folder: Path, identity: str) -> bool:
         return False
 
 
-def publish(folder: Path, out: Path, log: Path, timing: Path | None, **about: Any) -> None:
-    """Make the finished run the outputs `out`, a model folder with `about` in its manifest, `log` and `timing`.
+def publish(folder: Path, out: Path, log: Path, **about: Any) -> None:
+    """Make the finished run the outputs `out`, a model folder with `about` in its manifest, and `log`.
 
-    `log` has what the same run gives again on any machine, bit for bit; `timing` the rest of each step (`TIMED`).
+    `log` has what the same run gives again on another machine, bit for bit; the rest of each step (`TIMED`) is in the
+    folder's `timing.jsonl`, which the manifest does not list.
     """
     kept = folder / FINISHED
+    entries = [json.loads(line) for line in (kept / "log.jsonl").read_text().splitlines()]
     with whole_folder(out, **about) as part:
         for path in sorted((kept / "model").rglob("*")):
             target = part / path.relative_to(kept / "model")
@@ -61,16 +63,16 @@ def publish(folder: Path, out: Path, log: Path, timing: Path | None, **about: An
                 target.mkdir(exist_ok=True)
             else:
                 _link_or_copy(path, target)
-    entries = [json.loads(line) for line in (kept / "log.jsonl").read_text().splitlines()]
-    _write_lines(log, [{name: value for name, value in entry.items() if name not in TIMED} for entry in entries])
-    if timing is not None:
         names = ("step", *TIMED)
-        _write_lines(timing, [{name: entry[name] for name in names if name in entry} for entry in entries])
+        (part / TIMING).write_text(_lines({name: entry[name] for name in names if name in entry} for entry in entries))
+    with whole_file(log) as part:
+        part.write_text(
+            _lines({name: value for name, value in entry.items() if name not in TIMED} for entry in entries)
+        )
 
 
-def _write_lines(target: Path, entries: list[dict[str, Any]]) -> None:
-    with whole_file(target) as part:
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+def _lines(entries: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

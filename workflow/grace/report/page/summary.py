@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from grace.report.claims import METHOD, Finding, findings, measured, sides
+from grace.report.claims import METHOD, Finding, findings, measured, savings, sides
 from grace.report.formatting import number, p_text
 from grace.report.paper import DEMO, GRACE, label, row_role, seed_range
 from grace.report.tables.footnotes import gaps
@@ -33,7 +33,7 @@ def verdicts(results: Results, known: dict) -> list[dict[str, Any]]:
     groups: dict[str, list] = {}
     for item in sorted(found, key=lambda item: item.claim.group != METHOD):  # what the method is good for stands first
         groups.setdefault(item.claim.group, []).append((item.claim.text, item.decision))
-    for item in measured(results):
+    for item in (*measured(results), *savings(results)):
         groups.setdefault("Measured values", []).append((item.text, item.decision))
     return [
         {

@@ -12,12 +12,13 @@ from markupsafe import Markup, escape
 
 from grace import __version__
 from grace.errors import GraceError
-from grace.files import MANIFEST, read_json, sha256, whole_file
+from grace.files import MANIFEST, TIMING, read_json, sha256, whole_file
 from grace.report.figures.style import title_of
-from grace.report.figures.write import NAMES as FIGURES
 from grace.report.page.examples import Example, examples
 from grace.report.page.summary import page_head
 from grace.report.paper import label
+from grace.report.speed import FIGURES as TIMED
+from grace.report.speed import speed_tables
 from grace.report.tables.table import WIDE, Cell, Table, Texts, aligned, comma_separated, latex, markdown
 from grace.report.tables.write import build_tables
 from grace.results.read import TEACHER, Results, Row
@@ -33,7 +34,7 @@ TITLES = {
 
 
 def write_page(results: Results, out: Path) -> None:
-    """Write the page; the figures are taken from `figures/` beside the predictions."""
+    """Write the page; the figures are taken from `figures/` and `speed/` beside the predictions."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text())
     text = template.render(_content(results))
@@ -46,8 +47,8 @@ def _content(results: Results) -> dict[str, Any]:
     return {
         "experiment": results.experiment.experiment,
         **page_head(results, known),
-        "tables": [_table(table) for table in build_tables(results, known)],
-        "figures": [_figure(results, name) for name in FIGURES],
+        "tables": [_table(table) for table in (*build_tables(results, known), *speed_tables(results))],
+        "figures": [_figure(results, name) for name in TITLES],
         "examples": [_example(example) for example in examples(results)],
         "provenance": [_provenance(results, row, seed) for row, seeds in results.seeds.items() for seed in seeds],
         "config": json.dumps(read_json(results.folder / "config" / "experiment.json"), indent=2, sort_keys=True),
@@ -104,9 +105,9 @@ def _six_digits(value: float | None) -> str:
 
 
 def _figure(results: Results, name: str) -> dict[str, str]:
-    path = results.folder / "figures" / f"{name}.svg"
+    path = results.folder / ("speed" if name in TIMED else "figures") / f"{name}.svg"
     if not path.is_file():
-        raise GraceError(f"{path}: no such file; draw the figures first (`grace report figures`)")
+        raise GraceError(f"{path}: no such file; draw the figures first (`grace report {path.parent.name}`)")
     title, caption = TITLES[name]
     said = title_of(path.read_text())
     source = _inline(path.read_bytes(), "image/svg+xml")
@@ -140,7 +141,7 @@ def _provenance(results: Results, row: Row, seed: int) -> dict[str, Any]:
         "model": predictions.get("model", ""),
         "harness": " ".join(str(harness[key]) for key in ("name", "version") if key in harness),
         "evaluated": sum(entry.get("seconds") or 0.0 for entry in predictions.get("benchmarks", {}).values()),
-        "trained": _training_seconds(results.folder / below / "timing.jsonl"),
+        "trained": _training_seconds(results.folder / below / "model" / TIMING),
         "files": [
             (path.name, hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
             for path in sorted((results.folder / below / "predictions").glob("*.parquet"))

@@ -1,12 +1,12 @@
-"""Writing every table of an experiment."""
+"""Writing every table of an experiment that is made from answers; those of what was timed are in `grace.report.speed`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from grace.files import whole_folder
 from grace.report.tables.benchmark_metrics import measures_table
 from grace.report.tables.cells import CELLS, cell_lines
 from grace.report.tables.claims import claims_table
-from grace.report.tables.deployment import deployment_table
 from grace.report.tables.language import language_table
 from grace.report.tables.overlap import overlap_table
 from grace.report.tables.pairs import pairs_table
@@ -22,7 +22,7 @@ TITLES = {
     "table4": ("4", "Table 4: what distillation adds to quantisation-aware training"),
     "outliers": ("outliers", "Outliers: INT4 under the outlier transform, which is no table of the paper"),
 }
-NAMES = ("claims", "pairs", *TITLES, "measures", "protocols", "overlap", "language", "deployment")
+NAMES = ("claims", "pairs", *TITLES, "measures", "protocols", "overlap", "language")
 
 
 def build_tables(results: Results, known: dict | None = None) -> list[Table]:
@@ -38,16 +38,19 @@ def build_tables(results: Results, known: dict | None = None) -> list[Table]:
         protocols_table(results),
         overlap_table(results),
         language_table(results),
-        deployment_table(results),
     ]
 
 
 def write_tables(results: Results, out: Path) -> None:
     """Write NAMES.{md,csv,tex} and what their numbers are made of (`cells.jsonl`) into the folder `out`, as a whole."""
-    built = build_tables(results)
     with whole_folder(out, kind="tables") as part:
-        for table in built:
-            (part / f"{table.name}.md").write_text(markdown(table))
-            (part / f"{table.name}.csv").write_text(comma_separated(table))
-            (part / f"{table.name}.tex").write_text(latex(table))
-        (part / CELLS).write_text(cell_lines(built))
+        write_each(build_tables(results), part)
+
+
+def write_each(tables: Iterable[Table], folder: Path) -> None:
+    """Write each table in its three forms, and `cells.jsonl` of all, into a folder that is there."""
+    tables = list(tables)
+    for table in tables:
+        for ending, text in (("md", markdown), ("csv", comma_separated), ("tex", latex)):
+            (folder / f"{table.name}.{ending}").write_text(text(table))
+    (folder / CELLS).write_text(cell_lines(tables))
