@@ -8,12 +8,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 from moto.server import ThreadedMotoServer
 from stub_tree import ROOT, Tree
 
 from grace.diff.compare import diff
+from grace.diff.revisions import results_of
 from grace.errors import GraceError
 from grace.provenance import snakemake_records as records
+from grace.provenance.chain import Results
 from grace.provenance.merge import merge
 from grace.provenance.verify import verify
 
@@ -55,8 +58,56 @@ def test_both_engines_find_nothing_to_do_afterwards(published: Tree) -> None:
 
 def test_light_outputs_are_in_git_and_heavy_ones_are_not(published: Tree) -> None:
     tracked = published.run("git", "ls-files", "results").stdout.split()
-    assert "results/demo/metrics.json" in tracked and "results/demo/provenance.jsonl" in tracked
-    assert not [name for name in tracked if name.startswith(("results/demo/students/", "results/demo/data/"))]
+    assert {"results/demo/metrics.json", "results/demo/tables/manifest.json"} <= set(tracked)
+    heavy = ("students", "data", "bench", "speed", "report")
+    assert not [name for name in tracked if name.startswith(tuple(f"results/demo/{folder}/" for folder in heavy))]
+
+
+def test_a_build_elsewhere_makes_what_git_keeps_again_bit_for_bit(published: Tree, tmp_path: Path) -> None:
+    """Another folder, where everything takes another time on another machine, without the remote."""
+    clone = _clone(published, tmp_path / "clone")
+    clone.snakemake("--quiet", "all")
+    assert clone.run("git", "status", "--porcelain").stdout == ""
+    student = "students/grace/int4/seed0/model"
+    timed = ["bench/decode.csv", "speed/manifest.json", f"{student}/timing.jsonl", f"{student}/environment.json"]
+    for name in (*timed, "tables/environment.json", "figures/environment.json"):
+        mine, theirs = (tree.folder / "results/demo" / name for tree in (clone, published))
+        assert mine.read_bytes() != theirs.read_bytes(), name
+    model = f"results/demo/{student}/manifest.json"
+    assert (clone.folder / model).read_bytes() == (published.folder / model).read_bytes()
+    clone.run("dvc", "repro", "-q")
+    assert clone.run("git", "status", "--porcelain").stdout == " M dvc.lock\n"
+
+
+def test_a_clone_that_pulled_knows_what_its_tables_were_made_with(published: Tree, tmp_path: Path) -> None:
+    clone = _clone(published, tmp_path / "clone")
+    clone.run("dvc", "pull", "-q")
+    output = "results/demo/tables/manifest.json"
+    assert not (clone.folder / output).with_name("environment.json").exists()
+    made = [Results(tree.folder / output).step(output).environment for tree in (published, clone)]
+    assert made[0] is not None and made[0] == made[1]
+    assert clone.planned() == []
+    clone.run("grace", "records", "save", "results/demo")
+    assert Results(clone.folder / output).step(output).environment == made[0], "saving again forgets nothing"
+
+
+@pytest.mark.parametrize("pushed", [True, False])
+def test_a_revision_without_its_times_is_compared_all_the_same(
+    published: Tree, tmp_path: Path, capsys: pytest.CaptureFixture, pushed: bool
+) -> None:
+    clone = _clone(published, tmp_path / "clone")
+    storage = shutil.copytree(published.folder.parent / "storage", tmp_path / "storage")
+    clone.run("dvc", "remote", "modify", "-q", "storage", "url", str(storage))
+    _git(clone, "commit", "-q", "-a", "-m", "another remote")
+    outs = yaml.safe_load((clone.folder / "dvc.lock").read_text())["stages"]["build@demo"]["outs"]
+    (bench,) = (out["md5"] for out in outs if out["path"] == "results/demo/bench")
+    if not pushed:
+        (storage / "files/md5" / bench[:2] / bench[2:]).unlink()
+    with results_of("HEAD", "demo", clone.folder) as folder:
+        assert (folder / "metrics.json").is_file() and (folder / "teacher/predictions/manifest.json").is_file()
+        assert (folder / "bench/decode.csv").is_file() == pushed
+    said = capsys.readouterr().err
+    assert said == ("" if pushed else "HEAD: DVC has no copy of results/demo/bench; its speeds are not compared\n")
 
 
 def test_after_a_clone_and_a_pull_both_find_nothing_to_do(published: Tree, tmp_path: Path) -> None:

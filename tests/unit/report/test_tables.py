@@ -19,7 +19,7 @@ from grace.errors import GraceError
 from grace.files import write_manifest
 from grace.report.claims import claims_of, findings, measured, savings
 from grace.report.comparisons import Family
-from grace.report.metrics import metrics
+from grace.report.metrics import metrics, write_metrics
 from grace.report.page.summary import main_finding, verdicts
 from grace.report.paper import (
     AVERAGE,
@@ -356,6 +356,26 @@ def test_metrics_are_plain_json_with_stable_names(results):
     assert timed["decode"]["grace int4"]["batch8"]["tokens_per_second"] == 4960
     assert timed["decode"]["grace int4"]["batch8_cache8"]["tokens_per_second"] == 5600
     assert timed["kernel_speedup"]["cpu-int4"] == {"m1": 1.5, "m8": 2.2}
+
+
+def test_no_table_and_no_metric_has_a_time_in_it(tmp_path, results_folder):
+    """Two machines that gave the same answers in other times: the same bytes but for what names the machine."""
+    slower = shutil.copytree(results_folder, tmp_path / "slower")
+    for name, column in (("kernel", "speedup"), ("decode", "tokens_per_second")):
+        frame = pd.read_csv(slower / f"bench/{name}.csv")
+        frame.assign(**{column: frame[column] / 7}).to_csv(slower / f"bench/{name}.csv", index=False)
+    for path in slower.rglob("environment.json"):
+        path.write_text("{}")
+    made = []
+    for folder in (results_folder, slower):
+        found, out = read_results(folder), tmp_path / f"made-{folder.name}"
+        write_tables(found, out / "tables")
+        write_metrics(found, out / "metrics.json")
+        write_speed(found, out / "speed")
+        kept = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "environment.json"]
+        made.append({path.relative_to(out).as_posix(): path.read_bytes() for path in kept})
+    differing = {name for name in made[0].keys() | made[1].keys() if made[0].get(name) != made[1].get(name)}
+    assert differing and all(name.startswith("speed/") for name in differing), differing
 
 
 def test_metrics_are_rounded_by_who_shows_them_alone(results):

@@ -123,7 +123,7 @@ def provenance(
 
 @records_commands.command("save")
 def records_save(results: Annotated[Path, typer.Argument(help="a results folder")]) -> None:
-    """Copy Snakemake's records into the folder's provenance.jsonl, which travels with git."""
+    """Copy Snakemake's records into the folder's provenance.jsonl, which travels with DVC."""
     from grace.provenance.snakemake_records import save
 
     print(f"{results}: {save(results)} records saved")

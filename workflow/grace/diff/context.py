@@ -46,9 +46,9 @@ def environment(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     found: dict[tuple[str, str, str], tuple[str, Any, Any]] = {}
     for name in sorted(_manifests(a).keys() & _manifests(b).keys()):
         sides = []
+        known = all((side / name / ENVIRONMENT).is_file() for side in (a, b))  # git has those of no folder
         for side in (a, b):
-            made_with = side / name / ENVIRONMENT
-            about = {"environment": read_json(made_with)} if made_with.is_file() else {}
+            about = {"environment": read_json(side / name / ENVIRONMENT)} if known else {}
             about |= read_manifest(side / name / MANIFEST)
             kept = {key: value for key, value in about.items() if key not in _NOT_ENVIRONMENT}
             sides.append(dict(flatten(kept, lists=True)))
@@ -62,10 +62,13 @@ def _manifests(folder: Path) -> dict[str, Path]:
 
 
 def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
-    """Folders whose files differ by hash, with the names of the files; folders that only one version has."""
+    """Folders whose files differ by hash, with the names of the files; folders that only one version has.
+
+    `speed/` is left out: no two runs take the same time, and `speed` compares the times themselves.
+    """
     sides = [_manifests(side) for side in (a, b)]
     found = []
-    for name in sorted(sides[0].keys() | sides[1].keys()):
+    for name in sorted((sides[0].keys() | sides[1].keys()) - {"speed"}):
         if name not in sides[0] or name not in sides[1]:
             found.append((name, "only in A" if name in sides[0] else "only in B"))
             continue

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,7 +82,7 @@ def _from_git(top: Path, commit: str, below: str, target: Path) -> None:
 
 
 def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -> None:
-    """What DVC and git have of the revision; without the images of flipped questions where they were never pulled."""
+    """What DVC and git have of the revision; without the images of flipped questions, or times, that were never pushed."""
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
@@ -89,13 +90,17 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
     missing = (DvcException, DataIndexDirError, OSError)  # a folder of which there is no list, or a file
     system = DVCFileSystem(str(top), rev=commit)
     try:
-        found = system.find(below) if system.exists(below) else []
-        for path in found:
-            name = path.removeprefix(f"{below}/")
-            if _light(name):
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                with suppress(*(missing if name.startswith("data/") else ())):
-                    system.get_file(path, str(target / name))
+        for part in system.ls(below, detail=False) if system.exists(below) else []:
+            spared = missing if part in (f"{below}/data", f"{below}/bench") else ()
+            with suppress(*spared):
+                for path in system.find(part):
+                    name = path.removeprefix(f"{below}/")
+                    if _light(name):
+                        (target / name).parent.mkdir(parents=True, exist_ok=True)
+                        with suppress(*spared):
+                            system.get_file(path, str(target / name))
+            if part == f"{below}/bench" and not list(target.glob("bench/*.csv")):
+                print(f"{revision}: DVC has no copy of {part}; its speeds are not compared", file=sys.stderr)
     except missing as error:
         if not system.repo.config["remote"].keys() - {"auto-generated-upstream"}:  # DVC's own name for this folder
             raise GraceError(

@@ -126,7 +126,6 @@ class Results:
         path = self.root / output
         record = self.record(output)
         manifest = read_manifest(path) if path.name == MANIFEST and path.is_file() else {"files": {}}
-        made_with = path.with_name(ENVIRONMENT)
         files = {name: self.root / Path(output).parent / name for name in manifest["files"]}
         sizes = [file.stat().st_size for file in files.values() if file.is_file()]
         row = self.rows.get(output)
@@ -137,13 +136,23 @@ class Results:
         step = Step(
             output, state, now, len(files) or int(path.is_file()),
             sum(sizes) if files else path.stat().st_size if path.is_file() else 0,
-            environment=_made_with(made_with) if path.name == MANIFEST and made_with.is_file() else None,
+            environment=self._made_with(path, row if state == "whole" else None),
         )  # fmt: skip
         if record is not None:
             self._add_record(step, record)
             gpus = _gpus(step.environment)
             step.gpu_hours = round(gpus * step.seconds / 3600, 4) if gpus and step.seconds is not None else None
         return step
+
+    @staticmethod
+    def _made_with(path: Path, row: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What a folder was made with, by its manifest: as its records have it, or from the file beside it."""
+        beside = path.with_name(ENVIRONMENT)
+        if path.name != MANIFEST:
+            return None
+        if row and row.get("environment"):
+            return _checked(row["environment"], path.parent)
+        return _checked(read_json(beside), beside) if beside.is_file() else None
 
     def _add_record(self, step: Step, record: dict[str, Any]) -> None:
         step.rule, step.command = record["rule"], record.get("shellcmd")
@@ -252,9 +261,9 @@ class _Environment(BaseModel):
     python: str = ""
 
 
-def _made_with(path: Path) -> dict[str, Any]:
+def _checked(environment: Any, path: Path) -> dict[str, Any]:
     try:
-        return _Environment.model_validate(read_json(path)).model_dump()
+        return _Environment.model_validate(environment).model_dump()
     except ValidationError as error:
         raise GraceError(f"{path}: damaged ({problem(error)}); take it from DVC, or remove it") from None
 

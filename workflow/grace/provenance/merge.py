@@ -1,8 +1,8 @@
 """`grace merge BRANCH`: a git merge of two branches that both built results, after which nothing is built twice.
 
 Each output is taken from the branch that built it anew, by what `provenance.jsonl` says on the branches and where they
-parted; its files come from git or from DVC's cache or remote. What both built anew (tables, metrics) is kept as it is
-here; the next `dvc repro` builds it from the merged inputs, and DVC's lock file follows.
+parted. Records and files come from DVC's cache or remote, or from git. What both built anew (tables, metrics) is kept as
+it is here; the next `dvc repro` builds it from the merged inputs, and DVC's lock file follows.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, whole_file
-from grace.provenance.snakemake_records import _read, _same, _write
+from grace.provenance.snakemake_records import RECORDS, _read, _same, _write
 
 Rows = dict[str, dict[str, Any]]
 LOCK = "dvc.lock"
@@ -48,14 +48,14 @@ def merge(branch: str, repository: Path = Path(".")) -> dict[str, list[str]]:
             f"{', '.join(written)}: both branches changed the same lines; resolve and `git add` them, then run "
             f"`grace merge {branch}` again"
         )
-    base = _git(top, "merge-base", "HEAD", theirs)
+    ours, base = _git(top, "rev-parse", "HEAD"), _git(top, "merge-base", "HEAD", theirs)
     taken = {}
-    for store in _stores(top):
-        sides = [_rows(top, revision, store) for revision in (base, "HEAD", theirs)]
-        taken[Path(store).parent.name] = _unite(top, store, theirs, *sides)
+    for store in _stores(top, ours, theirs):
+        sides = [_rows(top, revision, store) for revision in (base, ours, theirs)]
+        if any(sides):
+            taken[Path(store).parent.name] = _unite(top, store, theirs, *sides)
     for name in conflicts:
-        if not name.endswith("/provenance.jsonl"):
-            _git(top, "checkout", "--ours", "--", name, check=False)
+        _git(top, "checkout", "--ours", "--", name, check=False)
     _put_light(top, taken, theirs)
     _git(top, "add", "-A", "--", "results", *([LOCK] if (top / LOCK).is_file() else []))
     return taken
@@ -90,31 +90,38 @@ def _key(row: dict[str, Any] | None) -> str | None:
 
 def _bring(top: Path, output: str, revision: str) -> None:
     """An output's files as they are at a revision: all of a folder where it is a manifest."""
+    place = str(Path(output).parent) if Path(output).name == MANIFEST else output
+    with TemporaryDirectory(dir=top, prefix=".grace-merge-") as temporary:
+        files = _fetch(top, place, revision, Path(temporary))
+        if not files:
+            raise GraceError(f"{output}: not at {revision[:12]}, though its records say so; build that branch again")
+        if place != output:
+            shutil.rmtree(top / place, ignore_errors=True)
+        for file in files:
+            (top / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(temporary, file), top / file)
+
+
+def _fetch(top: Path, place: str, revision: str, folder: Path) -> list[str]:
+    """Copy a file or folder as git or DVC has it at a revision into `folder`; its files' paths, none where it is not there.
+
+    Raises:
+        GraceError: DVC lists it and has no copy.
+    """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
     system = DVCFileSystem(str(top), rev=revision)
-    place = str(Path(output).parent) if Path(output).name == MANIFEST else output
     try:
-        with TemporaryDirectory(dir=top, prefix=".grace-merge-") as temporary:
-            files = system.find(place)
-            if not files:
-                raise GraceError(
-                    f"{output}: not at {revision[:12]}, though its records say so; build that branch again"
-                )
-            for file in files:
-                part = Path(temporary, file)
-                part.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(file, str(part))
-            if place != output:
-                shutil.rmtree(top / place, ignore_errors=True)
-            for file in files:
-                (top / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(Path(temporary, file), top / file)
+        files = list(system.find(place)) if system.exists(place) else []
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            system.get_file(file, str(folder / file))
+        return files
     except (DvcException, DataIndexDirError, OSError) as error:
         raise GraceError(
-            f"{output}: DVC has no copy of it as {revision[:12]} made it; `dvc fetch --all-commits`, or push that branch's "
+            f"{place}: DVC has no copy of it as {revision[:12]} made it; `dvc fetch --all-commits`, or push that branch's "
             "results where it was built, then run this again"
         ) from error
 
@@ -130,21 +137,17 @@ def _put_light(top: Path, taken: dict[str, list[str]], theirs: str) -> None:
                 part.write_bytes(_show(top, theirs, name))
 
 
-def _stores(top: Path) -> list[str]:
-    names = set()
-    for revision in ("HEAD", "MERGE_HEAD"):
-        names |= set(_git(top, "ls-tree", "-r", "--name-only", revision, "--", "results", check=False).splitlines())
-    return sorted(name for name in names if name.count("/") == 2 and name.endswith("/provenance.jsonl"))
+def _stores(top: Path, *revisions: str) -> list[str]:
+    """Where the records of every experiment would be that has results in git at one of the revisions."""
+    listed = (_git(top, "ls-tree", "-d", "--name-only", revision, "results/") for revision in revisions)
+    return sorted({f"{folder}/{RECORDS}" for folder in "\n".join(listed).splitlines()})
 
 
 def _rows(top: Path, revision: str, store: str) -> Rows:
     """A revision's records by output; {} where it has none."""
-    if not _git(top, "ls-tree", revision, "--", store):
-        return {}
     with TemporaryDirectory() as temporary:
-        path = Path(temporary, "provenance.jsonl")
-        path.write_bytes(_show(top, revision, store))
-        return {row["output"]: row for row in _read(path)}
+        found = _fetch(top, store, revision, Path(temporary))
+        return {row["output"]: row for file in found for row in _read(Path(temporary, file))}
 
 
 def _show(top: Path, revision: str, name: str) -> bytes:

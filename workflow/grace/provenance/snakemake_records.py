@@ -1,13 +1,14 @@
-"""Snakemake's records of how each output was made, kept beside the results so that they travel with git and DVC.
+"""Snakemake's records of how each output was made, kept beside the results so that they travel with DVC.
 
 Snakemake decides by `.snakemake/metadata/` whether an output still holds: one JSON file per output, under its path in
 base64, with the rule, its command, its parameters and the checksums of its inputs. The folder does not travel, so after
 a clone and a `dvc pull` a plain `snakemake` would build everything again. `save` copies the records into
-`results/{experiment}/provenance.jsonl`, which git keeps; `restore` puts back those of files that are here unchanged.
+`results/{experiment}/provenance.jsonl`, which DVC keeps; `restore` puts back those of files that are here unchanged.
 
 The file's first line names Snakemake's version and every input once, with its checksum; each further line is one
 output with its size, its SHA-256 (of files up to 64 MB; larger ones are described by a manifest or index beside them),
-what Snakemake measured of its job, and its record, whose inputs are places in that list.
+what Snakemake measured of its job, and its record, whose inputs are places in that list. Of folders that git keeps it
+also has what they were made with: git keeps nothing that names a machine.
 """
 
 import csv
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from grace.errors import GraceError, reason
-from grace.files import MANIFEST, read_json, read_manifest, sha256, whole_file
+from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256, whole_file
 from grace.hashes import known_hashes
 
+RECORDS = "provenance.jsonl"
 FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
 HASHED_UP_TO = 64 * 2**20
 _NAME_MAX = 255
@@ -44,9 +46,13 @@ def save(results: str | Path) -> int:
     before = {row["output"]: row for row in _read(store)}
     rows = {output: row for output, row in before.items() if not Path(output).is_file()}
     for output, record in recorded.items():
-        known = _measured_before(before.get(output), record)
-        measured = known or benchmark(next(iter(record["log"] or []), None))
+        known = _known_before(before.get(output), record)
+        measured = known.get("measured") or benchmark(next(iter(record["log"] or []), None))
         rows[output] = {"output": output, **_identity(Path(output)), "measured": measured, "record": record}
+        made_with = Path(output).with_name(ENVIRONMENT)
+        if Path(output) in (results / "tables" / MANIFEST, results / "figures" / MANIFEST):
+            here = read_json(made_with) if made_with.is_file() else None
+            rows[output]["environment"] = known.get("environment") or here
     _write(store, rows)
     _stamp(results).parent.mkdir(parents=True, exist_ok=True)
     _stamp(results).write_text(sha256(store))
@@ -119,14 +125,13 @@ def benchmark(log: str | None, root: Path = Path(".")) -> dict[str, float] | Non
     return found or None
 
 
-def _measured_before(row: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, float] | None:
-    """What a row says of the very job of a record: a restored record has the job's start, and its log is elsewhere."""
-    same = row is not None and row["record"]["starttime"] == record["starttime"]
-    return row.get("measured") if row is not None and same else None
+def _known_before(row: dict[str, Any] | None, record: dict[str, Any]) -> dict[str, Any]:
+    """The row of the very job of a record, or {}: a restored record has the job's start, and its log is elsewhere."""
+    return row if row is not None and row["record"]["starttime"] == record["starttime"] else {}
 
 
 def _store(results: Path) -> Path:
-    return results / "provenance.jsonl"
+    return results / RECORDS
 
 
 def _stamp(results: Path) -> Path:
