@@ -1,6 +1,7 @@
 """The paper's benchmarks in official formats, asked by this package under every protocol."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -28,6 +29,7 @@ def made(tmp_path_factory):
     write_model(folder / "model")
     for name in OFFICIAL:
         write(folder, name, [OFFICIAL[name](i) for i in range(ROWS)])
+    write(folder, "vlmevalkit/mmstar", [OFFICIAL["mmstar"](i) | CHOICES for i in range(ROWS)])
     return folder
 
 
@@ -38,8 +40,9 @@ def folder(made, tmp_path):
 
 
 def write(folder, name: str, rows: list[dict]) -> None:
-    (folder / "data/benchmarks").mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / f"data/benchmarks/{name}.parquet")
+    path = folder / f"data/benchmarks/{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def run(folder, names, protocol, out: str = "out", **settings) -> dict:
@@ -145,6 +148,9 @@ def damaged(name: str, place: int, **change) -> list[dict]:
         ("mme", [OFFICIAL["mme"](0)] * 3, "is a third question about its image"),
         ("gqa", [{"id": "1", "image": image(1)}], "column question is missing"),
         ("mmmu", damaged("mmmu", 0, question="what is <image 3>"), "names image 3, which it does not have"),
+        ("mmmu", damaged("mmmu", 1, options="red, blue"), "row 1 has options that are no list: red, blue"),
+        ("mmstar", [OFFICIAL["mmstar"](i) | CHOICES for i in range(3)], "has its options apart, which this protocol's"),
+        ("seed-bench", [{"question_id": "7", "question": "which", "answer": "B", "image": [image(1)]}], "has no options"),
     ],
 )  # fmt: skip
 def test_one_failure_is_named_and_takes_nothing_with_it(folder, name, rows, said):
@@ -188,6 +194,51 @@ def test_tables_of_vlmevalkit_are_read_images_named_by_index_too(folder):
     pd.DataFrame(rows).to_csv(folder / "data/benchmarks/mmbench.tsv", sep="\t", index=False)
     run(folder, ["mmbench"], "vlmevalkit")
     assert read_rows(folder / "out/mmbench.parquet")["image_id"].nunique() == 3
+
+
+def test_a_question_of_several_polls_counts_in_each(folder):
+    """VLMEvalKit's POPE has it once, with the polls' names in a row; its rating takes them apart."""
+    polls = ("adversarial,popular,random", "random", "adversarial,popular")
+    rows = [
+        {"index": i, "image": encoded(i), "question": "is it red", "answer": "Yes", "category": poll}
+        for i, poll in enumerate(polls)
+    ]
+    (folder / "data/benchmarks").mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(folder / "data/benchmarks/pope.tsv", sep="\t", index=False)
+    assert run(folder, ["pope"], "vlmevalkit")["benchmarks"]["pope"]["questions"] == 6
+    found = read_rows(folder / "out/pope.parquet")
+    assert sorted(found["group"]) == ["adversarial"] * 2 + ["popular"] * 2 + ["random"] * 2
+    assert found["sample_id"].is_unique and found.groupby("prompt_hash")["prediction"].nunique().max() == 1
+
+
+def test_polls_that_number_their_questions_alike_are_told_apart(folder):
+    write(folder, "pope", [{**OFFICIAL["pope"](i), "question_id": str(i % 2)} for i in range(6)])
+    assert run(folder, ["pope"], "lmms-eval")["benchmarks"]["pope"]["questions"] == 6
+
+
+def test_a_submission_that_could_not_be_written_is_written_later_without_asking(folder, monkeypatch):
+    table = [{"index": i, "image": encoded(i), "question": "which", "hint": None, **CHOICES} for i in range(3)]
+    (folder / "data/benchmarks").mkdir(parents=True)
+    pd.DataFrame(table).to_csv(folder / "data/benchmarks/mmbench-test.tsv", sep="\t", index=False)
+    with monkeypatch.context() as without, pytest.raises(GraceError, match="needs openpyxl; pip install openpyxl"):
+        without.setitem(sys.modules, "openpyxl", None)
+        run(folder, ["mmbench-test"], "vlmevalkit")
+    monkeypatch.setattr(commands.Parts, "add", lambda *batch: pytest.fail("asked again"))
+    run(folder, ["mmbench-test"], "vlmevalkit")
+    assert (folder / "out/submissions/vlmevalkit/mmbench-test.xlsx").is_file()
+
+
+def test_damaged_predictions_of_one_benchmark_stop_no_other(folder):
+    for name in ("gqa", "ai2d"):
+        write(folder, name, [OFFICIAL[name](i) for i in range(3)])
+    protocol = {"gqa": "lmms-eval", "ai2d": "lmms-eval"}
+    run(folder, ["gqa"], protocol)
+    path = folder / "out/gqa.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(200) + whole[204:])  # its footer is as it was
+    with pytest.raises(GraceError, match=r"gqa\.parquet: not readable .*delete it and evaluate again"):
+        run(folder, ["gqa", "ai2d"], protocol)
+    assert (folder / "out/ai2d.parquet").is_file()
 
 
 def test_shards_are_read_as_one_file(folder):

@@ -3,22 +3,29 @@
 `bash workflow/setup.sh test` installs it (envs/lmms-eval.txt).
 """
 
+import inspect
 import json
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import datasets
 import numpy as np
 import pytest
 from evaluate_models import make_image, rows, write_asked, write_benchmark
 from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
+from official_rows import OFFICIAL as rows_of
 
 import grace.evaluate.harness_lmms_eval as harness
 from grace.benchmarks.extraction import Answer
+from grace.benchmarks.items import MARK, show
 from grace.benchmarks.metrics import METRICS
-from grace.benchmarks.protocols import spec
+from grace.benchmarks.protocols import PROTOCOLS, spec
 from grace.benchmarks.registry import benchmark
 from grace.errors import GraceError
 from grace.evaluate.commands import evaluate
+from grace.evaluate.rows import _item
 from grace.results.predictions import read_rows
 
 IMAGE = datasets.Image()
@@ -191,3 +198,22 @@ def test_a_document_without_a_image_is_named(tmp_path, damage):
     model, path = harness.RunnerLMM(Scripted(["yes"] * 4)), tmp_path / "data/benchmarks/pope.parquet"
     with pytest.raises(GraceError, match=r"pope\.parquet: .*document 3 has no readable image .*; mend that row"):
         harness.predict(model, TaskManager(verbosity="ERROR"), benchmark("pope"), path, spec("lmms-eval", "pope"), 4)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS["lmms-eval"])
+def test_prompts_are_lmms_evals(name):
+    entry, how = benchmark(name), spec("lmms-eval", name)
+    config = load_yaml_config(_manager()._task_index[entry.tasks["lmms-eval"]]["yaml_path"], mode="full")
+    settings = config.get("lmms_eval_specific_kwargs") or {}
+    given = [settings.get("default", settings)] if len(inspect.signature(config["doc_to_text"]).parameters) > 1 else []
+    for place, said in enumerate(("what IS the Thing?", "Is it?  Please answer yes or no.", " two\nlines ")):
+        raw = rows_of[name](place)
+        raw["question"] = said + " <image 1>" * (name == "mmmu")
+        doc = {"L2-category": "l", "source": "s", "split": "dev", **raw}
+        text, _ = show(how.prompt, how.placing, _item(raw, place, entry, how, Counter()))
+        assert text.replace(MARK, "") == config["doc_to_text"](doc, *given)
+
+
+@cache
+def _manager() -> TaskManager:
+    return TaskManager(verbosity="ERROR")

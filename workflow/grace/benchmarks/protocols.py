@@ -63,6 +63,11 @@ class Spec:
     hidden: bool = False
     unverified: tuple[str, ...] = ()
 
+    @property
+    def lists_options(self) -> bool | None:
+        """Whether the prompt lists a question's options; None: where it has some."""
+        return None if "{% if options %}" in self.prompt else "in options" in self.prompt
+
 
 _SHORT = "\nAnswer the question using a single word or phrase."
 _DIRECT = "\nAnswer with the option's letter from the given choices directly."
@@ -90,8 +95,8 @@ _LMMS = {
        
     ),
     "vizwiz": Spec(
-        "{{question}}\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT, 1024,
-        "vqa_evalai", "vqa_evalai", "vqa_accuracy", 4_319,
+        "{{question | capitalize}}\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT,
+        1024, "vqa_evalai", "vqa_evalai", "vqa_accuracy", 4_319,
         _from("vizwiz_vqa/{_default_template_vqa_yaml,utils.py}", settings="models/simple/llava.py"),
        
     ),
@@ -145,10 +150,8 @@ _LMMS = {
     ),
 }  # fmt: skip
 
-_CHOICE = (
-    "{% if hint %}Hint: {{hint}}\n{% endif %}Question: {{question}}\n{% if options %}Options:\n" + _LETTERS
-    + "Please select the correct answer from the options above. \n{% endif %}"
-)  # fmt: skip
+_ASKED = "{% if hint %}Hint: {{hint}}\n{% endif %}Question: {{question}}\n"
+_OPTIONS = "Options:\n" + _LETTERS + "Please select the correct answer from the options above. \n"
 _EXACT = "exact matching: an answer that cannot be read is wrong (otherwise an LLM is asked)"
 
 
@@ -157,8 +160,10 @@ def _kit_choice(metric: str, size: int, unverified: tuple[str, ...] = (), **more
         "dataset/image_mcq.py", extraction="utils/matching_util.py", metric="dataset/utils/multiple_choice.py",
         settings="vlm/base.py leaves them to the model; ours", judge=_EXACT,
     )  # fmt: skip
-    settings = {"extraction": "letter_vlmevalkit", "score": "same", "new_tokens": 512, **more}
-    return Spec(_CHOICE, metric=metric, size=size, source=source, unverified=unverified, **settings)
+    settings = {
+        "prompt": _ASKED + _OPTIONS, "extraction": "letter_vlmevalkit", "score": "same", "new_tokens": 512, **more,
+    }  # fmt: skip
+    return Spec(metric=metric, size=size, source=source, unverified=unverified, **settings)
 
 
 def _kit_yes_no(metric: str, size: int, unverified: tuple[str, ...] = (), **more) -> Spec:
@@ -191,7 +196,8 @@ _KIT = {
     "mmbench-test": _kit_choice("circular", 6_666, ("size",), hidden=True),
     "mmstar": _kit_choice("exact_match", 1_500),
     "mmmu": _kit_choice(
-        "exact_match", 900, extraction="mmmu_vlmevalkit", score="mmmu_vlmevalkit", rows="validation", placing="inline"
+        "exact_match", 900, prompt=_ASKED + "{% if options %}" + _OPTIONS + "{% endif %}", extraction="mmmu_vlmevalkit",
+        score="mmmu_vlmevalkit", rows="validation", placing="inline",
     ),
     "ai2d": _kit_choice("exact_match", 3_088),
     "ocrbench": _kit_vqa("{{question}}", "whole", "contains_vlmevalkit", "contains", 1_000),

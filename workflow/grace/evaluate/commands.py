@@ -30,7 +30,7 @@ from grace.errors import GraceError
 from grace.evaluate.answer_log import Parts
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import questions_file, read_items
-from grace.evaluate.submissions import SUBMISSIONS, write_submission
+from grace.evaluate.submissions import SUBMISSIONS, submission_file, write_submission
 from grace.families import check_family
 from grace.files import MANIFEST, list_files, sha256, write_manifest
 from grace.progress import progress
@@ -142,7 +142,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     for task in settings.language:
         with kept_apart(task):
             texts[task] = text_key(made_by, task, settings.limit, made_with)
-    pending = [task for task in tasks if task.title in keys and not finished(_predictions(out, task), keys[task.title])]
+    pending = [task for task in tasks if task.title in keys and not _done(out, task, keys[task.title])]
     untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
     pending, untold = world.agreed((pending, untold))
     if world.first and (pending or untold or failed):
@@ -162,6 +162,8 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
                             write_predictions(kept, error.rows, "", task.protocol, answers)
                         raise
                     if world.first:
+                        if task.spec.hidden:  # the older file is of other answers
+                            submission_file(out, task.entry.name, task.protocol).unlink(missing_ok=True)
                         write_predictions(_predictions(out, task), rows, keys[task.title], task.protocol, answers)
                         if task.spec.hidden:
                             items = (
@@ -193,6 +195,12 @@ def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:
 def _predictions(out: Path, task: Task) -> Path:
     """Where a task's predictions go; those without scores stand with the submissions, where no table looks."""
     return out / SUBMISSIONS / task.protocol / f"{task.entry.name}.parquet" if task.spec.hidden else out / task.file
+
+
+def _done(out: Path, task: Task, key: str) -> bool:
+    """Whether a task's predictions stand, and the file for its server."""
+    there = not task.spec.hidden or submission_file(out, task.entry.name, task.protocol).is_file()
+    return there and finished(_predictions(out, task), key)
 
 
 def _hash(path: Path) -> str:

@@ -124,13 +124,14 @@ def predict(model: Any, benchmark: Benchmark, path: Path, spec: Spec, limit: int
         )
         if spec.rows == "validation":  # its copy holds the development rows, too
             dataset.data = dataset.data[dataset.data["split"] == "validation"].reset_index(drop=True)
+        # POPE's row of several polls is a question in each of them
+        names = [str(n) if benchmark.mirrors else item.id.split("/")[0] for n, item in enumerate(items)]
         if limit is not None:
-            dataset.data = dataset.data.iloc[:limit]
+            dataset.data = dataset.data[[str(index) in names for index in dataset.data["index"]]]
         asked = dataset.data.copy()
-        if len(asked) != len(items):
-            raise GraceError(
-                f"{path}: VLMEvalKit asks {len(asked)} rows, the protocol here {len(items)}; copy the TSV again"
-            )
+        row_of = {str(index): row for row, index in enumerate(asked["index"])}
+        if len(row_of) != len(asked) or row_of.keys() != set(names):
+            raise GraceError(f"{path}: VLMEvalKit asks other rows than the protocol here; copy the TSV again")
         found = model.answer_all([dataset.build_prompt(row) for _, row in asked.iterrows()])
         infer_data_job(model, scratch, MODEL, dataset)
         (file,) = Path(scratch).glob(f"{MODEL}_{name}.*")
@@ -140,7 +141,8 @@ def predict(model: Any, benchmark: Benchmark, path: Path, spec: Spec, limit: int
         texts = [answer.text for answer, _ in found]
         theirs = _scored(dataset, benchmark, spec, str(file), asked, texts) if limit is None else [None] * len(texts)
     rows = []
-    for item, (answer, key), score_there in zip(items, found, theirs, strict=True):
+    for item, name in zip(items, names, strict=True):
+        (answer, key), score_there = found[row_of[name]], theirs[row_of[name]]
         extracted, score = judged(spec, item, answer.text)
         if score_there is not None and score is not None and abs(score_there - score) > 1e-9:
             raise GraceError(

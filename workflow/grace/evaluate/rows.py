@@ -24,7 +24,7 @@ from grace.benchmarks.registry import Benchmark
 from grace.errors import GraceError
 from grace.evaluate.raw_rows import raw_rows
 
-_IDS = ("index", "question_id", "id", "questionId")
+_IDS = ("index", "id", "question_id", "questionId")  # POPE's question_id starts anew with each poll
 _CATEGORY = ("category", "question_type", "subtask")
 _SUBCATEGORY = ("subcategory", "l2-category", "l2_category", "L2-category")
 _CHOICES = ("choices", "options")
@@ -58,7 +58,7 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
     seen: set[str] = set()
     asked_of: Counter[str] = Counter()  # questions of each of MME's images
     count = 0
-    for place, raw in enumerate(raw_rows(path, COLUMNS)):
+    for place, raw in enumerate(_apart(raw_rows(path, COLUMNS), spec)):
         if limit is not None and count == limit:
             return
         try:
@@ -81,6 +81,17 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
         )
     if count == 0:
         raise GraceError(f"{path}: has no rows that this protocol asks; copy the data set again")
+
+
+def _apart(rows: Iterator[dict], spec: Spec) -> Iterator[dict]:
+    """VLMEvalKit's POPE has a question of several polls once, and counts it in each."""
+    for raw in rows:
+        polls = str(raw.get("category") or "").split(",") if spec.metric == "pope" else ()
+        if len(polls) < 2:
+            yield raw
+            continue
+        for poll in map(str.strip, polls):
+            yield {**raw, "index": f"{raw.get('index')}/{poll}", "category": poll}
 
 
 def _selected(raw: dict, spec: Spec) -> bool:
@@ -113,6 +124,10 @@ def _item(raw: dict, place: int, entry: Benchmark, spec: Spec, asked_of: Counter
         raise ValueError("has no question")
     images = _images(raw)
     options = _options(raw)
+    if options and spec.lists_options is False:
+        raise ValueError("has its options apart, which this protocol's prompt never shows; copy the data set it asks")
+    if not options and spec.lists_options:
+        raise ValueError("has no options, which this protocol's prompt lists; copy the data set it asks")
     shown = hashlib.sha256(b"".join(images[n] for n in sorted(images))).hexdigest() if images else ""
     columns = {"category": _CATEGORY, "subcategory": _SUBCATEGORY}
     return Item(
@@ -169,7 +184,10 @@ def _options(raw: dict) -> dict[str, str]:
     lettered = {x: _text(raw, x) for x in string.ascii_uppercase if x in raw}
     if lettered:
         return {x: text for x, text in lettered.items() if text and text != "nan"}
-    listed = next((found for name in _CHOICES if (found := _list(raw.get(name))) is not None), None)
+    name = next((name for name in _CHOICES if raw.get(name) not in (None, "")), "")
+    listed = _list(raw[name]) if name else None
+    if name and listed is None:
+        raise ValueError(f"has {name} that are no list: {str(raw[name])[:80]}")
     if listed is None and "choice_a" in raw:
         listed = [_text(raw, f"choice_{x}") for x in "abcd"]
     if listed is None:
@@ -208,7 +226,7 @@ def _target(raw: dict, options: dict[str, str], spec: Spec) -> str | None:
         return said
     if options:
         letter = text.strip()
-        if letter not in options and letter.isdigit() and int(letter) < len(options):
+        if letter not in options and letter.isdecimal() and int(letter) < len(options):
             letter = list(options)[int(letter)]
         if letter not in options:
             raise ValueError(f"has the answer {text!r}, which is none of its options {', '.join(options)}")

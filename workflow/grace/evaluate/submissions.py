@@ -20,6 +20,11 @@ _NO_CELL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # what a sheet can't hol
 
 
 def _vqav2(rows: pd.DataFrame, items: Iterable[Item], path: Path) -> None:
+    wrong = rows["sample_id"][~rows["sample_id"].str.fullmatch("[0-9]+")]
+    if len(wrong):
+        raise GraceError(
+            f"{path}: row {wrong.iloc[0]} has no number as its question_id, which the server wants; mend it"
+        )
     pairs = zip(rows["sample_id"], rows["extracted"], strict=True)
     write_json(path, [{"question_id": int(name), "answer": answer} for name, answer in pairs])
 
@@ -54,9 +59,13 @@ FORMS: dict[str, tuple[str, Callable[[pd.DataFrame, Iterable[Item], Path], None]
 """By benchmark: the file's name, and what writes it from predictions and the benchmark's questions."""
 
 
+def submission_file(out: Path, name: str, protocol: str) -> Path:
+    """Where the file for a benchmark's server is."""
+    return out / SUBMISSIONS / protocol / FORMS[name][0]
+
+
 def write_submission(out: Path, name: str, protocol: str, rows: pd.DataFrame, items: Iterable[Item]) -> Path:
-    """Write `out/submissions/{protocol}/{file}`: the file for the benchmark's server, whole or not at all."""
-    file, write = FORMS[name]
-    path = out / SUBMISSIONS / protocol / file
-    write(rows, items, path)
+    """Write `submission_file`, whole or not at all."""
+    path = submission_file(out, name, protocol)
+    FORMS[name][1](rows, items, path)
     return path
