@@ -1,6 +1,6 @@
 """An experiment's data folder from conversations and images of the user's own.
 
-Records are streamed from the sources and handed to worker processes in parts (`parts`), which are then mixed
+Records are streamed from the sources and handed to worker processes in parts (`tokenise`), which are then mixed
 (`mix`). Parts that are whole are kept, so that a killed run goes on, until the folder is made.
 """
 
@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from grace.config.code import CodeIndex
 from grace.config.sections import FilesData
 from grace.data.images import FOLDERS
 from grace.data.mix import plan_order, read_ids, write_mix
@@ -116,7 +117,7 @@ def _keep_only(parts: Path, data: FilesData, processor: Path, stamps: list[tuple
         "data": data.model_dump(exclude={"max_bad", "seed", "benchmarks"}),
         "sources": [list(stamp) for stamp in stamps],
         "processor": _digest(path for path in processor.iterdir() if path.suffix in (".json", ".jinja", ".model")),
-        "code": _digest(path for room in ("data", "models") for path in (_PACKAGE / room).rglob("*.py")),
+        "code": CodeIndex().fingerprint("prepare", __name__),
     }
     for section in identity["data"]["sources"]:
         del section["weight"]
@@ -128,9 +129,6 @@ def _keep_only(parts: Path, data: FilesData, processor: Path, stamps: list[tuple
         pass
     shutil.rmtree(parts, ignore_errors=True)
     write_json(known, identity)
-
-
-_PACKAGE = Path(__file__).parents[1]
 
 
 def _digest(paths: Iterator[Path]) -> str:
