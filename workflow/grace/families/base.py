@@ -81,7 +81,7 @@ class Family:
     def positions(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixels: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Where each token of a right-padded batch stands: int64 [batch, tokens], or [axes, batch, tokens]."""
+        """Where each token of a padded batch stands: int64 [batch, tokens], or [axes, batch, tokens]."""
         return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     def vision_tower(self, model: Any) -> Any | None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grace.errors import GraceError
+from grace.families import family_of
 from grace.infer.cache import make_cache
 from grace.models import decoder, output_head
 
@@ -45,7 +46,7 @@ class Session:
         cache_bits: int = 16,
         scored: bool = False,
     ) -> None:
-        self.model, self.batch, self.length = model, batch, length
+        self.model, self.family, self.batch, self.length = model, family_of(model), batch, length
         self.decoder, self.head = decoder(model), output_head(model)
         self.embed = model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
@@ -100,7 +101,7 @@ class Session:
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
             raise GraceError("prompts padded on the right; pad them on the left (the tokenizer's `padding_side`)")
         self._reset()
-        positions = _positions(self.model, inputs, mask)
+        positions = self.family.positions(self.model, inputs["input_ids"], mask.long(), inputs)
         self.first.copy_(mask.long().argmax(1))
         slots = self.slots[:tokens] if self.cache_bits == 8 else self.slots  # 8 bits: a prompt sees itself, exactly
         seen = self.slots[:tokens].unsqueeze(1) >= slots  # [tokens, slots]: causal
@@ -240,20 +241,6 @@ def best_logprob(logits: torch.Tensor) -> torch.Tensor:
 def _has_grid_positions(model: Any) -> bool:
     """Whether positions have time, height and width, as in Qwen2-VL and Qwen3-VL."""
     return hasattr(model.model, "get_rope_index")
-
-
-def _positions(model: Any, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Positions of the prompt, padding at 0: [batch, tokens], or [3, batch, tokens] with time, height and width."""
-    if _has_grid_positions(model) and "image_grid_thw" in inputs:
-        positions, _ = model.model.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            image_grid_thw=inputs["image_grid_thw"],
-            attention_mask=mask.long(),
-        )
-        return positions
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return positions.expand(3, -1, -1) if _has_grid_positions(model) else positions
 
 
 def _end_tokens(model: Any) -> list[int]:
