@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 import torch
+from read_bandwidth import read_bandwidth
 from torch import nn
 
 from grace.bench.decode import bench_decode
-from grace.bench.machine import ceilings, describe, read_bandwidth
+from grace.bench.machine import ceilings, describe
 from grace.bench.memory import peak_bytes, weight_bytes
 from grace.files import write_json
 from grace.infer.decode import Session

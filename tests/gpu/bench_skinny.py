@@ -14,8 +14,9 @@ from itertools import product as every
 
 import bench_w4a16
 import torch
+from read_bandwidth import read_bandwidth
 
-from grace.bench.machine import describe, last_cache_bytes, read_bandwidth
+from grace.bench.machine import describe, last_cache_bytes
 from grace.bench.timing import copies_past_cache, interleaved_medians
 from grace.kernels.skinny_gemm import choose, product
 

@@ -45,10 +45,10 @@ from grace.config.schema import Method, Optimisation, Quantization
 from grace.data import Example
 from grace.data.images import EncodedImage
 from grace.distill import confidence_gate
+from grace.distill.relational_cka import gram_matrix
 from grace.distributed import Sharding, join_world
 from grace.files import file_entry, read_json
 from grace.models import decoder_linears, vocabulary
-from grace.teacher.formats import gram
 from grace.teacher.index import INDEX_FILE, write_index
 from grace.teacher.reader import HEAD_FILE, TeacherCache
 from grace.teacher.shard import ShardBuilder, shard_name, write_shard
@@ -199,7 +199,7 @@ def build_cache(folder: Path, shape: Shape, examples: list[Example], device: tor
     for index, count in enumerate(counts):
         hidden = (2 * random(count, width)).bfloat16()
         builder.put(index, hidden=hidden.cpu(), gates=confidence_gate(hidden @ head.T).cpu())
-        builder.put_grams(index, [str(index)], [gram(random(shape.visual, 64))])
+        builder.put_grams(index, [str(index)], [gram_matrix(random(shape.visual, 64))])
     name = shard_name(0, 1)
     write_shard(folder, name, builder.finished(), pins={})
     from safetensors.torch import save_file
@@ -283,7 +283,7 @@ def run_recipe(
 
     trainer._step = step
     trainer.train()
-    trainer.optimizer.let_go()
+    trainer.optimizer.remove_hooks()
     peaks.append(trainer.meter.memory_gib())
     if not world.first:
         return {}

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from chat_models import FAMILIES
 
-from grace.quant.names import LINEARS
+from grace.families.base import LINEARS
 
 TOLERANCE = 0.2  # of log-probabilities: fp16 here, fp32 in `expected.json`
 

@@ -130,7 +130,7 @@ def test_columns_and_counts_of_benchmarks(place: Path) -> None:
 def test_harness_and_checkout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     (sentence,) = said(place, evaluation={"harness": "lmms-eval"})
-    assert "lmms-eval is not installed; pip install" in sentence
+    assert "lmms-eval is not installed; bash workflow/setup.sh lmms-eval" in sentence
     (sentence,) = said(place, evaluation={"harness": "vlmeval", "vlmeval_checkout": str(place / "nowhere")})
     assert "no checkout of VLMEvalKit" in sentence
 

@@ -243,7 +243,7 @@ def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):
         run(folder, harness="vlmeval")
     with pytest.raises(GraceError, match="is no checkout of VLMEvalKit"):
         run(folder, harness="vlmeval", vlmeval_checkout=str(folder))
-    monkeypatch.setitem(commands._PACKAGES, "lmms-eval", "no_such_package")
+    monkeypatch.setitem(commands.PACKAGES, "lmms-eval", "no_such_package")
     with pytest.raises(
         GraceError, match=r"lmms-eval is not installed in this environment; bash workflow/setup\.sh lmms-eval"
     ):

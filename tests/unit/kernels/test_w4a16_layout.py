@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from grace.errors import GraceError
 from grace.kernels import cpu
-from grace.kernels.w4a16_layout import CHUNK, dequantise, pack_int4, pair_steps, shuffle, unpack_int4, unshuffle
+from grace.kernels.w4a16_layout import CHUNK, SLICE, ZERO, dequantise, pack_int4, pair_steps, shuffle, unpack_int4
 from grace.kernels.w4a16_table import DENSE, GPU, HOPPER_FROM, Tile, choose, read_table, rows_key, rule, with_entry
+
+
+def unshuffle(words: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The inverse of `shuffle`: int16 [chunks, out, 32] -> int8 codes [out, in_features]."""
+    chunks, rows, _ = words.shape
+    slices = [(words.to(torch.int32) >> 4 * i & 15) - ZERO for i in range(CHUNK // SLICE)]
+    codes = torch.stack(slices, dim=2).to(torch.int8).permute(1, 0, 2, 3)  # [out, chunks, 4, 32]
+    return codes.reshape(rows, chunks * CHUNK)[:, :in_features].contiguous()
 
 
 def problem(out: int, inputs: int, group: int, rows: int, seed: int, dtype: torch.dtype):

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grace.teacher.formats import decode_gram, decode_int8, encode_gram, encode_int8, gram
+from grace.distill.relational_cka import gram_matrix
+from grace.teacher.formats import decode_gram, decode_int8, encode_gram, encode_int8
 
 
 def cka(a, b):
@@ -52,7 +53,7 @@ def test_int8_states_cost_one_and_a_sixteenth_bytes():
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 12), d=st.integers(1, 20), shared=st.floats(0, 20), seed=st.integers(0, 2**31))
 def test_a_gram_matrix_comes_back_within_half_a_step(n, d, shared, seed):
-    matrix = gram(visual_tokens(n, d, shared, seed))
+    matrix = gram_matrix(visual_tokens(n, d, shared, seed))
     parts = encode_gram(matrix)
     back = decode_gram(parts)
     assert torch.equal(back, back.T)
@@ -66,7 +67,7 @@ def test_a_gram_matrix_comes_back_within_half_a_step(n, d, shared, seed):
 
 
 def test_a_gram_matrix_of_576_tokens_takes_164_kib():
-    parts = encode_gram(gram(visual_tokens(576, 64, 0.0)))
+    parts = encode_gram(gram_matrix(visual_tokens(576, 64, 0.0)))
     assert 163 * 1024 < sum(part.nbytes for part in parts.values()) < 164 * 1024
 
 
@@ -77,7 +78,7 @@ def test_cka_survives_int8_even_where_all_tokens_point_one_way(shared, tolerance
     student = (
         teacher + 0.5 * teacher.std() * torch.randn(200, 128, generator=torch.Generator().manual_seed(1))
     ).float()
-    exact = gram(teacher)
+    exact = gram_matrix(teacher)
     cached = decode_gram(encode_gram(exact))
     gradients = []
     for matrix in (exact, cached):
@@ -85,11 +86,11 @@ def test_cka_survives_int8_even_where_all_tokens_point_one_way(shared, tolerance
         rows = torch.nn.functional.normalize(leaf, dim=1)
         (1 - cka(matrix, rows @ rows.T)).backward()
         gradients.append(leaf.grad.flatten())
-    assert abs(cka(exact, gram(student)) - cka(cached, gram(student))) < tolerance
+    assert abs(cka(exact, gram_matrix(student)) - cka(cached, gram_matrix(student))) < tolerance
     assert torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 
 def test_the_gram_matrix_is_of_unit_rows():
     rows = visual_tokens(7, 5, 1.0)
     unit = rows / rows.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(gram(rows).double(), unit @ unit.T, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gram_matrix(rows).double(), unit @ unit.T, rtol=0, atol=1e-6)

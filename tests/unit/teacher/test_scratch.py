@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from grace.distill import confidence_gate
+from grace.distill.relational_cka import gram_matrix
 from grace.teacher import scratch
-from grace.teacher.formats import gram
 from grace.teacher.shard import ShardBuilder, shard_name, write_shard
 
 
@@ -43,7 +43,7 @@ def built(folder):
     for record in (2, 0, 1):
         hidden = torch.randn(counts[record], 16, generator=generator)
         builder.put(record, hidden=hidden.bfloat16(), gates=confidence_gate(hidden))
-        builder.put_grams(record, [f"{record}"], [gram(torch.randn(9, 8, generator=generator))])
+        builder.put_grams(record, [f"{record}"], [gram_matrix(torch.randn(9, 8, generator=generator))])
     return builder.finished()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grace.bench.timing import interleaved_medians, interleaved_times
+from grace.bench.timing import interleaved_times
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -106,9 +106,3 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "copy_bytes_per_second": 2 * size / min(times["copy"]),
         "flops_per_second": 2 * side**3 / min(times["matmul"]),
     }
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a plain reduction over 4 GiB: what reading weights can reach."""
-    source = torch.ones(2**30, dtype=torch.float32, device=device)
-    return source.nbytes / interleaved_medians({"read": [source.sum]}, 5, device)["read"]

@@ -1,17 +1,13 @@
 """The matrix shapes of a model's decoder, read from the headers of its safetensors files."""
 
-import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from grace.errors import GraceError, reason
-from grace.infer.fuse import GROUPS
+from grace.families.base import LINEARS, READERS
+from grace.quant.names import decoder_part
 
-_DECODER = re.compile(
-    r"(?:^|\.)(?:language_model|model)\.layers\.\d+\.(?:self_attn|mlp)\.([a-z]+)_proj\.(weight|weight_shape)$"
-)
-_VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 FIELD_SHAPES = {"llava-1.5-7b gate|up": (11008, 4096)}  # the largest single linear of the paper's model
 
 
@@ -33,29 +29,31 @@ def decoder_shapes(folder: str | Path) -> dict[str, tuple[int, int]]:
         raise GraceError(
             f"{folder}: no decoder linears (self_attn and mlp projections) found; is it a Llama-type model?"
         )
-    order = ["q", "k", "v", "o", "gate", "up", "down"]
+    order = [_short(part) for part in LINEARS]
     shapes = {f"model {'|'.join(sorted(names, key=order.index))}": size for size, names in named.items()}
     sizes = {name: size for size, names in named.items() for name in names}
-    for names in GROUPS.values():  # what decoding multiplies as one
-        parts = [name.removesuffix("_proj") for name in names]
+    for linears in READERS.values():  # what decoding multiplies as one
+        parts = [_short(linear) for linear in linears]
         if all(part in sizes for part in parts):
             shapes[f"model {'+'.join(parts)}"] = (sum(sizes[part][0] for part in parts), sizes[parts[0]][1])
     return shapes
 
 
+def _short(linear: str) -> str:
+    """`q` of `self_attn.q_proj`."""
+    return linear.rpartition(".")[2].removesuffix("_proj")
+
+
 def _linears(file: Path) -> list[tuple[str, tuple[int, int]]]:
     try:
         with safe_open(file, "pt") as tensors:
-            found = [(_DECODER.search(key), key) for key in tensors.keys() if not _VISION.search(key)]  # noqa: SIM118
-            return [
-                (
-                    hit[1],
-                    tuple(
-                        tensors.get_slice(key).get_shape() if hit[2] == "weight" else tensors.get_tensor(key).tolist()
-                    ),
-                )
-                for hit, key in found
-                if hit
-            ]
+            found = []
+            for key in tensors.keys():  # noqa: SIM118
+                part = decoder_part(key.removesuffix("_shape"))
+                if part is not None and part.part in LINEARS and part.kind == "weight":
+                    packed = key.endswith("_shape")
+                    shape = tensors.get_tensor(key).tolist() if packed else tensors.get_slice(key).get_shape()
+                    found.append((_short(part.part), tuple(shape)))
+            return found
     except SafetensorError as error:
         raise GraceError(f"{file}: not a whole safetensors file ({reason(error)}); copy or build it again") from error

@@ -30,6 +30,12 @@ HARNESS_VERSIONS = {
     VLMEVAL: "e8e78f05f3080fe28154f2130321f17951c3be94",
 }
 """The release (for VLMEvalKit: the commit) that task ids, prompts and revisions below were read from."""
+PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
+INSTALL = {
+    LM_EVAL: f"pip install 'lm-eval>={HARNESS_VERSIONS[LM_EVAL]}'",
+    LMMS_EVAL: "bash workflow/setup.sh lmms-eval",
+    VLMEVAL: "pip install -r envs/vlmeval.txt",
+}
 
 
 @dataclass(frozen=True)

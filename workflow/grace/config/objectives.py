@@ -10,8 +10,8 @@ SAMPLED = ("none", "plain", "gated")
 
 
 def objective_names() -> list[str]:
-    """`none`, and one name per file of grace/distill/objectives."""
-    return ["none", *sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))]
+    """The objectives there are: one per file of grace/distill/objectives, named like it."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
 @cache

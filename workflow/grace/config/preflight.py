@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.protocols import Spec, spec
+from grace.benchmarks.registry import INSTALL, PACKAGES
 from grace.config.schema import Experiment, FilesData, Model
 from grace.config.sections import Release
 from grace.errors import GraceError
@@ -26,12 +27,7 @@ from grace.families.files import read_config
 
 IMAGES = ("image", "image_1")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-PACKAGES = {"lm-eval": "lm_eval", "lmms-eval": "lmms_eval"}
 VLLM = "evaluation.engine: vllm is not installed in this environment; `pip install vllm` there, or set engine: grace"
-INSTALL = {
-    "lm-eval": "pip install 'lm-eval>=0.4.13'",
-    "lmms-eval": "pip install --no-deps -r envs/lmms-eval.txt",
-}
 HUB_SECONDS = 2.0
 BF16 = 2  # bytes
 TOKEN_BYTES = 8  # of conversation files per supervised token, at most: an estimate from below

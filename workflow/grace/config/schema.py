@@ -81,8 +81,8 @@ class Recipe(Section):
     @field_validator("kd")
     @classmethod
     def _known(cls, kd: str) -> str:
-        if kd not in objective_names():
-            raise ValueError(f"no objective `{kd}`; there are {', '.join(objective_names())}")
+        if kd not in (known := ["none", *objective_names()]):
+            raise ValueError(f"no objective `{kd}`; there are {', '.join(known)}")
         return kd
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ def relational_cka(student_tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
         GraceError: no visual tokens, different numbers of them, NaN or infinite values.
     """
     _check_tokens(teacher_tokens, "teacher")
-    return relational_cka_from_gram(student_tokens, _gram(teacher_tokens))
+    return relational_cka_from_gram(student_tokens, gram_matrix(teacher_tokens))
 
 
 def relational_cka_from_gram(student_tokens: Tensor, teacher_gram: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def relational_cka_sum(
     if teacher_grams is None:
         for tokens in teachers:
             _check_shape(tokens, "teacher")
-        teachers = [_gram(tokens) for tokens in teachers]
+        teachers = [gram_matrix(tokens) for tokens in teachers]
     for student, gram in zip(student_tokens, teachers, strict=True):
         _check_pair(student, gram)
     by_size: dict[int, list[int]] = {}
@@ -108,7 +108,8 @@ def _unit_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return shrunk * inverse, (inverse / peak).where(peak != 0, 0.0)
 
 
-def _gram(tokens: Tensor) -> Tensor:
+def gram_matrix(tokens: Tensor) -> Tensor:
+    """The Gram matrix [..., n, n], at least fp32, of l2-normalised rows of `tokens` [..., n, d]; without gradient."""
     return _products(unit_rows(tokens))
 
 

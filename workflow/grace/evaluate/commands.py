@@ -19,7 +19,16 @@ import pandas as pd
 
 from grace.arithmetic import settled
 from grace.benchmarks.protocols import Spec, spec
-from grace.benchmarks.registry import ADAPTERS, GRACE, LM_EVAL, LMMS_EVAL, VLMEVAL, Benchmark, benchmark, task_id
+from grace.benchmarks.registry import (
+    ADAPTERS,
+    GRACE,
+    INSTALL,
+    PACKAGES,
+    VLMEVAL,
+    Benchmark,
+    benchmark,
+    task_id,
+)
 from grace.config.accepted import resolved
 from grace.config.code import CodeIndex
 from grace.config.evaluation import Evaluation
@@ -51,13 +60,6 @@ if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
 PROTOCOL_CODE = "2"  # changes when this package asks equal questions otherwise
-_PACKAGES = {LM_EVAL: "lm_eval", LMMS_EVAL: "lmms_eval"}
-_INSTALL = {
-    LM_EVAL: "pip install 'lm-eval>=0.4.13'",
-    LMMS_EVAL: "bash workflow/setup.sh lmms-eval",
-    VLMEVAL: "pip install -r envs/vlmeval.txt",
-}
-
 PARTS = ".parts"  # answers of a benchmark that is being asked
 PROTOCOLS = "protocols"  # predictions under protocols other than the first of a benchmark
 FEATURES = "features.safetensors"  # what the frozen tower makes of the benchmarks' images, where it was kept
@@ -262,9 +264,9 @@ def _harness(settings) -> dict[str, str]:
             )
         return {"name": name, "version": found.stdout.strip()}
     try:
-        return {"name": name, "version": importlib.metadata.version(_PACKAGES[name])}
+        return {"name": name, "version": importlib.metadata.version(PACKAGES[name])}
     except importlib.metadata.PackageNotFoundError:
-        raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {_INSTALL[name]}") from None
+        raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {INSTALL[name]}") from None
 
 
 def _engine(settings) -> dict[str, str]:

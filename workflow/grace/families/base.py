@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 DECODER = "model.language_model"
 """Where every family keeps its decoder in memory: a stack `layers` and a norm."""
 LAYERS = f"{DECODER}.layers"
+READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""In a decoder layer, the linears that read each norm's output."""
+LINEARS = (
+    *READERS["input_layernorm"], "self_attn.o_proj", *READERS["post_attention_layernorm"], "mlp.down_proj",
+)  # fmt: skip
+"""The linears of a decoder layer, which GRACE quantises."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+from grace.families.base import READERS
+
+JOINED = {parts[0].partition(".")[0]: tuple(part.partition(".")[2] for part in parts) for parts in READERS.values()}
+"""The linears that are multiplied as one, by the part of a layer that they lie in."""
 
 
 class Share(nn.Module):
@@ -73,7 +76,7 @@ def stack(linears: list[nn.Linear]) -> nn.Linear:
 def fuse_dense(decoder: Any) -> None:
     """Fuse the dense linears of every layer of `decoder` in place; layers of another shape are left alone."""
     for layer in decoder.layers:
-        for part, names in GROUPS.items():
+        for part, names in JOINED.items():
             parent = getattr(layer, part, None)
             linears = [each for name in names if isinstance(each := getattr(parent, name, None), nn.Linear)]
             if parent is not None and len(linears) == len(names):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, CompressedTensorsConfig, PreTrainedModel
 
 from grace.errors import GraceError, reason
-from grace.infer.fuse import GROUPS, fuse_dense, install
+from grace.infer.fuse import JOINED, fuse_dense, install
 from grace.infer.int4_linear import Int4Linear
 from grace.kernels.w4a16_layout import unpack_int4
 from grace.models import decoder, load_model, model_folder
@@ -144,7 +144,7 @@ def _load_packed(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _swap(model: nn.Module, dtype: torch.dtype, device: str, fuse: bool) -> None:
     """Replace every packed linear of the decoder by an `Int4Linear`, fused where `fuse` says so."""
     for layer in decoder(model).layers:
-        for part, names in GROUPS.items():
+        for part, names in JOINED.items():
             parent = getattr(layer, part, None)
             linears: list[Any] = [getattr(parent, name, None) for name in names]
             if fuse and parent is not None and all(_is_packed(linear) for linear in linears):

@@ -2,7 +2,8 @@
 
 import torch
 
-GROUPS = (32, 64, 128, 256)  # what the kernel accepts
+from grace.kernels.w4a16_layout import GROUPS
+
 ROWS = 16  # outputs come in blocks of so many
 
 

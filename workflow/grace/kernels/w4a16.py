@@ -23,11 +23,10 @@ import triton
 import triton.language as tl
 
 from grace.errors import GraceError
-from grace.kernels.w4a16_layout import CHUNK, TILE, pair_steps, shuffle
+from grace.kernels.w4a16_layout import CHUNK, GROUPS, TILE, pair_steps, shuffle
 from grace.kernels.w4a16_table import GPU, Tile, choose, rule, takes_hopper
 from grace.kernels.w4a16_triton import dequantise_kernel, tile_kernel, ways_kernel
 
-GROUPS = (32, 64, 128, 256)
 LOCKS = 1 << 16  # tiles of one launch that may be split
 SLICE_BYTES = 96 << 20  # of a dequantised weight that exist at a time
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

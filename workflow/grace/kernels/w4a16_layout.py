@@ -24,6 +24,7 @@ from grace.errors import GraceError
 CHUNK = 128  # inputs per chunk
 SLICE = 32  # consecutive inputs that one nibble position covers
 TILE = 128  # outputs that the widest tile has
+GROUPS = (32, 64, 128, 256)  # inputs that share a step size, as both products take them
 ZERO = 8  # nibble of the code 0
 
 
@@ -56,14 +57,6 @@ def shuffle(codes: torch.Tensor) -> torch.Tensor:
     nibbles = (padded.to(torch.int32) + ZERO).view(rows, -1, CHUNK // SLICE, SLICE)
     words = sum(nibbles[:, :, i] << 4 * i for i in range(CHUNK // SLICE))
     return words.to(torch.int16).transpose(0, 1).contiguous()  # to() keeps the low 16 bits
-
-
-def unshuffle(words: torch.Tensor, in_features: int) -> torch.Tensor:
-    """The inverse of `shuffle`: int16 [chunks, out, 32] -> int8 codes [out, in_features]."""
-    chunks, rows, _ = words.shape
-    slices = [(words.to(torch.int32) >> 4 * i & 15) - ZERO for i in range(CHUNK // SLICE)]
-    codes = torch.stack(slices, dim=2).to(torch.int8).permute(1, 0, 2, 3)  # [out, chunks, 4, 32]
-    return codes.reshape(rows, chunks * CHUNK)[:, :in_features].contiguous()
 
 
 def pair_steps(scales: torch.Tensor) -> torch.Tensor:

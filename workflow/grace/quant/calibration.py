@@ -16,16 +16,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grace.errors import GraceError
-from grace.families.base import LAYERS
+from grace.families.base import LAYERS, READERS
 from grace.progress import progress
 
 # Linears that read the same activations share one H, collected at the first of them.
 INPUTS = {
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
+    parts[0]: parts
+    for parts in (
+        READERS["input_layernorm"], ("self_attn.o_proj",), READERS["post_attention_layernorm"], ("mlp.down_proj",),
+    )
+}  # fmt: skip
 
 
 @dataclass

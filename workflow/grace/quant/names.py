@@ -9,22 +9,8 @@ takes the names that published checkpoints have (`Family.published`).
 import re
 from typing import NamedTuple
 
-from grace.families.base import LAYERS
+from grace.families.base import LAYERS, LINEARS
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-# Which linears read each norm's output.
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.((?:self_attn|mlp)\.[a-z]+_proj|[a-z_]+_?layernorm)\.(weight|bias)$")
 _VISION = re.compile(r"(?:^|\.)(vision_tower|vision_model|visual)\.")
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from grace.errors import GraceError
-from grace.quant.names import READERS, decoder_part
+from grace.families.base import READERS
+from grace.quant.names import decoder_part
 
 
 def outlier_channels(width: int, layer: int, norm: str, every: int = 32, seed: int = 0) -> torch.Tensor:

@@ -5,8 +5,6 @@
 
 import torch
 
-from grace.distill.relational_cka import unit_rows
-
 HIDDEN_GROUP = 32
 
 
@@ -30,12 +28,6 @@ def decode_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     """The states [tokens, d] that `encode_int8` kept."""
     wide = scales.float().repeat_interleave(HIDDEN_GROUP, 1)[:, : codes.shape[1]]
     return (codes.float() * wide).to(dtype)
-
-
-def gram(states: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix fp32 [n, n] of l2-normalised rows of `states` [n, d]."""
-    rows = unit_rows(states.float())
-    return rows @ rows.T
 
 
 def encode_gram(matrix: torch.Tensor) -> dict[str, torch.Tensor]:

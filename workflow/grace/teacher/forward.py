@@ -19,9 +19,9 @@ from grace.data.examples import IGNORED, Tokeniser
 from grace.data.packed import packed_row
 from grace.data.packing import fill_rows
 from grace.data.prepared import blocks_of, lengths_of
+from grace.distill.relational_cka import gram_matrix
 from grace.errors import GraceError
 from grace.models import forward_inputs, image_token_id, output_head
-from grace.teacher.formats import gram
 from grace.teacher.prefetch import ahead, spare_threads
 
 TOKENS_AT_ONCE = 8192  # padded tokens of one forward pass
@@ -45,7 +45,7 @@ class Seen:
 
     def grams(self) -> list[torch.Tensor]:
         """Per image the Gram matrix fp32 [n, n] of the l2-normalised rows of `visual`."""
-        return [gram(tokens) for tokens in self.visual]
+        return [gram_matrix(tokens) for tokens in self.visual]
 
 
 def check_examples(examples: Sequence[Example], model: nn.Module, vocabulary: int) -> None:

@@ -77,7 +77,7 @@ class MasterAdamW:
             else:
                 held.copy_(master if held.dtype == torch.bfloat16 else master.to(torch.bfloat16))
 
-    def let_go(self) -> None:
+    def remove_hooks(self) -> None:
         """Leave the model's gradients to another optimiser."""
         for hook in self.hooks:
             hook.remove()

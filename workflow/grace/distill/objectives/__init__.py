@@ -20,11 +20,11 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from grace.config.objectives import objective_names
 from grace.errors import GraceError
 
 
@@ -57,12 +57,6 @@ class TokenLoss:
                 + ("" if losses.requires_grad else " without a gradient")
             )
         return losses
-
-
-def objective_names() -> list[str]:
-    """The objectives there are: the names of this folder's files."""
-    files = [path for folder in __path__ for path in Path(folder).glob("*.py")]
-    return sorted(path.stem for path in files if not path.stem.startswith("_"))
 
 
 def load_objective(name: str, constants: Mapping[str, Any]) -> TokenLoss:

@@ -10,7 +10,7 @@ from grace.report.tables.models import model_line
 from grace.report.tables.table import Cell, Table
 from grace.results.read import Results, Row
 
-GROUPS = 10
+FOLDS = 10
 # of imitations, whose points are the mean score, and of the paper's own, whose points are `points.SAID`
 IMITATED = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
 OWN = {
@@ -25,7 +25,7 @@ _PAPER = {("mme", "score"): "MME"}  # what the paper prints of them
 
 
 def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], float]) -> tuple[float, float]:
-    """Mean over seeds of `measure(rows)` and its standard error, by leaving out one of GROUPS groups of images at a time.
+    """Mean over seeds of `measure(rows)` and its standard error, by leaving out one of FOLDS groups of images at a time.
 
     `seeds`: the same questions in the same order, `image_id` a number. These measures are no means of single questions, so
     that the clustered formula does not apply to them. Images are dealt to the groups by their number. With v the jackknife variance
@@ -33,7 +33,7 @@ def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], f
     (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in `stats`.
     """
     values = np.array([measure(rows) for rows in seeds])
-    dealt = seeds[0]["image_id"].to_numpy() % GROUPS
+    dealt = seeds[0]["image_id"].to_numpy() % FOLDS
     groups = len(np.unique(dealt))
     if groups == 1:  # one image, from which nothing can be generalised
         return float(values.mean()), float("inf")
