@@ -86,6 +86,15 @@ def test_a_tokenizer_without_the_templates_control_tokens_is_refused(home, tmp_p
         check_pair(tmp_path / "teacher", tmp_path / "student")
 
 
+def test_an_image_processor_of_no_size_is_refused(home, tmp_path):
+    for role in ("teacher", "student"):
+        shutil.copytree(home / role, tmp_path / role)
+        for file in (tmp_path / role).glob("*processor_config.json"):
+            file.write_text(file.read_text().replace('"merge_size": 2', '"merge_size": 0'))
+    with pytest.raises(GraceError, match="teacher: its image processor cannot count patches"):
+        check_pair(tmp_path / "teacher", tmp_path / "student")
+
+
 def test_the_configuration_names_the_family_that_is_there(home):
     check_family(home / "student", "qwen2_vl")
     with pytest.raises(GraceError, match=r"config\.json says qwen2_vl and the configuration family: llava"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.families import family_of
 from grace.models.load import load_processor, model_folder
 from grace.models.modules import vocabulary
@@ -44,6 +44,12 @@ def check_pair(teacher: Path, student: Path) -> None:
             )
     for folder, processor in ((teacher, one), (student, other)):
         _check_image_token(folder, processor)
+        try:
+            family_of(processor).visual_tokens(processor, 64, 64)
+        except Exception as error:  # whatever a size of another type, or of zero, makes transformers raise
+            raise GraceError(
+                f"{folder}: its image processor cannot count patches ({reason(error)}); fetch the model again"
+            ) from error
         if lacking := family_of(processor).lacks(processor.tokenizer.get_vocab()):
             raise GraceError(f"{folder}: its tokenizer {lacking}; use the model's own tokenizer")
     for name in _GEOMETRY:
