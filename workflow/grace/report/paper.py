@@ -46,8 +46,11 @@ def role(recipe: Recipe) -> str:
 
 
 def roles(experiment: Experiment) -> dict[str, str]:
-    """Role of every recipe. Where two share one, it goes to the first that is run, starts from the baseline and changes no constants, and the others
-    are `variant`: the paper has one GRACE, not a sweep."""
+    """Role of every recipe.
+
+    Where two share one, it goes to the first that is run, starts from the baseline and changes no constants, and the
+    others are `variant`: the paper has one GRACE, not a sweep.
+    """
     run = list(dict.fromkeys(name for runs in experiment.runs for name in runs.recipes))
 
     def order(item: tuple[str, Recipe]) -> tuple[bool, bool, int]:
