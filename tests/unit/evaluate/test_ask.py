@@ -142,6 +142,8 @@ def damaged(name: str, place: int, **change) -> list[dict]:
     [
         ("mmstar", damaged("mmstar", 3, index=0), "row 0 has the id of an earlier row"),
         ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": None} for i in range(3)], "has no answer, as in splits whose"),
+        ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": [""] * 10} for i in range(3)], "has no answer, as in splits"),
+        ("gqa", damaged("gqa", 1, answer=" "), "row 1 has no answer, as in splits"),
         ("pope", damaged("pope", 1, answer="maybe"), "row 1 has the answer 'maybe', which is neither yes nor no"),
         ("mmbench", damaged("mmbench", 1, answer="D"), "has the answer 'D', which is none of its options A, B, C"),
         ("gqa", damaged("gqa", 2, image={"bytes": b"no image", "path": None}), "row 2 has an image that cannot be decoded"),

@@ -197,27 +197,35 @@ def _options(raw: dict) -> dict[str, str]:
     return {x: str(text) for x, text in zip(string.ascii_uppercase, listed, strict=False)}
 
 
+def _given(value: Any) -> list:
+    """An answer's cell as a list: annotators' answers, or itself alone."""
+    listed = _list(value)
+    return [value] if listed is None else [each.get("answer") if isinstance(each, dict) else each for each in listed]
+
+
+def _said(answer: Any) -> bool:
+    """Whether there is an answer: test splits have null, NaN or empty text in its place."""
+    return answer is not None and answer == answer and str(answer).strip() != ""
+
+
 def _target(raw: dict, options: dict[str, str], spec: Spec) -> str | None:
     """The right answer as files of predictions keep it; None where the data set hides it.
 
     Raises:
         ValueError: the row's answer is none that its question can have, or is missing where it is needed.
     """
-    value = next((raw[name] for name in ANSWERS if raw.get(name) is not None), None)
-    listed = _list(value)
-    if listed is not None and not listed:
-        value = listed = None
+    value = next((raw[name] for name in ANSWERS if any(map(_said, _given(raw.get(name))))), None)
     if spec.hidden:
         if value is not None:
             raise ValueError("has an answer, but this protocol asks a split whose answers are hidden; copy that split")
         return None
     if value is None:
         raise ValueError("has no answer, as in splits whose answers are hidden; copy the split that this protocol asks")
-    if listed is not None and options:
+    listed = _list(value) is not None
+    if listed and options:
         raise ValueError("has several answers beside its options; a choice has one")
-    if listed is not None:
-        answers = [each.get("answer") if isinstance(each, dict) else each for each in listed]
-        return json.dumps([str(answer) for answer in answers], ensure_ascii=False)
+    if listed:
+        return json.dumps([str(answer) for answer in _given(value)], ensure_ascii=False)
     text = _text({"answer": value}, "answer")
     if spec.metric in YES_NO:
         said = {"1": "yes", "0": "no"}.get(text.strip(), text.strip().lower().removesuffix("."))
