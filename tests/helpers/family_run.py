@@ -98,7 +98,14 @@ def check_whole(results: Path) -> None:
     experiment = load_experiment(read_json(results / "config/experiment.json"))
     recipes = RUNS[0]["recipes"]
     students = [f"students/{recipe}/int4/seed0" for recipe in recipes]
-    for folder in ["data", "teacher/cache", "tables", "figures", *(f"{student}/packed" for student in students)]:
+    for folder in [
+        "data",
+        "teacher/cache",
+        "tables",
+        "figures",
+        "speed",
+        *(f"{student}/packed" for student in students),
+    ]:
         check_manifest(results / folder)
     for folder in ["teacher", "students/baseline/bf16/seed0", *students]:
         for name in experiment.evaluation.benchmarks:

@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_output_is_there_and_whole(built: Path) -> None:
     results = built / RESULTS
-    folders = ["data", "teacher/model", "tables", "figures"]
+    folders = ["data", "teacher/model", "tables", "figures", "speed"]
     folders += [f"students/{name}/seed0/model" for name in STUDENTS]
     folders += [f"students/{name}/seed0/packed" for name in STUDENTS if "int4" in name]
     for folder in folders:
@@ -83,6 +83,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint(built: Path) -> None:
     """Snakemake and its job are killed during training; the next run finishes it, with the steps that were left."""
     seed = built / RESULTS / "students/finetune/int4/seed0"
     before = {path.name: path.read_bytes() for path in (seed / "model").glob("*.safetensors")}
+    curve = (seed / "train.jsonl").read_text()
     goal = str(RESULTS / "students/finetune/int4/seed0/model/manifest.json")
     checkpoints = built / RESULTS / ".checkpoints/students/finetune/int4/seed0"
     running = subprocess.Popen(
@@ -102,7 +103,10 @@ def test_a_killed_job_goes_on_from_its_checkpoint(built: Path) -> None:
     _snakemake(built, "--unlock")
     said = _snakemake(built, goal)
     assert re.search(r"train finetune at int4, seed 0", said)
-    steps = [json.loads(line)["step"] for line in (seed / "train.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and len(steps) == 40
+    logs = [(seed / name).read_text().splitlines() for name in ("train.jsonl", "model/timing.jsonl")]
+    steps, timed = ([json.loads(line)["step"] for line in lines] for lines in logs)
+    assert steps == timed == sorted(set(steps)) and len(steps) == 40
+    assert all(json.loads(line)["seconds"] > 0 for line in logs[1])
     after = {path.name: path.read_bytes() for path in (seed / "model").glob("*.safetensors")}
     assert after == before, "the resumed run ends where the whole one did"
+    assert (seed / "train.jsonl").read_text() == curve, "with the same losses, in another time"
