@@ -340,7 +340,7 @@ def test_the_plan_counts_what_is_left_and_its_hours(tree: Tree, monkeypatch: pyt
     requests = {request.kind: request for request in plan(Path("config.yaml"), price=2.0)}
     assert requests["train_teacher"].jobs == 1 and "prepare" not in requests, "the data is there"
     assert requests["train_teacher"].gpu_hours == 12.0 and requests["train_teacher"].core_hours == 6.0
-    assert requests["report"].jobs == 4
+    assert requests["report"].jobs == 5
     said = capsys.readouterr().out
     assert "At most 13.0 GPU hours, 26.00 at 2 per GPU hour" in said
     with pytest.raises(GraceError, match=r"nowhere.yaml: cannot be read"):
