@@ -9,6 +9,7 @@ editor would, and every reader of that folder looks at it. What hashes alone wou
 
 import contextlib
 import io
+import json
 import random
 import shutil
 import sys
@@ -27,13 +28,13 @@ from mutate import damage
 from small_experiment import build
 
 from grace.cluster.start import mend_records
+from grace.config.accepted import accepted, accepted_file
 from grace.config.job_parameters import CacheRun, EvaluateRun, TrainRun, read_run
 from grace.data import load_prepared
 from grace.data.prepared import keys_of
 from grace.diff.compare import compare_folders
 from grace.files import check_manifest, sha256, write_json
-from grace.provenance.accept import accepted
-from grace.provenance.snakemake_records import _record_path, _write, restore
+from grace.provenance.snakemake_records import FORMAT, _record_path, _write, restore, save
 from grace.provenance.tree import provenance
 from grace.provenance.verify import verify
 from grace.quant.student import read_quantization
@@ -63,7 +64,8 @@ def sound(home: Path) -> None:
     rows = {}
     for path in sorted(results.rglob("manifest.json")):
         output = path.relative_to(home).as_posix()
-        given = {"input": ["results/fake/config/experiment.json"], "input_checksums": {}}
+        inputs = [f"results/fake/config/{name}.json" for name in ("experiment", "code/evaluate")]
+        given = {"input": inputs, "input_checksums": {}}
         record = {
             "rule": "evaluate",
             "log": [],
@@ -71,14 +73,19 @@ def sound(home: Path) -> None:
             "endtime": 2.0,
             "params": [],
             "shellcmd": "",
+            "record_format_version": FORMAT,
+            "incomplete": False,
             **given,
         }
         rows[output] = {"output": output, "bytes": path.stat().st_size, "sha256": sha256(path), "record": record}
         write_json(home / _record_path(output), record)
     _write(results / "provenance.jsonl", rows)
-    change = {name: {} for name in ("subcommand", "frozen", "accepted", "changed", "by", "at", "reason")}
-    (results / "config/code").mkdir()
-    (results / "config/code/accepted.jsonl").write_text(f"{change}".replace("'", '"') + "\n")
+    code = {"subcommand": "evaluate", "chosen": ["grace.evaluate.ask"], "code": {"grace.files": "0"}, "data": {}}
+    change = {"subcommand": "evaluate", "frozen": code, "accepted": {**code, "code": {}}, "changed": ["grace.files"]}
+    write_json(results / "config/code/evaluate.json", code)
+    accepted_file(results).write_text(
+        json.dumps({**change, "by": "me", "at": "today", "reason": "the same bits"}) + "\n"
+    )
 
 
 def _cache(home: Path) -> None:
@@ -124,7 +131,9 @@ GROUPS: dict[str, tuple[str, list[Callable[[Path], Any]]]] = {
         lambda h: provenance(h / "results/fake/students/grace/int4/seed0/predictions"), lambda h: restore("results/fake"),
         lambda h: compare_folders(h / "results/fake", h / "results/fake"), lambda h: accepted(h / "results/fake"),
     ]),
-    "records": (".snakemake/metadata/*", [lambda h: mend_records(), lambda h: restore("results/fake")]),
+    "records": (".snakemake/metadata/*", [
+        lambda h: mend_records(), lambda h: restore("results/fake"), lambda h: save("results/fake"),
+    ]),
 }  # fmt: skip
 
 

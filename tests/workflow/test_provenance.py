@@ -15,11 +15,12 @@ from stub_tree import Tree
 
 from grace.cluster.estimate import left_to_do, plan
 from grace.cluster.lock import lock_path, one_writer
+from grace.config.accepted import accepted, read_fingerprint
 from grace.environment import environment
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
 from grace.provenance.cell import cell
-from grace.provenance.snakemake_records import _write, benchmark
+from grace.provenance.snakemake_records import FORMAT, _write, benchmark, read_record
 from grace.provenance.tree import provenance
 from grace.provenance.verify import check, verify
 from grace.report.tables.write import write_tables
@@ -264,6 +265,52 @@ def test_predictions_are_held_against_their_benchmarks(results: Path) -> None:
     assert check(results).wrong == []
     (folder / "colour.parquet").write_bytes(b"others")
     assert [line.split(": ")[1][:12] for line in check(results).wrong] == ["differs from"]
+
+
+@pytest.mark.parametrize(
+    "damaged, said",
+    [
+        ({"output": None}, "`output`: input should be a valid string"),
+        ({"output": "x" * 5000}, "`output`: no file can have this name"),
+        ({"bytes": "many"}, "`bytes`: input should be a valid integer"),
+        ({"record": {"input": [0], "input_checksums": {}}}, "`record.rule`: field required"),
+        ({"record": []}, "list indices must be integers"),
+    ],
+)
+def test_damaged_records_are_a_sentence(reported: Path, tmp_path: Path, damaged: dict, said: str) -> None:
+    head, first, *rows = (reported / "provenance.jsonl").read_text().splitlines()
+    store = tmp_path / "results/fake/provenance.jsonl"
+    store.parent.mkdir(parents=True)
+    store.write_text("\n".join([head, json.dumps({**json.loads(first), **damaged}), *rows]))
+    with pytest.raises(GraceError, match=rf"provenance\.jsonl: damaged \({said}.*dvc checkout"):
+        check(store.parent)
+
+
+@pytest.mark.parametrize("damaged", [{"rule": []}, {"starttime": "early"}, {"endtime": 1e300}, {"input": "x"}])
+def test_a_damaged_record_of_snakemake_is_a_sentence(tmp_path: Path, damaged: dict) -> None:
+    whole = {"rule": "evaluate", "input": ["x"], "input_checksums": {}, "starttime": 1.0, "endtime": 2.0}
+    whole |= {"record_format_version": FORMAT}
+    path = tmp_path / "record"
+    write_json(path, whole)
+    assert read_record(path) == whole
+    for value in (whole | damaged, []):
+        write_json(path, value)
+        with pytest.raises(GraceError, match=r"record: damaged .*records restore"):
+            read_record(path)
+    write_json(path, whole | damaged | {"incomplete": True})
+    assert read_record(path) is None
+
+
+@pytest.mark.parametrize("line", ["null", "{}", "{", '{"subcommand": "evaluate", "frozen": {}}'])
+def test_damaged_changes_of_code_are_a_sentence(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "config/code/accepted.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{line}\n")
+    with pytest.raises(GraceError, match=r"accepted\.jsonl: damaged \(.*git checkout"):
+        accepted(tmp_path)
+    path.with_name("evaluate.json").write_text(line)
+    with pytest.raises(GraceError, match=r"evaluate\.json: (damaged|not valid JSON)"):
+        read_fingerprint(path.with_name("evaluate.json"))
 
 
 def test_single_files_are_held_against_the_saved_records(tree: Tree) -> None:

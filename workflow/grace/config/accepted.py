@@ -9,9 +9,45 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grace.errors import GraceError, reason
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-_KEYS = {"subcommand", "frozen", "accepted", "changed", "by", "at", "reason"}
+from grace.errors import GraceError, problem, reason
+from grace.files import read_json
+
+
+class _Fingerprint(BaseModel):
+    """What `CodeIndex.fingerprint` returns."""
+
+    model_config = ConfigDict(strict=True)
+
+    subcommand: str
+    chosen: list[str]
+    code: dict[str, str]
+    data: dict[str, str]
+
+
+class _Accepted(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    subcommand: str
+    frozen: _Fingerprint
+    accepted: _Fingerprint
+    changed: list[str]
+    by: str
+    at: str
+    reason: str
+
+
+def read_fingerprint(path: Path) -> dict[str, Any]:
+    """The frozen code of a subcommand; a `GraceError` where the file is missing or damaged."""
+    value = read_json(path)
+    try:
+        _Fingerprint.model_validate(value)
+    except ValidationError as error:
+        raise GraceError(
+            f"{path}: damaged ({problem(error)}); take it from git again: git checkout -- {path}"
+        ) from None
+    return value
 
 
 def code_folder(results: str | Path) -> Path:
@@ -36,10 +72,10 @@ def accepted(results: str | Path) -> list[dict[str, Any]]:
     try:
         changes = [json.loads(line) for line in path.read_text().splitlines() if line]
         for change in changes:
-            if missing := _KEYS - change.keys():
-                raise KeyError(*missing)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraceError(f"{path}: damaged ({reason(error)}); take it from git again: git checkout -- {path}") from None
+            _Accepted.model_validate(change)
+    except ValueError as error:
+        said = problem(error) if isinstance(error, ValidationError) else reason(error)
+        raise GraceError(f"{path}: damaged ({said}); take it from git again: git checkout -- {path}") from None
     return changes
 
 

@@ -5,6 +5,7 @@ bytes. So the bytes of a file's question columns are held against those that wer
 others is decoded in full. Two trees of the paper's size are then read in about two seconds instead of a minute.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +76,10 @@ class Reader:
         file, stored = _stored(path)
         for known in self._known.get(path.stem, []):
             if file is not None and known.stored == stored:
-                scores = file.read(columns=["score"], use_threads=False)["score"].to_numpy()
-                if len(scores) == len(known.order) and np.isfinite(scores).all():
-                    return known, 100 * scores[known.order]
+                with suppress(OSError, ValueError):  # a damaged page, which `read_predictions` names
+                    scores = file.read(columns=["score"], use_threads=False)["score"].to_numpy()
+                    if len(scores) == len(known.order) and np.isfinite(scores).all():
+                        return known, 100 * scores[known.order]
         frame = read_predictions(path, [*KEYS, "score"])
         ids = pq.read_table(path, columns=["sample_id"])["sample_id"].to_pandas()
         order = ids.sort_values(kind="stable").index.to_numpy()

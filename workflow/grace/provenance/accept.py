@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grace.config.accepted import accepted, accepted_file, code_folder, resolved
+from grace.config.accepted import accepted, accepted_file, code_folder, read_fingerprint, resolved
 from grace.config.code import changed
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
-from grace.files import read_json, whole_file
+from grace.files import whole_file
 
 
 def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | None = None) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
     at, by = datetime.now(UTC).isoformat(timespec="seconds"), _who()
     changes = []
     for name in subcommands or built:
-        frozen, now = read_json(folder / f"{name}.json"), plan.fingerprint(name)
+        frozen, now = read_fingerprint(folder / f"{name}.json"), plan.fingerprint(name)
         if resolved(plan.folder, now) != frozen:
             about = {"changed": changed(frozen, now), "by": by, "at": at, "reason": reason.strip()}
             changes.append({"subcommand": name, "frozen": frozen, "accepted": now, **about})

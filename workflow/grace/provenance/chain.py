@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from grace.config.accepted import accepted, resolved
+from grace.config.accepted import accepted, read_fingerprint, resolved
 from grace.config.code import CodeIndex, changed
 from grace.errors import GraceError, problem
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256
-from grace.provenance.snakemake_records import FORMAT, HASHED_UP_TO, _read, _record_path, benchmark
+from grace.provenance.snakemake_records import HASHED_UP_TO, _read, _record_path, benchmark, read_record
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,8 @@ class Results:
         if row is not None and row["sha256"] in (None, self.hash(output)):
             return row["record"]
         live = self.root / _record_path(output)
-        if live.is_file():
-            record = read_json(live)
-            if record.get("record_format_version") == FORMAT and not record.get("incomplete"):
-                return record
+        if live.is_file() and (record := read_record(live)):
+            return record
         return row["record"] if row else None
 
     def hash(self, name: str) -> str | None:
@@ -156,8 +154,11 @@ class Results:
 
     def _add_record(self, step: Step, record: dict[str, Any]) -> None:
         step.rule, step.command = record["rule"], record.get("shellcmd")
-        step.ended = datetime.fromtimestamp(record["endtime"], UTC).isoformat(timespec="seconds")
-        step.seconds = round(record["endtime"] - record["starttime"], 2)
+        started, ended = record["starttime"], record["endtime"]
+        if ended is not None:
+            step.ended = datetime.fromtimestamp(ended, UTC).isoformat(timespec="seconds")
+        if started is not None and ended is not None:
+            step.seconds = round(ended - started, 2)
         step.log = next(iter(record.get("log") or []), None)
         measured = self._measured(step.output, record) or {}
         step.seconds = measured.get("seconds", step.seconds)
@@ -181,7 +182,7 @@ class Results:
         about: dict[str, Any] = {"path": name, "sha256": found.sha256, "state": found.state}
         if not path.is_file():
             return {**about, "modules": None, "changed": None, "accepted": []}
-        frozen = read_json(path)
+        frozen = read_fingerprint(path)
         trace = ("changed", "by", "at", "reason")
         return {
             **about,
@@ -280,4 +281,5 @@ def _seed(values: Any) -> int | None:
     """The seed of a job's frozen parameters: its own, or its data's."""
     if not isinstance(values, dict) or "experiment" in values:
         return None
-    return values.get("seed", (values.get("data") or {}).get("seed"))
+    data = values.get("data")
+    return values.get("seed", data.get("seed") if isinstance(data, dict) else None)

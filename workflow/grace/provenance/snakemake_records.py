@@ -20,9 +20,11 @@ from functools import cache
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from grace.errors import GraceError, reason
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from grace.errors import GraceError, problem, reason
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256, whole_file
 from grace.hashes import known_hashes
 
@@ -31,6 +33,42 @@ FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
 HASHED_UP_TO = 64 * 2**20
 _NAME_MAX = 255
 _KEPT = ("rule", "log", "shellcmd", "params", "code", "software_stack_hash", "starttime", "endtime")
+
+
+def _path(name: str) -> str:
+    if not name or "\0" in name or max(map(len, name.split("/"))) > _NAME_MAX or len(name) > 4000:
+        raise ValueError("no file can have this name")
+    return name
+
+
+_Path = Annotated[str, AfterValidator(_path)]
+_Time = Annotated[float, Field(ge=0, le=250_000_000_000)]  # seconds; the year 9892
+
+
+class _Record(BaseModel):
+    """What is read of Snakemake's record of an output."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rule: str | None
+    input: list[_Path] | None
+    input_checksums: dict[str, str | None] | None
+    starttime: _Time | None
+    endtime: _Time | None
+    log: list[_Path] | None = None
+    shellcmd: str | None = None
+
+
+class _Row(BaseModel):
+    """A row of provenance.jsonl, its inputs spelt out."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    output: _Path
+    bytes: int
+    sha256: str | None
+    measured: dict[str, float] | None = None
+    record: _Record
 
 
 def save(results: str | Path) -> int:
@@ -151,12 +189,27 @@ def _recorded() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             encoded = "".join(part.removeprefix("@") for part in path.relative_to(folder).parts)
-            record = read_json(path)
-            if record.get("record_format_version") == FORMAT and not record.get("incomplete"):
+            if record := read_record(path):
                 kept = {key: record.get(key) for key in _KEPT}
                 kept["input"] = [str(name) for name in record["input"] or []]
                 kept["input_checksums"] = record["input_checksums"] or {}
                 yield urlsafe_b64decode(encoded).decode(), kept
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Snakemake's own record of an output; None where another version wrote it, or where its job did not end.
+
+    Raises:
+        GraceError: it is damaged.
+    """
+    record = read_json(path)
+    if isinstance(record, dict) and (record.get("record_format_version") != FORMAT or record.get("incomplete")):
+        return None
+    try:
+        _Record.model_validate(record)
+    except ValidationError as error:
+        raise GraceError(f"{path}: damaged ({problem(error)}); delete it and run `grace records restore`") from None
+    return record
 
 
 def _read(store: Path) -> list[dict[str, Any]]:
@@ -168,11 +221,14 @@ def _read(store: Path) -> list[dict[str, Any]]:
         if head["format"] != FORMAT:
             return []
         inputs = head["inputs"]
-        return [{**row, "record": _unfolded(row["record"], inputs)} for row in rows]
+        rows = [{**row, "record": _unfolded(row["record"], inputs)} for row in rows]
+        for row in rows:
+            _Row.model_validate(row)
+        return rows
+    except ValidationError as error:
+        raise GraceError(f"{store}: damaged ({problem(error)}); take it from DVC again: dvc checkout {store}") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise GraceError(
-            f"{store}: damaged ({reason(error)}); take it from git again: git checkout -- {store}"
-        ) from error
+        raise GraceError(f"{store}: damaged ({reason(error)}); take it from DVC again: dvc checkout {store}") from error
 
 
 def _folded(record: dict[str, Any], places: dict[str, int], checksums: dict[str, str | None]) -> dict[str, Any]:
@@ -207,12 +263,12 @@ def _same(output: Path, row: dict[str, Any]) -> bool:
 def _fits(target: Path, output: Path, checksum: Any) -> bool:
     """Whether a record of this machine speaks of this very output and of the inputs as they are now."""
     try:
-        record = read_json(target)
+        record = read_record(target)
     except GraceError:  # cut by a kill
         return False
-    if record.get("endtime") != _mtime(output):
+    if record is None or record["endtime"] != _mtime(output):
         return False
-    return all(checksum(name) == value for name, value in (record.get("input_checksums") or {}).items())
+    return all(checksum(name) == value for name, value in (record["input_checksums"] or {}).items())
 
 
 def _checksum(name: str) -> str | None:

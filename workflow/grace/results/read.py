@@ -265,7 +265,7 @@ def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFra
         table = pq.read_table(path, columns=[name for name in columns if name in names] if columns else None)
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; evaluate this model first, or pull it with `dvc pull`") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise GraceError(
             f"{path}: not a readable Parquet file ({reason(error)}); delete it and evaluate this model again"
         ) from error

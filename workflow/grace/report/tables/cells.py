@@ -78,7 +78,7 @@ def read_cells(folder: Path) -> list[Number]:
         return found
     except FileNotFoundError as error:
         raise GraceError(f"{error.filename}: no such file; write the tables again with Snakemake") from None
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise GraceError(
             f"{path}: does not belong to the tables beside it ({reason(error)}); write them again"
         ) from error
