@@ -17,10 +17,11 @@ def cka(a, b):
 
 
 def visual_tokens(n, d, shared, seed=0):
-    """Rows with a decaying spectrum and a common direction, as a trained model's visual tokens have: [n, d] float64."""
+    """Rows with a decaying spectrum and a common direction, as a trained model's visual tokens have: fp32 [n, d]."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, d, dtype=torch.float64, generator=generator) * torch.arange(1, d + 1).pow(-0.7)
-    return rows + shared * rows.std(unbiased=False) * torch.randn(d, dtype=torch.float64, generator=generator)
+    rows += shared * rows.std(unbiased=False) * torch.randn(d, dtype=torch.float64, generator=generator)
+    return rows.float()
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,5 +93,5 @@ def test_cka_survives_int8_even_where_all_tokens_point_one_way(shared, tolerance
 
 def test_the_gram_matrix_is_of_unit_rows():
     rows = visual_tokens(7, 5, 1.0)
-    unit = rows / rows.norm(dim=1, keepdim=True)
+    unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
     torch.testing.assert_close(gram_matrix(rows).double(), unit @ unit.T, rtol=0, atol=1e-6)
