@@ -56,6 +56,15 @@ def test_damage_is_named(tmp_path):
         files.check_manifest(tmp_path / "model")
 
 
+def test_a_damaged_manifest_is_written_again(tmp_path):
+    (tmp_path / "a").write_text("a")
+    files.write_manifest(tmp_path)
+    whole = (tmp_path / "manifest.json").read_bytes()
+    (tmp_path / "manifest.json").write_bytes(whole.replace(b"a", b"\xff", 1))
+    files.write_manifest(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == whole
+
+
 @pytest.mark.parametrize("text, reason", [(None, "no such file"), ("{", "not valid JSON")])
 def test_unreadable_json(tmp_path, text, reason):
     if text is not None:

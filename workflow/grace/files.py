@@ -172,7 +172,7 @@ def write_manifest(
     folder = Path(folder)
     manifest = {**about, "files": dict(list_files(folder) if files is None else files)}
     target = folder / MANIFEST
-    if not (target.is_file() and (folder / ENVIRONMENT).is_file() and target.read_text() == _text(manifest)):
+    if not (target.is_file() and (folder / ENVIRONMENT).is_file() and target.read_bytes() == _text(manifest).encode()):
         write_json(folder / ENVIRONMENT, environment())
         write_json(target, manifest)
     return manifest

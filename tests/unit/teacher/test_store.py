@@ -30,7 +30,7 @@ from grace.files import check_manifest, read_json, whole_folder, write_json, wri
 from grace.models import load_model, load_processor
 from grace.teacher.commands import finish, info, verify, write
 from grace.teacher.forward import check_examples, plan, plan_rows
-from grace.teacher.identity import expected
+from grace.teacher.identity import expected, processor_pins
 from grace.teacher.reader import TeacherCache
 from grace.teacher.shard import Shard
 from grace.teacher.writer import audited_records
@@ -514,3 +514,13 @@ def test_a_damaged_manifest_of_a_cache_is_named(home, tmp_path, change, said):
     edit(tmp_path / "manifest.json", change)
     with pytest.raises(GraceError, match=rf"manifest\.json: .*{said}.*grace cache finish"):
         info(tmp_path)
+
+
+def test_a_damaged_processor_is_another_one_or_a_sentence(home, tmp_path):
+    folder = shutil.copytree(home / "data/processor", tmp_path / "processor")
+    whole = processor_pins(folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff{{ bos_token }}")
+    assert processor_pins(folder)["template"] != whole["template"]
+    (folder / "processor_config.json").write_text("[]")
+    with pytest.raises(GraceError, match=r"processor_config\.json: holds no JSON object"):
+        processor_pins(folder)

@@ -121,7 +121,7 @@ def restore(results: str | Path) -> int:
     store = _store(results)
     if not store.is_file():
         return 0
-    known = _stamp(results).is_file() and _stamp(results).read_text() == sha256(store)
+    known = _stamp(results).is_file() and _stamp(results).read_bytes() == sha256(store).encode()
     checksum = cache(_checksum)
     restored = 0
     for row in _read(store):

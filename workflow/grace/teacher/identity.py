@@ -7,6 +7,7 @@ from typing import Any
 
 from grace.config.job_parameters import CacheRun
 from grace.errors import GraceError
+from grace.families.files import read_object
 from grace.files import MANIFEST, contents_hash, read_json, sha256
 
 _TOKENIZER = (
@@ -57,10 +58,10 @@ def _template(folder: Path) -> list[str]:
     """The chat template, wherever this version of the library keeps it."""
     texts = set()
     if (folder / f"{_TEMPLATE}.jinja").is_file():
-        texts.add((folder / f"{_TEMPLATE}.jinja").read_text())
+        texts.add((folder / f"{_TEMPLATE}.jinja").read_text(errors="replace"))
     for name in (f"{_TEMPLATE}.json", "tokenizer_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            kept = read_json(folder / name).get(_TEMPLATE)
+            kept = read_object(folder / name).get(_TEMPLATE)
             if kept is not None:
                 texts.add(kept if isinstance(kept, str) else json.dumps(kept, sort_keys=True))
     return sorted(texts)
