@@ -33,6 +33,7 @@ def main() -> None:
         ((512, 1024, 8, 1, 64), "fp16", {}),
         ((1536, 8960, 2, 6, 128), "bf16", {"biased": True}),  # Qwen2-VL-2B
         ((4096, 12288, 8, 4, 128), "bf16", {"normed": True}),  # Qwen3-VL-8B
+        ((4096, 11008, 32, 1, 128), "bf16", {"codes": True}),
     ):
         fixed, done = build(*shape, dtype, **has)
         assert fixed["STAGES"] == stages(fixed["PADS"], SHARED) == STAGES

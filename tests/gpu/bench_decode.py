@@ -95,7 +95,7 @@ def round_in_place(model: nn.Module, device: torch.device) -> None:
 
 def measure(
     model: nn.Module, name: str, precision: str, batches: list[int], caches: list[int], new_tokens: int,
-    repeats: int, device: torch.device, kernels: bool,
+    repeats: int, device: torch.device, kernels: bool, unmeasured: bool,
 ) -> list:  # fmt: skip
     """Rows like decode.csv's for a model without a processor."""
     rows, weights = [], weight_bytes(model)
@@ -105,7 +105,7 @@ def measure(
 
         def prefill(inputs=inputs, held=held, batch=batch, bits=bits) -> None:
             if not held:
-                held.append(Session(model, batch, PROMPT + new_tokens, cache_bits=bits))
+                held.append(Session(model, batch, PROMPT + new_tokens, cache_bits=bits, unmeasured=unmeasured))
             with torch.inference_mode():
                 held[0].prefill(inputs)
 
@@ -178,6 +178,11 @@ def main() -> None:
     parser.add_argument("--caches", default="16,8", help="with --random: bits of keys and values")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--unmeasured",
+        action="store_true",
+        help="with --random: take kernels that no GPU has run yet where there are any",
+    )
     parser.add_argument("--kernels", action="store_true", help="with --random: also print the kernels of one step")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
@@ -192,7 +197,7 @@ def main() -> None:
     else:
         model = random_model(chosen.random, device)
         fuse_dense(decoder(model))
-        how = (caches, chosen.new_tokens, chosen.repeats, device, chosen.kernels)
+        how = (caches, chosen.new_tokens, chosen.repeats, device, chosen.kernels, chosen.unmeasured)
         rows = measure(model, chosen.random, "bf16", batches, *how)
         round_in_place(model, device)
         gc.collect()

@@ -1,16 +1,19 @@
 """Check the hand-fused decoding step on a CUDA GPU: each kernel against float64, the step against transformers' layers.
 
-    python tests/gpu/check_decode_step.py [kernels attend attend-8-bit layers tokens qwen chat qwen-2b]
+    python tests/gpu/check_decode_step.py [kernels attend attend-8-bit layers unmeasured tokens qwen chat qwen-2b]
+
+`unmeasured` are the layers in one launch where `persistent_step.serves` waits for a measurement; only by name.
 
 Fresh random data on every run, outputs poisoned before they are written. Prints one line per check; fails at the first
 that is off.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -106,8 +109,12 @@ def check_small_kernels() -> None:
     print("argmax: the first of the largest")
 
 
-def check_layers() -> None:
-    """All layers in one launch against a launch per kernel, INT4, one sequence: outputs, new keys and values."""
+def check_layers(cases: Sequence[tuple[int, int]] = ((1, 16),), unmeasured: bool = False) -> None:
+    """All layers in one launch against a launch per kernel, INT4: outputs, new keys and values.
+
+    Args:
+        cases: sequences, and bits of the cache.
+    """
     for name, model in shapes():
         model = model.bfloat16().requires_grad_(False)
         fuse_dense(decoder(model))
@@ -115,31 +122,58 @@ def check_layers() -> None:
         round_in_place(model, CUDA)
         for norm in [m for part, m in decoder(model).named_modules() if part.endswith("norm")]:
             nn.init.uniform_(norm.weight, 0.5, 2)
-        session = Session(model, 1, 704, fused=True)
-        step = session._step
-        assert step.persistent is not None, "the GPU or the model was refused"
-        all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
-        for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
-            step.token.random_(100)
-            step.position.fill_(now - padding), step.slot.fill_(now), step.first.fill_(padding)
-            found = []
-            for layers in (step._layer_by_layer, all_layers, all_layers):
-                for kept in session.cache.layers:
-                    for t in (kept.keys, kept.values):
-                        t[:, :, :now].normal_(generator=torch.Generator(CUDA).manual_seed(now))
-                        t[:, :, now:] = torch.nan
-                poison()
-                with torch.inference_mode():
-                    found.append([layers().clone()])
-                for kept in session.cache.layers:
-                    assert now == 703 or kept.keys[:, :, now + 1 :].isnan().all()
-                    found[-1] += [kept.keys[:, :, now].clone(), kept.values[:, :, now].clone()]
-            case = f"{name}, {now} tokens of which {padding} padding"
-            close(case, found[1][0], found[0][0], 3e-2)
-            for ours, theirs in zip(found[1][1:], found[0][1:], strict=True):
-                error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-                assert error < 3e-2, f"{case}: new key or value off by {error}"
-            assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{case}: not the same each time"
+        heads = decoder(model).layers[0].self_attn.head_dim
+        for batch, bits in [(batch, bits) for batch, bits in cases if bits == 16 or heads == 128]:
+            compare_layers(f"{name}, batch {batch}, {bits} bits", model, batch, bits, unmeasured)
+
+
+def compare_layers(name: str, model: nn.Module, batch: int, bits: int, unmeasured: bool) -> None:
+    session = Session(model, batch, 704, fused=True, cache_bits=bits, unmeasured=unmeasured)
+    step = session._step
+    assert step.persistent is not None, "the GPU or the model was refused"
+    all_layers = partial(step.persistent, step.token, step.position, step.slot, step.first)
+    for now, padding in ((0, 0), (1, 0), (7, 3), (640, 0), (703, 200)):
+        step.token.random_(100)
+        step.slot.fill_(now), step.first.random_(padding + 1)
+        step.first[0] = padding
+        step.position.copy_(now - step.first)
+        found = []
+        for layers in (step._layer_by_layer, all_layers, all_layers):
+            generator = torch.Generator(CUDA).manual_seed(now)
+            for kept in session.cache.layers:
+                fill(kept, now, generator)
+            poison()
+            with torch.inference_mode():
+                found.append([layers().clone()])
+            for kept in session.cache.layers:
+                new = stored(kept)
+                assert all(t[:, :, now + 1 :].isnan().all() for t in new)
+                found[-1] += [t[:, :, now].clone() for t in new]
+        case = f"{name}, {now} tokens of which {padding} padding"
+        close(case, found[1][0], found[0][0], 3e-2)
+        for ours, theirs in zip(found[1][1:], found[0][1:], strict=True):
+            error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
+            assert error < 3e-2, f"{case}: new key or value off by {error}"
+        assert all(torch.equal(a, b) for a, b in zip(*found[1:], strict=True)), f"{case}: not the same each time"
+
+
+def fill(kept: Any, now: int, generator: torch.Generator) -> None:
+    """Random keys and values in a layer's slots before `now`, NaN behind."""
+    for cached, steps in ((kept.keys, "key_steps"), (kept.values, "value_steps")):
+        states = torch.randn(cached.shape, device=CUDA, generator=generator).bfloat16()
+        if cached.dtype == torch.int8:
+            codes, scales = round_to_int8(states)
+            cached.copy_(codes)
+            getattr(kept, steps).copy_(scales)[:, :, now:] = torch.nan
+        else:
+            cached.copy_(states)[:, :, now:] = torch.nan
+
+
+def stored(kept: Any) -> list[torch.Tensor]:
+    """Keys and values of a layer's cache, of 8 bits in fp32."""
+    if kept.keys.dtype != torch.int8:
+        return [kept.keys, kept.values]
+    return [kept.keys * kept.key_steps.unsqueeze(-1), kept.values * kept.value_steps.unsqueeze(-1)]
 
 
 def fill_biases(model: nn.Module) -> None:
@@ -279,6 +313,7 @@ CHECKS = {
     "attend": lambda: check_attend(16),
     "attend-8-bit": lambda: check_attend(8),
     "layers": check_layers,
+    "unmeasured": lambda: check_layers([(1, 8)], unmeasured=True),
     "tokens": check_tokens,
     "qwen": check_qwen_tokens,
     "chat": check_chat,
@@ -287,6 +322,6 @@ CHECKS = {
 
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
-    for name in sys.argv[1:] or CHECKS:
+    for name in sys.argv[1:] or [name for name in CHECKS if name != "unmeasured"]:
         CHECKS[name]()
     print("all passed")

@@ -158,7 +158,9 @@ def _assembly(text: str, constraints: str, args: list, dtype, **_):
         here.barriers.check()
         time.sleep(1e-4)
         return _load(args[0])
-    pairs = [arg.t.contiguous().view(torch.int32).view(-1) for arg in args]  # of 16-bit numbers
+    pairs = []  # of 16-bit numbers in a register, of 32-bit ones in two
+    for arg in args:
+        pairs += arg.t.contiguous().view(torch.int32).view(-1, arg.dtype.itemsize // 2).T.contiguous()
     registers = run_ptx(text, pairs, len(dtype))
     return tuple(Tensor(r.view(kind).view(args[0].shape)) for r, kind in zip(registers, dtype, strict=True))
 
@@ -178,7 +180,7 @@ def _specialize(work: list[tuple[Callable, tuple]], warps: list[int], registers:
 
 
 def _reduce(values: tuple[Tensor, ...], axis: int, combine: Callable) -> tuple[Tensor, ...]:
-    assert axis == 0
+    values = tuple(Tensor(v.t.movedim(axis, 0)) for v in values)
     while len(values[0].t) > 1:
         half = len(values[0].t) // 2
         values = combine(*(v[:half] for v in values), *(v[half:] for v in values))
@@ -211,7 +213,7 @@ def _language() -> ModuleType:
         setattr(gl, name, lambda *args, **kwargs: None)
     for name in ("maximum", "minimum"):
         setattr(gl, name, _both(getattr(torch, name)))
-    for name in ("abs", "exp", "exp2", "log2", "rsqrt"):
+    for name in ("abs", "exp", "exp2", "floor", "log2", "rsqrt"):
         setattr(gl, name, _one(getattr(torch, name)))
     gl.constexpr = lambda value: value
     gl.pointer_type, gl.shared_memory_descriptor = PointerType, Shared

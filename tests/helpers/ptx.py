@@ -29,6 +29,12 @@ def run(assembly: str, inputs: list[torch.Tensor], outputs: int) -> list[torch.T
             registers[to] = read(names[0])
         elif opcode == "shr.b32":
             registers[to] = ((read(names[0]).long() & 0xFFFFFFFF) >> int(names[1])).int()
+        elif opcode == "xor.b32":
+            registers[to] = read(names[0]) ^ read(names[1])
+        elif opcode == "prmt.b32":
+            both = torch.stack([read(name) for name in names[:2]], 1).view(torch.uint8)  # bytes of a, then of b
+            digits = [int(names[2], 0) >> 4 * i & 15 for i in range(4)]
+            registers[to] = both[:, digits].view(torch.int32).view(-1)
         elif opcode == "lop3.b32":
             a, b, c = map(read, names[:3])
             table = int(names[3], 0)  # bit 4a + 2b + c of it is the result

@@ -31,6 +31,7 @@ class Session:
         compile: on CUDA and without the fused step, whether to compile the step before capturing it.
         cache_bits: 16 keeps keys and values in the model's dtype; 8 as int8 codes, which the fused step alone reads.
         scored: whether each step also writes its tokens' log-probabilities.
+        unmeasured: whether the fused step may take kernels that no GPU has run yet, to check and to time them.
 
     Attributes:
         logprob: fp32 [batch], the log-probability of the last token (nats), where `scored`.
@@ -45,6 +46,7 @@ class Session:
         compile: bool = True,
         cache_bits: int = 16,
         scored: bool = False,
+        unmeasured: bool = False,
     ) -> None:
         self.model, self.family, self.batch, self.length = model, family_of(model), batch, length
         self.decoder, self.head = decoder(model), output_head(model)
@@ -75,7 +77,7 @@ class Session:
 
             self._step = step = llama_step.LlamaStep(
                 self.decoder, self.embed, self.head, self.cache, self.token, self.position, self.slot, self.first,
-                self.logprob if scored else None,
+                self.logprob if scored else None, unmeasured,
             )  # fmt: skip
         elif compile and self.device.type == "cuda":
             step = torch.compile(self._step, dynamic=False)

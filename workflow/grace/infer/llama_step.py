@@ -51,6 +51,7 @@ class LlamaStep:
         slot: int64 [], its place in the cache.
         first: int64 [batch], the first slot that is not padding.
         logprob: fp32 [batch], replaced by the next token's log-probability, where it is wanted.
+        unmeasured: whether all layers may go in one launch where no GPU has run it so (`persistent_step.serves`).
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LlamaStep:
         slot: torch.Tensor,
         first: torch.Tensor,
         logprob: torch.Tensor | None = None,
+        unmeasured: bool = False,
     ) -> None:
         self.logprob = logprob
         self.layers, self.norm, self.head = list(decoder.layers), decoder.norm, head
@@ -72,8 +74,9 @@ class LlamaStep:
         self.stream = self.table.new_empty(len(position), self.table.shape[1])
         self.cos, self.sin = rotary_table(decoder.rotary_emb, cache.get_max_length(), self.table.dtype)
         self.persistent = persistent_step.prepare(
-            decoder, self.table, cache, (self.cos, self.sin), self.token, self.position, self.slot, self.first
-        )
+            decoder, self.table, cache, (self.cos, self.sin), self.token, self.position, self.slot, self.first,
+            unmeasured=unmeasured,
+        )  # fmt: skip
 
     def __call__(self) -> None:
         if self.persistent is not None:

@@ -12,11 +12,12 @@ from grace.kernels.decode_attention import LOG2_E
 from grace.kernels.w4a16 import gluon, gpu
 from grace.kernels.w4a16_layout import CHUNK
 
-# What a GPU has run. fp16 compiles, and waits for a GPU.
+# What a GPU has run. What `serves` calls unmeasured, and fp16, compiles and waits for one.
 WIDEST = (8192, 8192, 16384)  # residual stream, heads side by side, inner: padded, in registers of four warps
 DTYPE = torch.bfloat16
 STAGES = 10  # more do not help
 HEAD_DIMS = (64, 128)
+CODES_DIM = 128  # of heads whose keys and values have 8 bits
 MOST_QUERIES = 16  # of a key-value head: rows of the tensor core
 MOST_PARTS = 8  # of a head's slots. Every program reads the parts of all heads: more cost more than they spare
 
@@ -27,7 +28,7 @@ class PersistentLayers:
     Args:
         decoder: its linears joined by `grace.infer.fuse` and packed.
         embedding: [vocab, d].
-        cache: initialised, one sequence, 16 bits.
+        cache: initialised, one sequence, 16 bits or 8.
         cos, sin: of every position, [positions, D].
     """
 
@@ -41,6 +42,7 @@ class PersistentLayers:
         self.constants = constants(
             hidden, inner, heads, wide // width // heads, width, here.shared, self.programs,
             biased=qkv.bias is not None, normed=hasattr(layers[0].self_attn, "q_norm"),
+            codes=cache.layers[0].keys.dtype == torch.int8,
         )  # fmt: skip
         self.embedding, self.norm, self.turns, self.layers = embedding, decoder.norm.weight, (cos, sin), len(layers)
         self.scale, self.eps = layers[0].self_attn.scaling * LOG2_E, decoder.norm.variance_epsilon
@@ -70,6 +72,7 @@ def prepare(
     cache: StaticCache,
     turns: tuple[torch.Tensor, torch.Tensor],
     *places: torch.Tensor,
+    unmeasured: bool = False,
 ) -> PersistentLayers | None:
     """The layers in one launch, tried once over an empty cache; None where `serves` refuses, or the GPU the launch.
 
@@ -77,8 +80,9 @@ def prepare(
 
     Args:
         turns: cosines and sines; places: token, position, slot and first slot, as `PersistentLayers` takes them.
+        unmeasured: as `serves` takes it.
     """
-    if not serves(decoder, embedding, cache):
+    if not serves(decoder, embedding, cache, unmeasured):
         return None
     layers = PersistentLayers(decoder, embedding, cache, *turns)
     try:
@@ -89,14 +93,19 @@ def prepare(
     return layers
 
 
-def serves(decoder: Any, embedding: torch.Tensor, cache: Any) -> bool:
+def serves(decoder: Any, embedding: torch.Tensor, cache: Any, unmeasured: bool = False) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its GPU, over this cache.
 
     It takes a Hopper GPU, bf16, one sequence, at most 16 heads for each key-value head, and INT4 linears in groups of
     128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and shared memory.
+
+    Args:
+        unmeasured: accept what no GPU has run yet too: a cache of 8 bits.
     """
     keys, here = cache.layers[0].keys, gpu(embedding.device)[0]
-    if not here.hopper or _kernel() is None or len(keys) != 1 or not keys.dtype == embedding.dtype == DTYPE:
+    if not here.hopper or _kernel() is None or len(keys) != 1 or embedding.dtype != DTYPE:
+        return False
+    if keys.dtype != DTYPE and not (unmeasured and keys.dtype == torch.int8 and keys.shape[3] == CODES_DIM):
         return False
     kinds = set()
     for layer in decoder.layers:
@@ -125,14 +134,14 @@ def serves(decoder: Any, embedding: torch.Tensor, cache: Any) -> bool:
 
 def constants(
     hidden: int, inner: int, heads: int, group: int, width: int, shared: int, programs: int,
-    biased: bool = False, normed: bool = False,
+    biased: bool = False, normed: bool = False, codes: bool = False,
 ) -> dict:  # fmt: skip
     """What the kernel is compiled for.
 
     Args:
         heads: of keys and values; group: heads of queries for each; width: of a head.
         shared: bytes of shared memory that a program may have.
-        biased: queries, keys and values have biases; normed: queries and keys have norms.
+        biased: queries, keys and values have biases; normed: queries and keys have norms; codes: the cache has 8 bits.
     """
     kernel, wide = _kernel(), heads * group * width
     pads, chunks = _pads(hidden, wide, inner), hidden // CHUNK
@@ -143,7 +152,7 @@ def constants(
     return {
         "SHAPES": shapes, "HIDDEN": hidden, "INNER": inner, "KV": heads, "G": group, "D": width, "NORMED": normed,
         "PADS": pads, "SPLIT": min(MOST_PARTS, programs // heads), "WAYS": kernel.WAYS, "STAGES": stages(pads, shared),
-        "P": programs,
+        "P": programs, "CODES": codes,
     }  # fmt: skip
 
 
@@ -173,7 +182,8 @@ def _addresses(layer: nn.Module, kept: Any) -> list[int]:
     linears = _linears(layer)
     packed = [t for linear in linears for t in (linear.weight, linear.scales)]
     before, after, *of_heads = (norm.weight for norm in _norms(layer))
-    extra = [linears[0].bias, *(of_heads or (None, None))]
+    steps = [kept.key_steps, kept.value_steps] if kept.keys.dtype == torch.int8 else [None, None]
+    extra = [linears[0].bias, *(of_heads or (None, None)), *steps]
     return [0 if t is None else t.data_ptr() for t in (*packed, before, after, kept.keys, kept.values, *extra)]
 
 

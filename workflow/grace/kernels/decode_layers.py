@@ -23,17 +23,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from grace.kernels.decode_layers_attention import attend, fresh, joined
+from grace.kernels.decode_layers_attention import attend, fresh, joined, powers
 from grace.kernels.decode_ring import (
     INPUT_NORM,
     K_NORM,
-    KEYS,
     LINE,
+    PLAIN,
     POST_NORM,
     Q_NORM,
     QKV_BIAS,
-    VALUES,
     address,
+    cached,
     meet,
     own_slots,
     pass_on,
@@ -51,13 +51,39 @@ _NIBBLES = gl.constexpr(
     "lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea; lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;"
     "lop3.b32 $2, high, 0x000f000f, 0x64006400, 0xea; lop3.b32 $3, high, 0x00f000f0, 0x64006400, 0xea; }"
 )
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _ROWS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 _OPERAND = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [5, 4, 3, 2, 1, 0]))
 
 
 @gluon.jit
-def _steps(low, high, SUMS: gl.constexpr, DTYPE: gl.constexpr):
+def unpacked(ring, stage, unit, PAIRED: gl.constexpr, LEFT: gl.constexpr):
+    """A stage's nibbles as the left operand [WAYS, 16, 128], and its step sizes for `step_sizes`.
+
+    With PAIRED they are gate's and up's words, of which an even unit has the low halves.
+    """
+    words_s, pairs_s, _full, _empty = ring
+    WAYS: gl.constexpr = words_s.shape[1]
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[4, 0], [8, 0]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [WAYS, 8]
+    )
+    packed = words_s.index(stage).load(LEFT)
+    low = pairs_s.index(stage).slice(0, WAYS, 0).load(PAIRS)
+    if PAIRED:
+        side = unit % 2 * 16
+        high = pairs_s.index(stage).slice(WAYS, WAYS, 0).load(PAIRS) >> side
+        low = low >> side
+    else:
+        high = low >> 16
+    n0, n1, n2, n3 = gl.inline_asm_elementwise(
+        _NIBBLES, "=&r,=&r,=&r,=&r,r", [packed],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+    left = gl.join(gl.join(n0, n2), gl.join(n1, n3)).permute((0, 1, 3, 4, 2)).reshape((WAYS, 16, 128))
+    return gl.convert_layout(left, LEFT, assert_trivial=True), low, high
+
+
+@gluon.jit
+def step_sizes(low, high, SUMS: gl.constexpr, DTYPE: gl.constexpr):
     """Step sizes of outputs 0 to 7 and 8 to 15 in the low 16 bits of int32 [WAYS, 8] each -> fp32 [WAYS, 16, 1]."""
     low = (low & 65535).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
     high = (high & 65535).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
@@ -76,7 +102,7 @@ def _product(
     The tensor core's right operand has eight columns: all are x.
     Returns the next stage, its parity, and the program's first unit of the next product.
     """
-    words_s, pairs_s, full, empty = ring
+    words_s, _pairs_s, full, empty = ring
     OUT: gl.constexpr = SHAPES[WHICH][0]
     CHUNKS: gl.constexpr = SHAPES[WHICH][1]
     PAIRED: gl.constexpr = SHAPES[WHICH][2]
@@ -85,9 +111,6 @@ def _product(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 8)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 8)
-    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
-        [[4, 0], [8, 0]], [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [WAYS, 8]
-    )
     X: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 2, 0, 0], [0, 1, 0, 0, 0, 0],
          [4, 0, 0, 0, 0, 0], [8, 0, 0, 0, 0, 0]],
@@ -102,20 +125,7 @@ def _product(
         acc = gl.zeros((WAYS, 16, 8), gl.float32, SUMS)
         for step in range((CHUNKS + WAYS - 1) // WAYS):
             mbarrier.wait(full.index(stage), phase)
-            packed = words_s.index(stage).load(LEFT)
-            low = pairs_s.index(stage).slice(0, WAYS, 0).load(PAIRS)
-            if PAIRED:  # gate's and up's words, of which an even unit has the low halves
-                side = unit % 2 * 16
-                high = pairs_s.index(stage).slice(WAYS, WAYS, 0).load(PAIRS) >> side
-                low = low >> side
-            else:
-                high = low >> 16
-            n0, n1, n2, n3 = gl.inline_asm_elementwise(
-                _NIBBLES, "=&r,=&r,=&r,=&r,r", [packed],
-                dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
-            left = gl.join(gl.join(n0, n2), gl.join(n1, n3)).permute((0, 1, 3, 4, 2)).reshape((WAYS, 16, 128))
-            left = gl.convert_layout(left, LEFT, assert_trivial=True)
+            left, low, high = unpacked(ring, stage, unit, PAIRED, LEFT)
             right = view(x_s.index(step), gl.float16, [WAYS, 2, 4, 4, 2, 2], _OPERAND).load(X)
             right = right.permute((0, 1, 4, 2, 3, 5)).reshape((WAYS, 128))
             right = gl.expand_dims(gl.convert_layout(right, gl.SliceLayout(2, RIGHT)), 2)
@@ -123,7 +133,7 @@ def _product(
             shift = shift_s.index(step).load(gl.SliceLayout(1, gl.SliceLayout(2, SUMS)))
             shift, _ = gl.broadcast(gl.expand_dims(gl.expand_dims(shift, 1), 2), acc)
             sums = mma_v2(left, right, shift)
-            sizes, _ = gl.broadcast(_steps(low, high, SUMS, DTYPE), sums)
+            sizes, _ = gl.broadcast(step_sizes(low, high, SUMS, DTYPE), sums)
             acc += sums * sizes
             mbarrier.arrive(empty.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
@@ -132,13 +142,19 @@ def _product(
         if BIASED:
             total += gl.convert_layout(more, gl.SliceLayout(1, total.type.layout))[:, None]
         if PAIRED:
-            gate, up = total.reshape((2, 8, 4)).permute((1, 2, 0)).split()
-            gate = gate.to(DTYPE).to(gl.float32)
-            total = (gate / (1.0 + gl.exp(-gate))).to(DTYPE).to(gl.float32) * up.to(DTYPE).to(gl.float32)
+            total = gated(total, DTYPE)
         out = gl.arange(0, total.shape[0], gl.SliceLayout(1, total.type.layout))[:, None]
         column = gl.arange(0, 4, gl.SliceLayout(0, total.type.layout))[None, :]
         gl.store(y + unit * total.shape[0] + out + column * 0, total.to(DTYPE), mask=out * 0 + column == 0)
     return stage, phase, pass_on(dealt, OUT, P)
+
+
+@gluon.jit
+def gated(total, DTYPE: gl.constexpr):
+    """silu(gate) * up of gate over up [16, N], fp32 [8, N]."""
+    gate, up = total.reshape((2, 8, total.shape[1])).permute((1, 2, 0)).split()
+    gate = gate.to(DTYPE).to(gl.float32)
+    return (gate / (1.0 + gl.exp(-gate))).to(DTYPE).to(gl.float32) * up.to(DTYPE).to(gl.float32)
 
 
 @gluon.jit
@@ -149,16 +165,15 @@ def _put(x_s, shift_s, x, top):
     tensor core's right operand reads 16 bytes at a time that two registers in a row take.
     """
     C: gl.constexpr = x.shape[0] // 128
-    exponent = gl.minimum(gl.maximum(top.to(gl.int32, bitcast=True) >> 23, 13), 253)
-    scale, unscale = ((266 - exponent) << 23).to(gl.float32, bitcast=True), (exponent - 12) << 23
+    scale, unscale = powers(top)
     tile = (x * scale).reshape((C, 128))
     odd = (gl.arange(0, 128, gl.SliceLayout(0, tile.type.layout)) // 32 % 2 == 1)[None, :]  # they meet 1024 + 16 n
     tile = (tile * gl.where(odd, 0.0625, 1.0)).to(gl.float16)
     shift = gl.sum(tile.to(gl.float32) * gl.where(odd, -1152.0, -1032.0), 1)  # 1024 + 16 * 8, 1024 + 8
-    view(shift_s, gl.float32, [C], _PLAIN).store(shift)
+    view(shift_s, gl.float32, [C], PLAIN).store(shift)
     to = view(x_s, gl.float16, [C, 2, 4, 4, 2, 2], _OPERAND).permute((0, 1, 4, 2, 3, 5))
     to.store(tile.reshape((C, 2, 2, 4, 4, 2)))
-    return unscale.to(gl.float32, bitcast=True)
+    return unscale
 
 
 @gluon.jit
@@ -176,7 +191,7 @@ def _norm(x, gain, HIDDEN: gl.constexpr, EPS, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _met(go, phase):
+def met(go, phase):
     """Wait until all programs have finished the last phase; the parity of the next meeting."""
     mbarrier.wait(go, phase)
     return phase ^ 1
@@ -188,6 +203,7 @@ def _compute(
     x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES: gl.constexpr, HIDDEN: gl.constexpr,
     INNER: gl.constexpr, KV: gl.constexpr, G: gl.constexpr, D: gl.constexpr, NORMED: gl.constexpr,
     PADS: gl.constexpr, SPLIT: gl.constexpr, P: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    CODES: gl.constexpr,
 ):  # fmt: skip
     """This program's share of every phase of every layer."""
     L: gl.constexpr = gl.BlockedLayout([8], [32], [4], [0])
@@ -201,7 +217,7 @@ def _compute(
         here = table + layer * LINE
         gain = gl.load(address(here, INPUT_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
         if layer > 0:
-            meeting = _met(go, meeting)
+            meeting = met(go, meeting)
             x = (x + fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32)
         y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
         unscale = _put(x_s, shift_s, y, top)
@@ -210,25 +226,24 @@ def _compute(
             x_s, shift_s, unscale, ring, stage, phase, bias, qkv, dealt, SHAPES, 0, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
-        keys = address(here, KEYS, DTYPE) + h.to(gl.int64) * LENGTH * D
-        values = address(here, VALUES, DTYPE) + h.to(gl.int64) * LENGTH * D
-        meeting = _met(go, meeting)
+        keys, values, key_steps, value_steps = cached(here, h, LENGTH, D, DTYPE, CODES)
+        meeting = met(go, meeting)
         if gl.program_id(0) < KV * SPLIT:
             gains = (address(here, Q_NORM, DTYPE), address(here, K_NORM, DTYPE))
             stage, phase = attend(
-                qkv, keys, values, gains, cos + place, sin + place, ring, stage, phase, h, part, now, begin, stop,
-                part_sum, part_top, SCALE, EPS, KV, G, D, NORMED, SPLIT, STAGES, DTYPE,
+                qkv, keys, values, (key_steps, value_steps), gains, cos + place, sin + place, ring, stage, phase, h, part, now, begin,
+                stop, part_sum, part_top, SCALE, EPS, KV, G, D, NORMED, SPLIT, STAGES, DTYPE, CODES,
             )  # fmt: skip
         mbarrier.arrive(done)
         gain = gl.load(address(here, POST_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
-        meeting = _met(go, meeting)
+        meeting = met(go, meeting)
         mixed = joined(part_sum, part_top, PADS[1], KV * G, D, SPLIT, DTYPE)
         unscale = _put(x_s, shift_s, mixed, gl.max(gl.abs(mixed), 0))
         stage, phase, dealt = _product(
             x_s, shift_s, unscale, ring, stage, phase, o, o, dealt, SHAPES, 1, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
-        meeting = _met(go, meeting)
+        meeting = met(go, meeting)
         x = (x + fresh(o, at, HIDDEN)).to(DTYPE).to(gl.float32)
         y, top = _norm(x, gain, HIDDEN, EPS, DTYPE)
         unscale = _put(x_s, shift_s, y, top)
@@ -236,7 +251,7 @@ def _compute(
             x_s, shift_s, unscale, ring, stage, phase, inner, inner, dealt, SHAPES, 2, P, STAGES, DTYPE
         )
         mbarrier.arrive(done)
-        meeting = _met(go, meeting)
+        meeting = met(go, meeting)
         active = fresh(inner, at_inner, INNER)
         unscale = _put(x_s, shift_s, active, gl.max(gl.abs(active), 0))
         stage, phase, dealt = _product(
@@ -244,7 +259,7 @@ def _compute(
         )
         mbarrier.arrive(done)
     gain = gl.load(norm + at, mask=at < HIDDEN, other=0.0)
-    _met(go, meeting)
+    met(go, meeting)
     if gl.program_id(0) == 0:
         y, top = _norm((x + fresh(down, at, HIDDEN)).to(DTYPE).to(gl.float32), gain, HIDDEN, EPS, DTYPE)
         gl.store(hidden + at, y.to(DTYPE), mask=at < HIDDEN)
@@ -285,12 +300,13 @@ def layers_kernel(
     WAYS: gl.constexpr,
     STAGES: gl.constexpr,
     P: gl.constexpr,  # programs, all resident: launch it cooperatively
+    CODES: gl.constexpr,  # keys and values are int8 codes with scales, and D is 128
 ):
     """hidden = the last norm of all layers' output for `token`; its keys and values are put into the cache."""
     DTYPE: gl.constexpr = qkv.dtype.element_ty
     STEPS: gl.constexpr = max(PADS[0], PADS[1], PADS[2]) // (128 * WAYS)
     x_s = gl.allocate_shared_memory(gl.float16, [STEPS, WAYS, 128], _ROWS)
-    shift_s = gl.allocate_shared_memory(gl.float32, [STEPS, WAYS], _PLAIN)
+    shift_s = gl.allocate_shared_memory(gl.float32, [STEPS, WAYS], PLAIN)
     words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
     pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -308,11 +324,11 @@ def layers_kernel(
             (_compute, (
                 table, token, embedding, norm, qkv, o, inner, down, hidden, cos, sin, position, slot, first, part_sum,
                 part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, G, D,
-                NORMED, PADS, SPLIT, P, STAGES, DTYPE,
+                NORMED, PADS, SPLIT, P, STAGES, DTYPE, CODES,
             )),
-            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE)),
+            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE, CODES, 1, STEPS)),
             (meet, (counter, done, go, LAYERS * MEETINGS, P)),
         ],
         [1, 1],  # warps beside the four that compute
-        [64, 24],  # registers of their threads
+        [96 if CODES else 64, 24],  # registers of their threads
     )  # fmt: skip
