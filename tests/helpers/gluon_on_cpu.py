@@ -204,6 +204,16 @@ def _where(condition, a, b) -> Tensor:
     return Tensor(torch.where(unwrap(condition), a, b))
 
 
+def _range(*bounds):
+    """Of kernels' numbers, as Triton has it, where a bound is one of them."""
+    numbers = range(*bounds)
+    return (
+        (Tensor(torch.tensor(i, dtype=torch.int32)) for i in numbers)
+        if any(isinstance(b, Tensor) for b in bounds)
+        else numbers
+    )
+
+
 def _language() -> ModuleType:
     gl = ModuleType("language")
     for name in ("int8", "int16", "int32", "int64", "float16", "bfloat16", "float32"):
@@ -274,7 +284,7 @@ def load(*paths: Path) -> tuple[ModuleType, Memory]:
     dependent = SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
     language = _language()
     modules = {
-        "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=jit)),
+        "triton.experimental": SimpleNamespace(gluon=SimpleNamespace(jit=jit, constexpr_function=lambda fn: fn)),
         "triton.experimental.gluon": SimpleNamespace(language=language),
         "triton.experimental.gluon.language.nvidia.ampere": nvidia,
         "triton.experimental.gluon.language.nvidia.hopper": nvidia,
@@ -287,7 +297,7 @@ def load(*paths: Path) -> tuple[ModuleType, Memory]:
 
     for path in paths:
         module = ModuleType(path.stem)
-        module.__builtins__ = {**vars(builtins), "__import__": imported}
+        module.__builtins__ = {**vars(builtins), "__import__": imported, "range": _range}
         exec(compile(path.read_text(), path, "exec"), vars(module))
         modules[f"grace.kernels.{path.stem}"] = module
     return module, memory

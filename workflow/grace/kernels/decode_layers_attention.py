@@ -183,8 +183,8 @@ def attend(
         weight = weight * fade + p
         if CODES:
             v = _value_codes(words_s.index(stage), COUNT, D, RIGHT)
-            p *= value_step * (1.0 / most)[:, None]
-            fade *= (bound / most)[:, None]
+            p *= value_step * gl.expand_dims(1.0 / most, 1)
+            fade *= gl.expand_dims(bound / most, 1)
             bound = most
         else:
             mbarrier.wait(full.index(stage), phase)

@@ -183,7 +183,8 @@ def stream(
     """Fill the ring with everything that `_compute` takes out of it, in its order."""
     stage, phase = 0, 1
     dealt = gl.program_id(0)
-    h, _part, _now, begin, stop = own_slots(slot, first, KV, SPLIT)
+    if BATCH == 1:
+        h, _part, _now, begin, stop = own_slots(slot, first, KV, SPLIT)
     for layer in range(LAYERS):
         here = table + layer * LINE
         for p in gl.static_range(4):
