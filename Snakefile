@@ -68,6 +68,9 @@ onstart:
         raise WorkflowError(
             "nothing was started, for this is missing:\n" + "\n".join(stops)
         )
+    if workflow.executor_plugin.name == "local":
+        # Snakemake's limit of jobs per second looks at every waiting job once a second, and once more for each that ended.
+        workflow.scheduler.job_rate_limiter = None
     cores = workflow.resource_settings.cores
     if workflow.executor_plugin.name == "local" and cores:
         # Snakemake would lower a job's threads to the cores there are, and a CPU's sums depend on its threads.
