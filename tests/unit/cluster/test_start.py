@@ -108,3 +108,23 @@ def test_a_finished_training_is_kept_until_its_output_is_accepted(folder):
     assert start.drop_accepted("results/demo") == 0, "Snakemake has deleted the output"
     (folder / "aside").rename(folder / "results/demo" / run / "model/manifest.json")
     assert start.drop_accepted("results/demo") == 1 and not kept.exists()
+
+
+def test_frozen_files_of_a_clone_are_frozen_again(folder):
+    for name in ("data.json", "code/train.json", "code/accepted.jsonl"):
+        path = folder / "results/demo/config" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    known = _record_path("results/demo/config/data.json")
+    known.parent.mkdir(parents=True)
+    known.write_text("{}")
+    start.recover("results/demo")
+    mark = (
+        folder
+        / ".snakemake/incomplete"
+        / _record_path("results/demo/config/code/train.json").relative_to(".snakemake/metadata")
+    )
+    assert [path.read_text() for path in (folder / ".snakemake/incomplete").rglob("*") if path.is_file()] == [
+        '{"external_jobid": null}'
+    ]
+    assert mark.is_file()

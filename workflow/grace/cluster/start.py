@@ -31,10 +31,13 @@ def recover(results: str | Path) -> None:
         GraceError: this folder can't be written, or its records are damaged.
     """
     try:
-        if take_over():
+        alone = take_over()
+        if alone:
             mend_records()
             drop_accepted(results)
         restore(results)
+        if alone:
+            doubt_frozen(results)
     except OSError as error:
         raise GraceError(
             f"{error.filename or results}: {error.strerror}; Snakemake has to write here, in .snakemake and results: run it "
@@ -106,6 +109,23 @@ def mend_records() -> list[str]:
         if path.is_file() and not _readable(path):
             path.write_text('{"external_jobid": null}')
     return mended
+
+
+def doubt_frozen(results: str | Path) -> list[Path]:
+    """Mark frozen parameters and code that came without Snakemake's record of them to be frozen again; returns them.
+
+    In a clone they are those of the commit's results. Without a record Snakemake takes them as they are, also where the
+    configuration or the code has changed since.
+    """
+    doubted = []
+    for path in sorted((Path(results) / "config").rglob("*.json")):
+        record = _record_path(path.as_posix())
+        mark = STATE / "incomplete" / record.relative_to(STATE / "metadata")
+        if not record.is_file() and not mark.exists():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.write_text('{"external_jobid": null}')
+            doubted.append(path)
+    return doubted
 
 
 def _readable(path: Path) -> bool:
