@@ -119,12 +119,10 @@ def test_frozen_files_of_a_clone_are_frozen_again(folder):
     known.parent.mkdir(parents=True)
     known.write_text("{}")
     start.recover("results/demo")
-    mark = (
-        folder
-        / ".snakemake/incomplete"
-        / _record_path("results/demo/config/code/train.json").relative_to(".snakemake/metadata")
-    )
-    assert [path.read_text() for path in (folder / ".snakemake/incomplete").rglob("*") if path.is_file()] == [
-        '{"external_jobid": null}'
-    ]
-    assert mark.is_file()
+    train = _record_path("results/demo/config/code/train.json")
+    mark = folder / ".snakemake/incomplete" / train.relative_to(".snakemake/metadata")
+    assert [path for path in (folder / ".snakemake/incomplete").rglob("*") if path.is_file()] == [mark]
+    train.parent.mkdir(parents=True, exist_ok=True)
+    train.write_text("{}")
+    start.doubt_frozen("results/demo")
+    assert not mark.exists(), "its record has come"

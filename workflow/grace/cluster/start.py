@@ -21,6 +21,7 @@ from grace.files import MANIFEST
 from grace.provenance.snakemake_records import _record_path, restore
 
 STATE = Path(".snakemake")
+DOUBTED = '{"external_jobid": null, "doubted": true}'  # as Snakemake's mark of an unfinished output, told apart from it
 _held: list[int] = []  # open for as long as this process lives
 
 
@@ -115,15 +116,17 @@ def doubt_frozen(results: str | Path) -> list[Path]:
     """Mark frozen parameters and code that came without Snakemake's record of them to be frozen again; returns them.
 
     In a clone they are those of the commit's results. Without a record Snakemake takes them as they are, also where the
-    configuration or the code has changed since.
+    configuration or the code has changed since. The mark goes when the record comes, by `dvc pull`.
     """
     doubted = []
     for path in sorted((Path(results) / "config").rglob("*.json")):
         record = _record_path(path.as_posix())
         mark = STATE / "incomplete" / record.relative_to(STATE / "metadata")
-        if not record.is_file() and not mark.exists():
+        if record.is_file() and mark.is_file() and mark.read_text() == DOUBTED:
+            mark.unlink()
+        elif not record.is_file() and not mark.exists():
             mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text('{"external_jobid": null}')
+            mark.write_text(DOUBTED)
             doubted.append(path)
     return doubted
 
