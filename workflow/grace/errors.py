@@ -34,9 +34,10 @@ def reason(error: BaseException) -> str:
 def problem(error: ValidationError) -> str:
     """What pydantic found first, as part of a sentence: the key, and what its value has to be."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(printable(str(part), 60) for part in first["loc"]) or "the whole of it"
+    where = ".".join(printable(str(part), 60) for part in first["loc"])
     said = first["msg"].removeprefix("Value error, ")
-    return f"`{where}`: {said[0].lower() + said[1:]}"
+    said = said[0].lower() + said[1:]
+    return f"`{where}`: {said}" if where else said
 
 
 def printable(text: str, longest: int = 200) -> str:

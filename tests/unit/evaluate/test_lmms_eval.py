@@ -98,7 +98,7 @@ def test_official_tasks_run_on_local_data(folder):
 def test_data_of_another_form_is_named(folder):
     write_benchmark(folder / "data/benchmarks/gqa.parquet", [])
     write_benchmark(folder / "data/benchmarks/scienceqa-img.parquet", rows(2))
-    with pytest.raises(GraceError, match=r"gqa\.parquet: has no rows.*scienceqa-img\.parquet: .*needs column 'hint'"):
+    with pytest.raises(GraceError, match=r"gqa\.parquet: has no rows.*scienceqa-img\.parquet: .*has no options"):
         _run(folder, "gqa", "scienceqa-img", out="bad")
 
 

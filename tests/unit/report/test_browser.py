@@ -24,6 +24,7 @@ def page(results_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser") / "fake"
     shutil.copytree(results_folder, folder)
     commands.figures(folder, folder / "figures")
+    commands.speed(folder, folder / "speed")
     commands.page(folder, folder / "report" / "index.html")
     return folder / "report" / "index.html"
 

@@ -69,6 +69,7 @@ def results(tmp_path_factory):
                 "file": name,
                 "sha256": sha256(out / name),
                 "questions": len(asked),
+                "score": float(right.mean()),
                 "seconds": 60.0,
             }
         write_manifest(out, model="0" * 64, harness={"name": "lmms-eval", "version": "0.7.3"}, benchmarks=about)
@@ -116,6 +117,7 @@ def test_measures_hold_the_plain_accuracies(tables):
 def test_the_page_is_built_without_images_or_benchmarks_of_speed(results, tmp_path):
     commands.figures(results.folder, tmp_path / "figures")
     commands.tables(results.folder, tmp_path / "tables")
+    commands.speed(results.folder, results.folder / "speed")
     (tmp_path / "figures").rename(results.folder / "figures")
     commands.page(results.folder, tmp_path / "index.html")
     text = (tmp_path / "index.html").read_text()

@@ -331,7 +331,7 @@ def test_a_cache_of_something_else_is_refused_before_the_first_step(home, tmp_pa
     shutil.copytree(home / "cache", cache)
     manifest = read_json(cache / "manifest.json") | {pin: value}
     if pin == "temperature":
-        manifest["format"] = "sampled"  # the others serve every temperature
+        manifest |= {"format": "sampled", "head": 8, "tail": 8}  # the others serve every temperature
     write_json(cache / "manifest.json", manifest)
     run = run_file(tmp_path, "bad", **GRACE)
     with pytest.raises(GraceError, match=reason):
