@@ -188,10 +188,11 @@ def test_a_recipes_changes_reach_its_own_run() -> None:
 
 
 def test_frozen_json_reads_back_as_it_was() -> None:
-    experiment = load_experiment(_changed(recipes__grace__train={"steps": 7}))
+    experiment = load_experiment(_changed(recipes__grace__train={"steps": 7}, teacher__seed=3))
     plan = Plan(experiment)
     assert Experiment.model_validate_json(plan.frozen("experiment")) == experiment
     assert TrainRun.model_validate_json(plan.frozen("teacher")) == teacher_run(experiment)
+    assert teacher_run(experiment).seed == 3 and student_run(experiment, "grace", "int4", 0).seed == 0
     rounded = student_run(experiment, "rtn", "int4", 0)
     assert QuantizeRun.model_validate_json(rounded.model_dump_json()) == rounded
 

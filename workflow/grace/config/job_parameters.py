@@ -173,6 +173,6 @@ def teacher_run(config: Experiment) -> TrainRun:
         family=config.family,
         compute_dtype=config.compute_dtype,
         architecture=config.teacher.architecture,
-        seed=0,
+        seed=config.teacher.seed,
         optimisation=config.teacher.train,
     )

@@ -29,6 +29,7 @@ from grace.config.sections import (
     Release,
     Section,
     Seed,
+    Teacher,
 )
 from grace.config.tuning import PARTS, Tuning
 from grace.errors import GraceError
@@ -150,7 +151,7 @@ class Experiment(Section):
         description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
     )
     data: Annotated[DemoData | FilesData, Field(discriminator="source", description="images and conversations")]
-    teacher: Model = Field(description="the large model that is learned from")
+    teacher: Teacher = Field(description="the large model that is learned from")
     student: Model = Field(description="the small model: its bf16 baseline is where every recipe starts")
     cache: Cache = Field(
         default=Cache(), description="what is kept of the teacher, so that it never runs inside training"

@@ -217,6 +217,12 @@ class Model(Section):
         return self
 
 
+class Teacher(Model):
+    """The model that is learned from. Students have their runs' seeds; there is one teacher."""
+
+    seed: Seed = Field(default=0, description="seed of the model made here")
+
+
 class Release(Section):
     """A checkpoint that the authors of GRACE released: dense with its codes beside it, packed for AWQ, or bf16."""
 
