@@ -1,7 +1,8 @@
-"""Write the README's table about the demo from its results: `python docs/readme.py`."""
+"""Write what the README says about the demo from its results: `python docs/readme.py`."""
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,26 @@ def _claim(found: dict[str, Any] | None) -> str:
     return f"{found['difference']:+.1f} ± {found['stderr']:.1f}, {shown}{seeds}".replace("-", "−")
 
 
+def verdicts(metrics: dict[str, Any]) -> list[str]:
+    """The lines of a list: each verdict, with the paper's claims about GRACE that have it."""
+    found: dict[str, list[str]] = {"Holds": [], "Not decided": [], "Fails": []}
+    for text, claim in metrics["claims"].items():
+        if text.startswith("GRACE "):
+            found[claim["verdict"]].append(text)
+    return [
+        line
+        for verdict, texts in found.items()
+        if texts
+        for line in textwrap.wrap(f"- **{verdict}:** {'; '.join(texts)}.", 120, subsequent_indent="  ")
+    ]
+
+
 def written(readme: str, metrics: dict[str, Any]) -> str:
-    """The README with this table in the place of the one behind the mark."""
-    return re.sub(r"(?<=<!-- demo -->\n)(\|.*\n)+", lambda _: "\n".join(table(metrics)) + "\n", readme, count=1)
+    """The README with this table and list in the place of those behind the marks."""
+    for mark, lines in (("demo", table(metrics)), ("verdicts", verdicts(metrics))):
+        text = "\n".join(lines)
+        readme = re.sub(rf"(?<=<!-- {mark} -->\n)(.+\n)+", lambda _, text=text: f"{text}\n", readme, count=1)
+    return readme
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ def test_the_readme_has_the_demos_numbers():
     program = runpy.run_path(str(ROOT / "docs/readme.py"))
     made = program["table"](metrics)
     assert len(made) >= 6 and max(map(len, made)) <= 90, "a table of a page fits 80 columns"
+    about = [text for text in metrics["claims"] if text.startswith("GRACE ")]
+    listed = " ".join(" ".join(program["verdicts"](metrics)).split())
+    assert about and all(text in listed for text in about)
     assert program["written"](readme, metrics) == readme, "run `python docs/readme.py`"
 
 

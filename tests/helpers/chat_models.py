@@ -218,6 +218,9 @@ FAMILIES = {
     "qwen3_vl": lambda width=64, tied=False: _qwen("qwen3_vl", width, tied),
 }
 
+ONE_EACH = [name for name in FAMILIES if name != "llava-siglip"]
+"""One model of each family."""
+
 SIDES = {"llava-clip": 64, "llava-siglip": 64, "qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}
 """Pixels a side of an image that no program resizes."""
 

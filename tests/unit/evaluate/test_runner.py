@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from chat_models import blocks, talking_student
+from chat_models import ONE_EACH, blocks, talking_student
 from evaluate_models import make_image, model, processor, rows
 
 from grace.data.batches import collate_prompts
@@ -103,10 +103,7 @@ def test_what_is_wrong_is_named(runner):
         Runner(runner.model, nameless)
 
 
-FOUR = ("llava-clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-@pytest.fixture(scope="module", params=FOUR)
+@pytest.fixture(scope="module", params=ONE_EACH)
 def family(request, tmp_path_factory):
     """A model of every family in fp32, with its processor as this pipeline loads it."""
     folder = talking_student(tmp_path_factory.mktemp(request.param) / "model", request.param)

