@@ -143,6 +143,31 @@ def test_a_subcommand_that_a_page_names_is_there():
     assert not lost
 
 
+def test_a_flag_that_a_page_gives_to_a_subcommand_is_one_of_it():
+    top = typer.main.get_command(app)
+    checked, lost = 0, []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for words in re.findall(r"(?:`|bin/|^|\$ )grace ((?:[a-z]+ )+)([^`\n#]*)", text, re.MULTILINE):
+            command = top
+            for name in words[0].split():
+                command = getattr(command, "commands", {}).get(name, command)
+            known = {option for parameter in command.params for option in parameter.opts}
+            flags = re.findall(r"(?<!\S)--[a-z][\w-]*", words[1])
+            checked += len(flags)
+            lost += [(page.name, command.name, flag) for flag in flags if flag not in known]
+    assert checked > 20 and not lost
+
+
+def test_the_plan_that_a_page_shows_is_what_is_printed():
+    (block,) = re.findall(r"```\n\$ (grace plan .*)\n((?:.*\n)*?)```", (ROOT / "docs/clusters.md").read_text())
+    command = [sys.executable, "-m", "grace.cli", *shlex.split(block[0])[1:]]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    shown = [line.split() for line in block[1].splitlines() if line.strip(" ─…")]
+    # the heading of a narrow terminal takes two lines
+    assert len(shown) > 4 and not [line for line in shown[1:] if line not in map(str.split, printed)]
+
+
 def test_a_table_is_narrow():
     """Its widest cells side by side take at most 112 letters, so that 80 columns hold it with few wrapped cells."""
     wide = []
