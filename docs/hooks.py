@@ -155,12 +155,23 @@ def results() -> str:
         heading = re.match(r"((?:#.*\n)+)", text)
         lines.append(f"## `rules/{path.name}`\n")
         lines += [line.removeprefix("#").strip() for line in heading[1].splitlines()] if heading else []
-        lines.append("\n| made | by rule | which calls |\n|---|---|---|")
+        rows = []
+        text = text.replace("{plan.folder}", "results/{experiment}")
+        text = re.sub(r'plan\.cache_part\("(\w+)"\)', r'"results/{experiment}/teacher/cache/shard-{shard}-of-….\1"', text)
         for name, body in re.findall(r"(?m)^\s*rule (\w+):\n((?:(?!^\s*rule ).*\n?)*)", text):
             made = re.search(r"\n? +output:\n((?: {8,}.*\n)+)", body)
             called = re.search(r'"(?:torchrun[^"]*)?(grace [a-z]+(?: [a-z]+)?)"', body)
-            outputs = re.findall(r'"([^"]+)"', made[1].replace("{plan.folder}", "results/{experiment}")) if made else []
             calls = f"`{called[1]}`" if called else ""
-            lines += [f"| `{_cell(output)}` | `{name}` | {calls} |" for output in outputs]
+            outputs = re.findall(r'"([^"]+)"', made[1]) if made else []
+            rows += [f"| `{_cell(output)}` | `{name}` | {calls} |" for output in outputs]
+        lines += ["\n| made | by rule | which calls |\n|---|---|---|", *rows] if rows else []
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_tables()])
+
+
+def _tables() -> Iterator[str]:
+    """What the tables are, by the headings of the demo's."""
+    yield "## `tables/`\n\nEach table is there as `.md`, `.csv` and `.tex`.\n\n| table | content |\n|---|---|"
+    for path in sorted((ROOT / "results/demo/tables").glob("*.md")):
+        heading = path.read_text().splitlines()[0].partition(": ")[2]
+        yield f"| `{path.stem}` | {_cell(heading)} |"

@@ -1,6 +1,6 @@
 # Images, conversations and benchmarks.
 # Needs: the experiment's `data` section. Makes: results/{experiment}/data/, consumed through its manifest.json:
-# train.parquet, development.parquet, benchmarks/*.parquet, processor/.
+# train.parquet, benchmarks/*.parquet, processor/ and, of the demo, development/benchmarks/*.parquet.
 
 
 # The whole configuration, for the report; jobs read their own part of it alone.

@@ -60,7 +60,7 @@ def prepare(
 def tower(
     out: Out,
     steps: Annotated[int, typer.Option(help="optimiser steps; the shipped tower's number by default")] = 0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="of weights and images")] = 0,
 ) -> None:
     """Pretrain the demo's vision tower again (it ships with the package; this is how it was made)."""
     from grace.demo.tower import tower as build
@@ -70,7 +70,7 @@ def tower(
 
 @commands.command()
 def fetch(
-    model: str,
+    model: Annotated[str, typer.Argument(help="folder or hub id")],
     out: Out,
     revision: Annotated[str | None, typer.Option(help="hub revision")] = None,
     source: Annotated[Path | None, typer.Option(help="frozen: what a local folder held when the run began")] = None,
@@ -139,7 +139,7 @@ def cache_finish(
 
 
 @cache_commands.command("info")
-def cache_info(cache: Path) -> None:
+def cache_info(cache: Annotated[Path, typer.Argument(help="a cache folder")]) -> None:
     """Say what a cache holds and what it costs."""
     from grace.teacher.commands import info
 
@@ -147,7 +147,7 @@ def cache_info(cache: Path) -> None:
 
 
 @cache_commands.command("verify")
-def cache_verify(cache: Path) -> None:
+def cache_verify(cache: Annotated[Path, typer.Argument(help="a cache folder")]) -> None:
     """Re-hash every part of a cache and name the bad ones."""
     from grace.teacher.commands import verify
 

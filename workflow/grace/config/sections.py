@@ -99,7 +99,7 @@ class FilesData(Section):
     max_bad: Fraction = Field(default=0.01, description="largest share of bad records; they are left out and listed")
     seed: Seed = Field(default=0, description="seed of the mix's order")
     benchmarks: str | None = Field(
-        default=None, description="folder of benchmark files (lm-eval's local Parquet tasks), if any"
+        default=None, description="folder of benchmark files, Parquet or VLMEvalKit's TSV, if any"
     )
 
     @model_validator(mode="after")
