@@ -24,10 +24,10 @@ marker path { fill: #8b93a7; stroke: none }
 WORKFLOW = """
 images, conversations,|benchmarks -> teacher|bf16
 images, conversations,|benchmarks -> student baseline|bf16
-teacher|bf16 -> teacher cache: logits and|visual-token structure
+teacher|bf16 -> teacher cache: logits and|Gram matrices
 student baseline|bf16 -> RTN, AWQ, GPTQ
 student baseline|bf16 -> QAT, QAT + KD, GRACE|and its parts
-teacher cache: logits and|visual-token structure -> QAT, QAT + KD, GRACE|and its parts
+teacher cache: logits and|Gram matrices -> QAT, QAT + KD, GRACE|and its parts
 RTN, AWQ, GPTQ -> packed INT4 folder
 QAT, QAT + KD, GRACE|and its parts -> packed INT4 folder
 packed INT4 folder -> kernel and decoding|benchmarks
