@@ -157,7 +157,9 @@ def results() -> str:
         lines += [line.removeprefix("#").strip() for line in heading[1].splitlines()] if heading else []
         rows = []
         text = text.replace("{plan.folder}", "results/{experiment}")
-        text = re.sub(r'plan\.cache_part\("(\w+)"\)', r'"results/{experiment}/teacher/cache/shard-{shard}-of-….\1"', text)
+        text = re.sub(
+            r'plan\.cache_part\("(\w+)"\)', r'"results/{experiment}/teacher/cache/shard-{shard}-of-….\1"', text
+        )
         for name, body in re.findall(r"(?m)^\s*rule (\w+):\n((?:(?!^\s*rule ).*\n?)*)", text):
             made = re.search(r"\n? +output:\n((?: {8,}.*\n)+)", body)
             called = re.search(r'"(?:torchrun[^"]*)?(grace [a-z]+(?: [a-z]+)?)"', body)
