@@ -1,4 +1,4 @@
-# Speed of the integer product and of decoding, side by side with bf16 in one run.
+# Speed of the INT4 GEMM and of decoding, side by side with bf16 in one run.
 # Needs: packed students and the bf16 baseline. Makes: results/{experiment}/bench/kernel.csv and decode.csv, each with
 # the machine it was measured on beside it. They come last, and ask for the cores they are timed on.
 
@@ -24,7 +24,7 @@ rule bench_kernel:
     params:
         model=subpath(input.model, parent=True),
     message:
-        "time the integer product against the dense one"
+        "time the INT4 GEMM against the dense one"
     shell:
         "grace bench kernel"
         " --run {input.run:q}"

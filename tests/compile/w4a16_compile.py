@@ -47,7 +47,7 @@ def product(gpu: int, dtype: str, group: int, tile: Tile, **changes):
 
 
 def hopper(dtype: str, tile: Tile, **changes):
-    """The kernel of `tile`, of kind "hopper", as `grace.kernels.w4a16_hopper.product` would compile it."""
+    """The kernel of `tile`, of kind "hopper", as `grace.kernels.w4a16_hopper.gemm` would compile it."""
     blocks = {
         "x": (dtype, [tile.block_m, 64], DENSE_LAYOUT),
         "words": ("i16", [64, 32], WORDS_LAYOUT),

@@ -10,7 +10,7 @@ Exits with 1 if a product is wrong.
 
 import argparse
 from functools import partial
-from itertools import product as every
+from itertools import product
 
 import bench_w4a16
 import torch
@@ -18,7 +18,7 @@ from read_bandwidth import read_bandwidth
 
 from grace.bench.machine import describe, last_cache_bytes
 from grace.bench.timing import copies_past_cache, interleaved_medians
-from grace.kernels.skinny_gemm import choose, product
+from grace.kernels.skinny_gemm import choose, gemm
 
 ALONE = ("llava gate|up", "qwen2 gate|up", "qwen2 k|v")  # a decoding step multiplies them joined
 SHAPES = {name: shape for name, shape in bench_w4a16.SHAPES.items() if name not in ALONE} | {
@@ -31,7 +31,7 @@ TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 def check(device: torch.device) -> int:
     """Products against float64 and against themselves; the number of cases."""
     generator = torch.Generator(device).manual_seed(0)
-    cases = list(every((1, 2, 5, 16), ((384, 2048), (4097, 1552), (100, 4112)), TOLERANCE, (True, False)))
+    cases = list(product((1, 2, 5, 16), ((384, 2048), (4097, 1552), (100, 4112)), TOLERANCE, (True, False)))
     for rows, (outs, inputs), dtype, with_bias in cases:
         shapes = (rows, inputs), (outs, inputs), (outs,)
         x, weight, bias = (torch.randn(*s, device=device, generator=generator).to(dtype) for s in shapes)
@@ -39,13 +39,13 @@ def check(device: torch.device) -> int:
         tile = choose(rows, 2 * inputs, inputs)
         poison = [torch.full((rows, outs), float("nan"), dtype=dtype, device=device) for _ in range(3)]
         del poison
-        y = product(x, weight, bias, tile)
+        y = gemm(x, weight, bias, tile)
         expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
         error = ((y.double() - expected).norm() / expected.norm()).item()
         case = f"{dtype}, {rows} rows, {outs} x {inputs}, bias {with_bias}, {tile}"
         if not error < TOLERANCE[dtype]:
             raise SystemExit(f"wrong: {case}: relative error {error:.1e}")
-        if not all(torch.equal(y, product(x, weight, bias, tile)) for _ in range(20)):
+        if not all(torch.equal(y, gemm(x, weight, bias, tile)) for _ in range(20)):
             raise SystemExit(f"wrong: {case}: two runs differ")
     return len(cases)
 
@@ -65,7 +65,7 @@ def measure(rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
             x = torch.randn(m, inputs, device=device, generator=generator, dtype=dtype)
             calls = {"cuBLAS": [partial(torch.nn.functional.linear, x, one) for one in weights]}
             if tile := choose(m, outs, inputs):
-                calls["Triton"] = [partial(product, x, one, None, tile) for one in weights]
+                calls["Triton"] = [partial(gemm, x, one, None, tile) for one in weights]
             seconds = interleaved_medians(calls, 15, device)
             shown = [f"{seconds[k] * 1e6:.2f} ({100 * floor / seconds[k]:.0f})" if k in seconds else "-" for k in ("cuBLAS", "Triton")]  # fmt: skip
             ratio = f"{seconds['cuBLAS'] / seconds['Triton']:.2f}" if tile else "-"

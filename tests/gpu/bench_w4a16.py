@@ -1,4 +1,4 @@
-"""Measure the int4 product on a CUDA GPU: shapes of LLaVA-1.5-7B and Qwen2-VL-2B, M from 1 to 4096, all backends.
+"""Measure the INT4 GEMM on a CUDA GPU: shapes of LLaVA-1.5-7B and Qwen2-VL-2B, M from 1 to 4096, all backends.
 
     python tests/gpu/bench_w4a16.py --out kernel.json [--quick] [--table tuned.json]
 
@@ -129,7 +129,7 @@ def _first_call(job: tuple) -> None:
         with suppress(Exception):  # the benchmark itself says what fails
             if backend.serves(out, inputs, group, dtype):
                 x = torch.zeros(rows, inputs, dtype=dtype, device="cuda")
-                backend.product(x, backend.prepare(codes, scales, dtype))
+                backend.gemm(x, backend.prepare(codes, scales, dtype))
 
 
 def print_table(rows: list[dict]) -> None:

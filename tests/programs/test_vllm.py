@@ -45,7 +45,7 @@ def _hindrance() -> str | None:
     known = Path("/proc/cpuinfo")
     if torch.cuda.is_available() or (known.is_file() and " avx512f " in known.read_text()):
         return None
-    return "this processor has no AVX-512, which vLLM's INT4 products on a CPU need"
+    return "this processor has no AVX-512, which vLLM's INT4 GEMMs on a CPU need"
 
 
 HINDRANCE = _hindrance()

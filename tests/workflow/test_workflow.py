@@ -19,7 +19,7 @@ from grace.config.plan import Plan
 from grace.errors import GraceError
 
 REPORT = ["build the page", "draw the figures", "show what was timed", "write the metrics", "write the tables"]
-TIMED = ["time prefill and decoding", "time the integer product against the dense one"]
+TIMED = ["time prefill and decoding", "time the INT4 GEMM against the dense one"]
 
 
 def follows(recipe: str, precision: str = "int4", seed: int = 0) -> list[str]:

@@ -97,7 +97,7 @@ def test_rows_and_floor():
 
 def test_a_wrong_product_is_an_error_not_a_time():
     for wrong in (
-        lambda x, p: TORCH_CPU.product(x, p) * 1.02,
+        lambda x, p: TORCH_CPU.gemm(x, p) * 1.02,
         lambda x, p: torch.empty(len(x), 32).bfloat16().fill_(float("nan")),
     ):
         backend = Backend("wrong", TORCH_CPU.serves, TORCH_CPU.prepare, wrong)
@@ -110,14 +110,14 @@ def test_another_packages_failure_is_left_out_and_said(capsys):
         raise RuntimeError("no kernel image")
 
     own = TORCH_CPU
-    unprepared = Backend("elsewhere", own.serves, fails, own.product, foreign=True)
-    wrong = Backend("elsewhere too", own.serves, own.prepare, lambda x, p: own.product(x, p) * 2, foreign=True)
+    unprepared = Backend("elsewhere", own.serves, fails, own.gemm, foreign=True)
+    wrong = Backend("elsewhere too", own.serves, own.prepare, lambda x, p: own.gemm(x, p) * 2, foreign=True)
     table, _ = bench_kernel({"a": (32, 64)}, [1, 2], 32, 1, CPU, backends=[own, unprepared, wrong])
     assert [row["backend"] for row in table] == [own.name] * 2
     said = capsys.readouterr().err
     assert "left out: elsewhere at 32 x 64: no kernel image" in said and said.count("elsewhere too at a, M = ") == 2
     with pytest.raises(RuntimeError, match="no kernel image"):
-        bench_kernel({"a": (32, 64)}, [1], 32, 1, CPU, backends=[Backend("ours", own.serves, fails, own.product)])
+        bench_kernel({"a": (32, 64)}, [1], 32, 1, CPU, backends=[Backend("ours", own.serves, fails, own.gemm)])
 
 
 def test_a_group_that_does_not_divide_is_refused():

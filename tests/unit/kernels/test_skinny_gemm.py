@@ -11,7 +11,7 @@ from torch import nn
 from grace.infer.decode import Session
 from grace.infer.load import load_for_inference
 from grace.kernels import skinny_gemm as skinny
-from grace.kernels.skinny_gemm import Tile, choose, linear, product, serves
+from grace.kernels.skinny_gemm import Tile, choose, gemm, linear, serves
 
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # a step: the interpreter cuts off where a GPU rounds
 
@@ -41,7 +41,7 @@ def test_against_float64(rows, outs, inputs, dtype, with_bias, seed):
     tile = Tile(4, 64, 2, 3) if rows == 1 else Tile(16, 64, 1, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned(torch.empty))
-        y = product(x, weight, bias if with_bias else None, tile)
+        y = gemm(x, weight, bias if with_bias else None, tile)
     expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
     assert y.dtype == dtype and (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
@@ -49,7 +49,7 @@ def test_against_float64(rows, outs, inputs, dtype, with_bias, seed):
 @pytest.mark.parametrize(("rows", "outs", "inputs"), [(1, 96, 1536), (1, 10, 2080), (5, 160, 192), (16, 70, 80)])
 def test_the_tiles_that_are_shipped(rows, outs, inputs):
     x, weight, bias = operands(rows, outs, inputs, torch.bfloat16, 0)
-    y = product(x, weight, bias, choose(rows, outs, inputs))
+    y = gemm(x, weight, bias, choose(rows, outs, inputs))
     expected = x.double() @ weight.double().T + bias.double()
     assert (y.double() - expected).norm() < 5e-3 * expected.norm()
 
@@ -74,7 +74,7 @@ def test_other_modules_are_called(monkeypatch):
     x, weight, bias = operands(2, 40, 32, torch.bfloat16, 1)
     for kind, factor, seen in ((nn.Linear, 1, 1), (Doubling, 2, 0)):
         calls = []
-        monkeypatch.setattr(skinny, "product", lambda *a, calls=calls: calls.append(a) or product(*a))
+        monkeypatch.setattr(skinny, "gemm", lambda *a, calls=calls: calls.append(a) or gemm(*a))
         module = kind(32, 40, dtype=torch.bfloat16)
         with torch.no_grad():
             module.weight.copy_(weight)

@@ -1,4 +1,4 @@
-"""The Triton W4A16 product in Triton's CPU interpreter against float64, and compiled for the GPUs that it is for.
+"""The Triton INT4 GEMM (W4A16) in Triton's CPU interpreter against float64, and compiled for the GPUs that it is for.
 
 The interpreter has no inline PTX and cuts fp32 off to bf16 where a GPU rounds: hence the arithmetic path and a
 tolerance of one bf16 step. `tests/gpu/bench_w4a16.py` compares the two paths bit by bit on a GPU.
@@ -129,9 +129,7 @@ def test_refusals_name_what_is_wrong(monkeypatch):
         launch(x, *pack(codes, scales), None, 128, Tile("ways", 8, 8, split=2))
     with pytest.raises(GraceError, match="3 tiles cannot be split, at most 2"):  # a tile of this kind takes two locks
         locks, (words, steps) = torch.zeros(5, dtype=torch.int32), pack(*problem(384, 256, 128, 1, torch.bfloat16)[:2])
-        gluon("w4a16_hopper").product(
-            x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 4, locks
-        )
+        gluon("w4a16_hopper").gemm(x.new_zeros(1, 256), words, steps, None, 128, Tile("hopper", 128, 128, 2), 4, locks)
     with pytest.raises(GraceError, match="do not fit 128 inputs"):
         w4a16(x.float(), *pack(codes, scales), None, 128, 128)
     with pytest.raises(GraceError, match="do not fit 128 inputs"):

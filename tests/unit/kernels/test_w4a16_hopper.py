@@ -1,4 +1,4 @@
-"""The W4A16 product for many rows on Hopper, its programs and warps as threads of a CPU, against float64."""
+"""The INT4 GEMM (W4A16) for many rows on Hopper, its programs and warps as threads of a CPU, against float64."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_against_float64(dtype, rows, out, inputs, group, tile, programs):
     words, steps = w4a16.pack(codes, scales)
     locks = torch.zeros(64, dtype=torch.int32)
     for offset in (bias, None):
-        y = MODULE.product(x, words, steps, offset, group, tile, programs, locks)
+        y = MODULE.gemm(x, words, steps, offset, group, tile, programs, locks)
         expected = x.double() @ dequantise(codes, scales, dtype).double().T + (0 if offset is None else bias.double())
         assert (y.double() - expected).norm() < 4e-3 * expected.norm()
         assert not locks.any()

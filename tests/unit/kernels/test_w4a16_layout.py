@@ -75,7 +75,7 @@ def test_cpu_product_against_float64(out, inputs, group, rows):
     assert cpu.serves(out, inputs, group, torch.bfloat16)
     poison = torch.full((rows, out), float("nan"), dtype=torch.bfloat16)
     del poison
-    y = cpu.product(x, cpu.pack(codes), cpu.scales_and_zeros(scales), group)
+    y = cpu.gemm(x, cpu.pack(codes), cpu.scales_and_zeros(scales), group)
     assert (y.double() - expected).norm() < 4e-3 * expected.norm()
 
 

@@ -77,9 +77,7 @@ def test_titles_say_what_the_data_says(results):
         assert "An unsure teacher errs more often" in figures.entropy(results, plt).get_suptitle()
         assert "1.24 × its throughput" in speed.pareto(results, plt).get_suptitle().replace("\n", " ")
         assert (
-            speed.roofline(results, plt)
-            .get_suptitle()
-            .startswith("cpu-int4 against the dense product: 1.50 × at M = 1")
+            speed.roofline(results, plt).get_suptitle().startswith("cpu-int4 against the dense GEMM: 1.50 × at M = 1")
         )
         assert figures.training(results, plt).get_suptitle().startswith("GRACE int4: CKA rises from")
 

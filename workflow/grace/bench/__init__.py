@@ -1,1 +1,1 @@
-"""Benchmarks of the int4 product and of decoding, under one set of rules for CPUs and GPUs."""
+"""Benchmarks of the INT4 GEMM and of decoding, under one set of rules for CPUs and GPUs."""

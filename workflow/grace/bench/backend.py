@@ -1,4 +1,4 @@
-"""What an INT4 matrix product has to offer to be timed."""
+"""What an INT4 GEMM has to offer to be timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 from grace.kernels.w4a16_layout import dequantise
 
-Product = Callable[[torch.Tensor, Any], torch.Tensor]
+Gemm = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Backend:
         name: in tables.
         serves: (out, in, group, dtype) -> whether it takes that case.
         prepare: (codes int8 [out, in], scales bf16 [out, in/group], dtype) -> a tuple of tensors and other state.
-        product: (x [rows, in], prepared) -> [rows, out].
+        gemm: (x [rows, in], prepared) -> [rows, out].
         weight: what the prepared weights stand for, [out, in] float64, where that isn't codes times scales.
         foreign: another package's: where it fails, the benchmark goes on without it and says so.
     """
@@ -27,7 +27,7 @@ class Backend:
     name: str
     serves: Callable[[int, int, int, torch.dtype], bool]
     prepare: Callable[[torch.Tensor, torch.Tensor, torch.dtype], tuple]
-    product: Product
+    gemm: Gemm
     weight: Callable[[tuple], torch.Tensor] | None = None
     foreign: bool = False
 
@@ -37,7 +37,7 @@ class Backend:
 
 
 def dense(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The dense weight [out, in] that int4 products are compared with."""
+    """The dense weight [out, in] that INT4 GEMMs are compared with."""
     return dequantise(codes, scales, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The int4 products that run side by side with a dense one: this project's, torch's, and others where installed."""
+"""The INT4 GEMMs that run side by side with a dense one: this project's, torch's, and others where installed."""
 
 import torch
 
@@ -10,13 +10,13 @@ TORCH_CPU = Backend(
     name="torch int4 (CPU)",
     serves=lambda n, k, group, dtype: cpu.serves(n, k, group, dtype),
     prepare=lambda codes, scales, dtype: (cpu.pack(codes), cpu.scales_and_zeros(scales), group_of(codes, scales)),
-    product=lambda x, prepared: cpu.product(x, *prepared),
+    gemm=lambda x, prepared: cpu.gemm(x, *prepared),
 )
 DEQUANTISE = Backend(
     name="dequantise, then dense",
     serves=lambda n, k, group, dtype: k % group == 0,
     prepare=lambda codes, scales, dtype: (codes, scales),
-    product=lambda x, prepared: torch.nn.functional.linear(x, dequantise(prepared[0], prepared[1], x.dtype)),
+    gemm=lambda x, prepared: torch.nn.functional.linear(x, dequantise(prepared[0], prepared[1], x.dtype)),
 )
 
 

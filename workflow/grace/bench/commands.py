@@ -10,7 +10,7 @@ from grace.files import whole_file, write_json
 
 
 def kernel(run: Path, model: Path, out: Path) -> None:
-    """Measure the int4 product on the shapes of `model`'s decoder and of LLaVA-1.5-7B's largest linear.
+    """Measure the INT4 GEMM on the shapes of `model`'s decoder and of LLaVA-1.5-7B's largest linear.
 
     Args:
         run: the frozen BenchRun.

@@ -1,4 +1,4 @@
-"""The int4 products that run on a CUDA GPU: this project's, torch's tinygemm, and packages of an optional extra.
+"""The INT4 GEMMs that run on a CUDA GPU: this project's, torch's tinygemm, and packages of an optional extra.
 
 gemlite, humming-kernels and bitsandbytes are used where they are installed; each gets the same codes and scales
 in its own layout. bitsandbytes multiplies another 4-bit format (NF4), so it is compared with its own weights.
@@ -19,7 +19,7 @@ from grace.kernels.w4a16_layout import ZERO, pack_int4
 
 
 def cuda_backends() -> list[Backend]:
-    """This project's product first, then what is installed and can be imported."""
+    """This project's GEMM first, then what is installed and can be imported."""
     found = [TRITON, TINYGEMM]
     for package, make in (("gemlite", _gemlite), ("humming", _humming), ("bitsandbytes", _bitsandbytes)):
         if importlib.util.find_spec(package) is None:
@@ -42,13 +42,13 @@ TRITON = Backend(
     name="grace (Triton)",
     serves=lambda n, k, group, dtype: w4a16.serves(k, group, dtype),
     prepare=lambda codes, scales, dtype: (*w4a16.pack(codes, scales.to(dtype)), group_of(codes, scales)),
-    product=lambda x, prepared: w4a16.w4a16(x, prepared[0], prepared[1], None, x.shape[1], prepared[2]),
+    gemm=lambda x, prepared: w4a16.w4a16(x, prepared[0], prepared[1], None, x.shape[1], prepared[2]),
 )
 TINYGEMM = Backend(
     name="tinygemm (torch)",
     serves=lambda n, k, group, dtype: dtype == torch.bfloat16 and group in (32, 64, 128, 256) and n % 8 == k % 128 == 0,
     prepare=_tinygemm_prepare,
-    product=lambda x, prepared: torch.ops.aten._weight_int4pack_mm(x, prepared[0], prepared[2], prepared[1]),
+    gemm=lambda x, prepared: torch.ops.aten._weight_int4pack_mm(x, prepared[0], prepared[2], prepared[1]),
     foreign=True,
 )
 
@@ -73,7 +73,7 @@ def _gemlite() -> Backend:
         name="gemlite",
         serves=lambda n, k, group, dtype: dtype in kinds and n % 32 == k % 32 == 0,
         prepare=prepare,
-        product=lambda x, prepared: forward_functional(x, None, list(prepared[:-1]), prepared[-1]),
+        gemm=lambda x, prepared: forward_functional(x, None, list(prepared[:-1]), prepared[-1]),
         foreign=True,
     )
 
@@ -93,7 +93,7 @@ def _humming() -> Backend:
         ready = transform.transform_humming_tensors(layer, given)
         return ready["weight"], ready["weight_scale"], layer
 
-    def product(x: torch.Tensor, prepared: tuple) -> torch.Tensor:
+    def gemm(x: torch.Tensor, prepared: tuple) -> torch.Tensor:
         weight, scale, layer = prepared
         tuning = json.dumps(get_heuristics_config(layer, shape_m=len(x)))
         return ops.humming_gemm(
@@ -104,7 +104,7 @@ def _humming() -> Backend:
         name="humming",
         serves=lambda n, k, group, dtype: dtype in (torch.float16, torch.bfloat16) and n % 64 == k % 64 == 0,
         prepare=prepare,
-        product=product,
+        gemm=gemm,
         foreign=True,
     )
 
@@ -122,7 +122,7 @@ def _bitsandbytes() -> Backend:
         name="bitsandbytes NF4",
         serves=lambda n, k, group, dtype: group in (64, 128, 256),
         prepare=prepare,
-        product=lambda x, prepared: bitsandbytes.matmul_4bit(x, prepared[0].t(), quant_state=prepared[1]),
+        gemm=lambda x, prepared: bitsandbytes.matmul_4bit(x, prepared[0].t(), quant_state=prepared[1]),
         weight=lambda prepared: functional.dequantize_4bit(*prepared).double(),
         foreign=True,
     )

@@ -1,4 +1,4 @@
-"""The int4 product against a dense one, shape by shape and row count by row count.
+"""The INT4 GEMM against a dense one, shape by shape and row count by row count.
 
 Rules: correctness first (fresh random data, float64 reference, output memory poisoned with NaN), then interleaved
 medians with weights that miss the last cache, then the share of a floor made of bandwidth and matrix rate measured
@@ -37,7 +37,7 @@ def bench_kernel(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Measure every backend on every (shape, M); return the rows of kernel.csv and the measured ceilings.
 
-    Where a product beats the ceilings, these were measured on a busy machine: they are measured again, the highest count.
+    Where a GEMM beats the ceilings, these were measured on a busy machine: they are measured again, the highest count.
 
     Args:
         shapes: name -> (out, in); a shape whose inputs the group does not divide is refused.
@@ -70,12 +70,12 @@ def bench_kernel(
             for row in table:
                 _under(row, limits, torch.finfo(dtype).bits // 8)
     if any(row["floor_share"] > ABOVE for row in table):
-        print("the machine was busy: products stand above the measured roof; measure again when idle", file=sys.stderr)
+        print("the machine was busy: GEMMs stand above the measured roof; measure again when idle", file=sys.stderr)
     return table, limits
 
 
 def floor_seconds(n: int, k: int, group: int, m: int, width: int, limits: Mapping[str, float]) -> float:
-    """Seconds that no int4 product can beat: its bytes over the copy bandwidth, or its FLOPs over the matrix rate.
+    """Seconds that no INT4 GEMM can beat: its bytes over the copy bandwidth, or its FLOPs over the matrix rate.
 
     Args:
         n, k, group, m: outputs, inputs, inputs per bf16 scale, activation rows.
@@ -115,7 +115,7 @@ class _Case:
         candidates = {"dense": [partial(torch.nn.functional.linear, x, weight) for weight in self.dense]}
         errors = {}
         for backend, rotated in chosen:
-            calls = [partial(backend.product, x, prepared) for prepared in rotated]
+            calls = [partial(backend.gemm, x, prepared) for prepared in rotated]
             try:
                 errors[backend.name] = self._error(backend, calls[0], rotated[0], x)
                 candidates[backend.name] = calls

@@ -1,4 +1,4 @@
-"""Extends the table of tiles of the Triton product by measuring them on this machine's GPU.
+"""Extends the table of tiles of the Triton GEMM by measuring them on this machine's GPU.
 
     grace bench tune --shapes 4096x4096,22016x4096 --rows 1,2,4,8,16,32,64,128,256,1024,4096 --out table.json
 
@@ -143,7 +143,7 @@ def tune(
 
     Args:
         shapes: of the weights, (out, in).
-        rows: M of the products, powers of two.
+        rows: M of the GEMMs, powers of two.
         out: the table to extend; starts from the shipped one.
         group: weights that share a scale.
         dtype_name: of the activations, bfloat16 or float16.

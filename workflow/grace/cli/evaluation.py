@@ -11,7 +11,7 @@ from grace.cli.common import Data, Out, Processes, Run, group, job, start
 from grace.errors import GraceError
 
 commands = typer.Typer()
-bench_commands = group("Speed of the INT4 product and of decoding, side by side with bf16.")
+bench_commands = group("Speed of the INT4 GEMM and of decoding, side by side with bf16.")
 
 
 @commands.command()
@@ -105,7 +105,7 @@ def overlap(
 def bench_kernel(
     run: Run, model: Annotated[Path, typer.Option(help="packed folder whose shapes to time")], out: Out
 ) -> None:
-    """Time the INT4 product against the dense one, after checking that it is right."""
+    """Time the INT4 GEMM against the dense one, after checking that it is right."""
     from grace.bench.commands import kernel
 
     with job(out, files=(run,), folders=(model,), subcommand="bench-kernel"):
@@ -132,7 +132,7 @@ def bench_tune(
     dtype: Annotated[str, typer.Option(help="of the activations: bfloat16 or float16")] = "bfloat16",
     workers: Annotated[int, typer.Option(help="processes that compile; 0: one per core")] = 0,
 ) -> None:
-    """Measure tiles of the INT4 product on this machine's GPU and add the best to the table."""
+    """Measure tiles of the INT4 GEMM on this machine's GPU and add the best to the table."""
     if dtype not in ("bfloat16", "float16"):
         raise GraceError(f"--dtype {dtype}: give bfloat16 or float16")
     try:

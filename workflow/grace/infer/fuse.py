@@ -1,4 +1,4 @@
-"""Fewer, larger products: q, k and v as one, gate and up as one.
+"""Fewer, larger GEMMs: q, k and v as one, gate and up as one.
 
 The three (or two) linears read the same activations one after the other in every Llama-type layer, whatever happens
 between them (rotary embeddings, norms of queries and keys). So the first of them computes all the outputs and leaves

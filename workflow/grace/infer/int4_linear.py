@@ -11,7 +11,7 @@ from grace.kernels.w4a16_layout import check_codes, dequantise, pack_int4, unpac
 class Int4Linear(nn.Module):
     """y = x W^T + b, with W kept as 4-bit codes and one scale per group of consecutive inputs.
 
-    The backend follows the device and the shape: on CUDA the Triton product; on a CPU torch's int4 kernel where it
+    The backend follows the device and the shape: on CUDA the Triton GEMM; on a CPU torch's int4 kernel where it
     takes the shape (bf16, outputs a multiple of 16, groups of 32, 64, 128 or 256); elsewhere the weight is
     dequantised at every call, which is exact and slow. Move a layer by making it on the device where it will run.
 
@@ -46,7 +46,7 @@ class Int4Linear(nn.Module):
             from grace.kernels import w4a16  # here, because it imports triton
 
             weight, scales = w4a16.pack(codes, scales)
-            self._product = w4a16.w4a16
+            self._gemm = w4a16.w4a16
         elif self.backend == "torch-int4":
             weight, scales = cpu.pack(codes), cpu.scales_and_zeros(scales)
         else:
@@ -61,9 +61,9 @@ class Int4Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
         if self.backend == "triton":
-            return self._product(x, self.weight, self.scales, self.bias, self.in_features, self.group_size)
+            return self._gemm(x, self.weight, self.scales, self.bias, self.in_features, self.group_size)
         if self.backend == "torch-int4":
-            y = cpu.product(x.reshape(-1, self.in_features).contiguous(), self.weight, self.scales, self.group_size)
+            y = cpu.gemm(x.reshape(-1, self.in_features).contiguous(), self.weight, self.scales, self.group_size)
             y = y if self.bias is None else y + self.bias
             return y.view(*x.shape[:-1], self.out_features)
         codes = self.weight if self.weight.dtype == torch.int8 else unpack_int4(self.weight)

@@ -1,4 +1,4 @@
-"""One decoding step of a Llama-type decoder by hand: products, and the fused kernels of `grace.kernels.decode_step`.
+"""One decoding step of a Llama-type decoder by hand: GEMMs, and the fused kernels of `grace.kernels.decode_step`.
 
 It computes what transformers' own layers compute, from the same modules and over the same static cache, and is tested
 against them. Prefill, and every decoder that `knows` refuses, run transformers' code. One sequence of an INT4 model

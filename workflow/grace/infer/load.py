@@ -35,7 +35,7 @@ def load_for_inference(
         folder: the checkpoint.
         dtype: of activations and of weights that are not packed.
         device: "cpu", "cuda" or "cuda:1".
-        fuse: whether to join q, k and v, and gate and up, into one product each.
+        fuse: whether to join q, k and v, and gate and up, into one GEMM each.
 
     Raises:
         GraceError: a folder that is no checkpoint, a damaged file, weights that are missing or unknown, or a GPU that is

@@ -1,4 +1,4 @@
-"""The W4A16 product on a CPU: torch's own int4 kernel, which multiplies packed weights without unpacking them first."""
+"""The INT4 GEMM (W4A16) on a CPU: torch's own int4 kernel, which multiplies packed weights without unpacking them first."""
 
 import torch
 
@@ -8,7 +8,7 @@ ROWS = 16  # outputs come in blocks of so many
 
 
 def serves(out_features: int, in_features: int, group_size: int, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel takes this shape and pays: in fp32 and fp16 it is slower than a dense product."""
+    """Whether torch's kernel takes this shape and pays: in fp32 and fp16 it is slower than a dense GEMM."""
     return (
         dtype == torch.bfloat16 and group_size in GROUPS and out_features % ROWS == 0 and in_features % group_size == 0
     )
@@ -25,6 +25,6 @@ def scales_and_zeros(scales: torch.Tensor) -> torch.Tensor:
     return torch.stack((by_group, torch.zeros_like(by_group)), dim=-1).contiguous()
 
 
-def product(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
+def gemm(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch.Tensor:
     """x [rows, in] bf16 times the weight of `pack` and `scales_and_zeros`: [rows, out] bf16, accumulated in fp32."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, scales)

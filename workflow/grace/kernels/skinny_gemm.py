@@ -121,7 +121,7 @@ def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     if type(module) is not torch.nn.Linear or not serves(x, module.weight):
         return module(x)
     tile = choose(len(x), *module.weight.shape)
-    return module(x) if tile is None else product(x, module.weight, module.bias, tile)
+    return module(x) if tile is None else gemm(x, module.weight, module.bias, tile)
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -136,7 +136,7 @@ def _here(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
+def gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
     """x [rows, in] times weight [out, in] transposed, plus bias [out]: [rows, out]; fp32 sums, rounded once."""
     (rows, inputs), outs = x.shape, len(weight)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)

@@ -3,7 +3,7 @@
 Symmetric codes in [-8, 7], one scale in bf16 or fp16 per group of 32, 64, 128 or 256 consecutive inputs, any number
 of rows and outputs, inputs a multiple of the group (the last chunk of 128 is padded when weights are packed).
 
-Up to about a hundred rows the product is bound by reading the weights, so the kernels unpack them in registers, keep
+Up to about a hundred rows the GEMM is bound by reading the weights, so the kernels unpack them in registers, keep
 many loads in flight and split the inputs over programs where outputs are few. With more rows it is bound by the tensor
 cores; weights are then rounded to 16 bits as they are unpacked, or dequantised once for cuBLAS, which costs the less
 the more rows there are. `w4a16_table` draws the lines.
@@ -101,7 +101,7 @@ def launch(
     tile: Tile,
     ptx: bool | None = None,
 ) -> torch.Tensor:
-    """The product of `w4a16` for x [rows, in] with a given tile; `ptx` overrides how codes are unpacked.
+    """The GEMM of `w4a16` for x [rows, in] with a given tile; `ptx` overrides how codes are unpacked.
 
     The inline PTX and the plain arithmetic give the same bits; Triton's interpreter runs the latter alone.
     """
@@ -112,7 +112,7 @@ def launch(
     if tile.kind == "hopper":
         x = x if x.data_ptr() % 16 == 0 else x.clone()  # the copy engine's blocks
         if takes_hopper(outs, group_size, here) and scales.dtype == x.dtype and words.data_ptr() % 16 == 0:
-            return gluon("w4a16_hopper").product(
+            return gluon("w4a16_hopper").gemm(
                 x, words, scales, bias, group_size, tile, here.multiprocessors, _locks(x.device)
             )
         tile = rule(len(x), outs, x.shape[1], group_size, replace(here, hopper=False))

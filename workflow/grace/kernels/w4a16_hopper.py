@@ -1,4 +1,4 @@
-"""The W4A16 product for many rows on Hopper, in Gluon: a warp that loads, and two warpgroups that unpack and multiply.
+"""The INT4 GEMM (W4A16) for many rows on Hopper, in Gluon: a warp that loads, and two warpgroups that unpack and multiply.
 
 y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program stays on its multiprocessor
 and works on item after item: a tile of 128 outputs and BLOCK_M rows, or a part of the inputs of one where the last wave
@@ -302,7 +302,7 @@ def hopper_kernel(
     )  # fmt: skip
 
 
-def product(
+def gemm(
     x: torch.Tensor,
     words: torch.Tensor,
     scales: torch.Tensor,

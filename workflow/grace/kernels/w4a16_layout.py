@@ -1,4 +1,4 @@
-"""How 4-bit weights lie in memory: as compressed-tensors ships them, and as the Triton product reads them.
+"""How 4-bit weights lie in memory: as compressed-tensors ships them, and as the Triton GEMM reads them.
 
 A *code* is a signed integer in [-8, 7]; a weight is its code times the scale of its group (consecutive inputs of
 one output). A *nibble* is a code + 8, in 0..15.
@@ -24,7 +24,7 @@ from grace.errors import GraceError
 CHUNK = 128  # inputs per chunk
 SLICE = 32  # consecutive inputs that one nibble position covers
 TILE = 128  # outputs that the widest tile has
-GROUPS = (32, 64, 128, 256)  # inputs that share a step size, as both products take them
+GROUPS = (32, 64, 128, 256)  # inputs that share a step size, as both GEMMs take them
 ZERO = 8  # nibble of the code 0
 
 

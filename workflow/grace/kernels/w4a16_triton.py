@@ -1,6 +1,6 @@
-"""The Triton kernels of the W4A16 product; `w4a16.py` chooses among them and launches them.
+"""The Triton kernels of the INT4 GEMM (W4A16); `w4a16.py` chooses among them and launches them.
 
-Weights stand on the side of the product with many rows even for one activation row: y^T = W x^T, so the accumulator is
+Weights stand on the side of the GEMM with many rows even for one activation row: y^T = W x^T, so the accumulator is
 [BLOCK_N outputs, BLOCK_M rows] and a tensor-core instruction is filled by outputs. Packed words come from memory in the
 layout of `w4a16_layout` through asynchronous copies, go from shared memory straight into the registers that hold the
 tensor core's left operand, and are unpacked there; no layout conversion is left in any inner loop (`tests/

@@ -24,7 +24,7 @@ def speed_tables(results: Results) -> list[Table]:
 
 
 def speed_metrics(results: Results) -> dict[str, Any]:
-    """Decoding by row and batch, and the integer product's speed-up, to 3 significant digits; by names, as `metrics`."""
+    """Decoding by row and batch, and the INT4 GEMM's speed-up, to 3 significant digits; by names, as `metrics`."""
     found: dict[str, Any] = {}
     for row, record in decode_rows(results):
         numbers = {key: _significant(record[key]) for key in ("tokens_per_second", "weight_mib", "peak_mib")}

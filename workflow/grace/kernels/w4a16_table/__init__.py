@@ -1,4 +1,4 @@
-"""Which tile serves which product: a table of measured configurations, and a rule for what it does not hold.
+"""Which tile serves which INT4 GEMM: a table of measured configurations, and a rule for what it does not hold.
 
 A package of its own, so that a new entry of the table re-runs the jobs that use it and not all that use a kernel.
 """
@@ -24,11 +24,11 @@ JOIN_TIME = 6.3e-5  # microseconds to add up parts: per number of a tile and par
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of the product.
+    """One configuration of the GEMM.
 
     Attributes:
         kind: "ways" or "tile" (see `w4a16_triton`), "round" for the tile kernel with rounded weights, "hopper" (see
-            `w4a16_hopper`), or "dense" for dequantise, then the dense product, where the other fields have no meaning.
+            `w4a16_hopper`), or "dense" for dequantise, then the dense GEMM, where the other fields have no meaning.
         block_m: rows of a tile.
         block_n: outputs of a tile; 128 of kind "hopper".
         split: parts of its inputs, each a program.
@@ -57,7 +57,7 @@ class Tile:
         return chunks * (buffers * 256 * self.block_m + (self.stages - 1) * 68 * self.block_n)
 
     def tiles(self, rows: int, out: int) -> int:
-        """How many a product has."""
+        """How many a GEMM has."""
         return -(-rows // self.block_m) * -(-out // self.block_n)
 
     def unsplit(self, tiles: int, multiprocessors: int) -> int:
@@ -81,7 +81,7 @@ class Tile:
         return min(-(-chunks * rounds // (rounds + others)), chunks - others), rounds
 
     def divide(self, rows: int, out: int, multiprocessors: int, locks: int) -> tuple[int, int]:
-        """The tiles of a product, and how many of them, the first ones, are not split; each other one takes a lock.
+        """The tiles of a GEMM, and how many of them, the first ones, are not split; each other one takes a lock.
 
         Raises:
             GraceError: more tiles to split than there are locks.
@@ -156,7 +156,7 @@ def rule(rows: int, out: int, inputs: int, group: int, gpu: GPU) -> Tile:
 
 
 def hopper_tiles(rows: int, out: int, inputs: int, gpu: GPU) -> list[Tile]:
-    """The "hopper" tiles for a product, the shortest estimated time first: waves of tiles, the parts, joining them."""
+    """The "hopper" tiles for a GEMM, the shortest estimated time first: waves of tiles, the parts, joining them."""
     chunks, programs, times = -(-inputs // 128), gpu.multiprocessors, {}
     for (block_m, (stages, chunk_time)), split in product(HOPPER_TILES.items(), HOPPER_SPLITS):
         tile = Tile("hopper", block_m, 128, split, stages=stages)

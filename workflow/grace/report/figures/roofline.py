@@ -1,4 +1,4 @@
-"""The packed product's rate against its roof: bandwidth and matrix rate that the same benchmark run measured."""
+"""The INT4 GEMM's rate against its roof: bandwidth and matrix rate that the same benchmark run measured."""
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ BYTES = 2  # of an activation, and of a scale
 
 
 def work(kernel: pd.DataFrame) -> pd.DataFrame:
-    """Adds to bench/kernel.csv: intensity (FLOP per byte) and rates of the packed and dense product and the roof (GFLOP/s)."""
+    """Adds to bench/kernel.csv: intensity (FLOP per byte) and rates of the INT4 and the dense GEMM and the roof (GFLOP/s)."""
     n, k, m = kernel["out_features"], kernel["in_features"], kernel["m"]
     flops = 2.0 * m * n * k
     moved = n * k / 2 + BYTES * n * k / kernel["group_size"] + BYTES * m * (k + n)
@@ -20,7 +20,7 @@ def work(kernel: pd.DataFrame) -> pd.DataFrame:
 
 
 def roofline(results: Results, plt):
-    """Left: rate over arithmetic intensity, under the roof. Right: speed-up over the dense product by activation rows."""
+    """Left: rate over arithmetic intensity, under the roof. Right: speed-up over the dense GEMM by activation rows."""
     if results.kernel is None:
         return nothing(plt, f"{results.folder.name}: the kernel benchmark was not run (bench/kernel.csv)")
     if not set(NEEDED) <= set(results.kernel):
@@ -29,7 +29,7 @@ def roofline(results: Results, plt):
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 3.4))
     roof = data.sort_values("intensity").groupby("intensity")["roof"].max()
     left.plot(roof.index, roof, color="black", lw=1.2, label="roof (measured)")
-    left.scatter(data["intensity"], data["dense"], s=14, facecolor="none", edgecolor="#8a8a8a", label="dense product")
+    left.scatter(data["intensity"], data["dense"], s=14, facecolor="none", edgecolor="#8a8a8a", label="dense GEMM")
     for place, (backend, part) in enumerate(data.groupby("backend")):
         style = {"color": COLOURS[(place + 1) % len(COLOURS)], "marker": MARKERS[(place + 1) % len(MARKERS)]}
         left.scatter(part["intensity"], part["packed"], s=16, label=backend, **style)
@@ -39,14 +39,14 @@ def roofline(results: Results, plt):
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-    left.set_xlabel("FLOP per byte of the packed product")
+    left.set_xlabel("FLOP per byte of the INT4 GEMM")
     left.set_ylabel("GFLOP/s")
     left.legend()
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("{x:g}")
     right.axhline(1, color="black", lw=0.8)
     right.set_xlabel("M, activation rows")
-    right.set_ylabel("times as fast as the dense product")
+    right.set_ylabel("times as fast as the dense GEMM")
     right.set_title("median, least and most over shapes")
     right.set_xticks(sorted(data["m"].unique()), [str(m) for m in sorted(data["m"].unique())])
     device = ", ".join(data["device"].unique())
@@ -58,7 +58,7 @@ def _finding(data: pd.DataFrame) -> str:
     above = data["floor_share"].max()
     if above > ABOVE:
         return (
-            f"NOT TO BE TRUSTED: a product stands at {above:.2f} times the measured roof, so something else ran meanwhile; "
+            f"NOT TO BE TRUSTED: a GEMM stands at {above:.2f} times the measured roof, so something else ran meanwhile; "
             "run the kernel benchmark again on an idle machine"
         )
     few, many = data["m"].min(), data["m"].max()
@@ -67,4 +67,4 @@ def _finding(data: pd.DataFrame) -> str:
     at = own.groupby("m").agg(speedup=("speedup", "median"), share=("floor_share", "median"))
     said = " and ".join(f"{at.at[m, 'speedup']:.2f} × at M = {m}" for m in dict.fromkeys((few, many)))
     share = " and ".join(f"{at.at[m, 'share']:.0%}" for m in dict.fromkeys((few, many)))
-    return f"{best} against the dense product: {said} (medians), {share} of the roof"
+    return f"{best} against the dense GEMM: {said} (medians), {share} of the roof"

@@ -29,7 +29,7 @@ TITLES = {
     "training": ("Training curves", "First seed of each recipe, smoothed."),
     "attention": ("Where teacher and students look (the paper's Figure 3)", "Attention from the position that answers to the image, per decoder layer, for one question."),
     "similarity": ("Similarity between visual tokens (the paper's Figure 5)", "What relational CKA aligns: how alike each pair of visual tokens is within one image."),
-    "roofline": ("The INT4 product against what the hardware allows", "Left: rates under the roof of bandwidth and matrix rate that the same run measured. Right: speed-up over the dense product."),
+    "roofline": ("The INT4 GEMM against what the hardware allows", "Left: rates under the roof of bandwidth and matrix rate that the same run measured. Right: speed-up over the dense GEMM."),
 }  # fmt: skip
 
 

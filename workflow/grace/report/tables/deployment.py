@@ -20,7 +20,7 @@ COLUMNS = ("batch", "weights MiB", "peak MiB", "tokens/s", "× throughput", "× 
 def deployment_table(results: Results) -> Table:
     """Memory, throughput and their ratios to bf16, from the CSV files of the benchmark rule."""
     table = Table(
-        "deployment", "Deployment: memory, decoding throughput and the INT4 product", ["Model", "Bits"], list(COLUMNS)
+        "deployment", "Deployment: memory, decoding throughput and the INT4 GEMM", ["Model", "Bits"], list(COLUMNS)
     )
     measured = decode_rows(results)
     for row, record in measured:
@@ -110,7 +110,7 @@ def _weights(results: Results, row: Row, part: str) -> tuple[float, float]:
 
 
 def _kernel_lines(kernel: pd.DataFrame) -> list[Line]:
-    """Per backend and number of activation rows: the median speed-up over the dense product of the same run."""
+    """Per backend and number of activation rows: the median speed-up over the dense GEMM of the same run."""
     lines = []
     for key, part in kernel.groupby(["backend", "device", "m"], sort=True):
         backend, device, m = cast("tuple[str, str, int]", key)
@@ -128,7 +128,7 @@ def _kernel_lines(kernel: pd.DataFrame) -> list[Line]:
                     Cell(part["speedup"].median(), digits=2, files=(KERNEL,)),
                     Cell(text=""),
                 ],
-                "W4A16 product",
+                "INT4 GEMM",
                 run,
             )
         )
@@ -142,8 +142,8 @@ def _notes(results: Results) -> list[str]:
         "× throughput and × memory: over the bf16 baseline at the same batch, measured in the same run (of files: their size "
         "over the baseline's). Weights: what is loaded; peak: weights, cache and activations. Keys and values are in 16 bits, "
         "the baseline's too, except where “8-bit cache” stands. Decoder linears alone are packed: "
-        "vision tower, embeddings and head stay in bf16. W4A16 product: the median speed-up over shapes of the packed product "
-        "over the dense one, by activation rows (column “batch”).",
+        "vision tower, embeddings and head stay in bf16. INT4 GEMM (W4A16): the median speed-up over shapes "
+        "over the dense GEMM, by activation rows (column “batch”).",
     ]
     if paper_family(results.experiment) == "LLaVA-1.5":
         notes.append(
