@@ -8,7 +8,7 @@ import grace
 PACKAGE = Path(grace.__file__).parent
 # From the ground up; a room may import those before it and its neighbours on the same floor, never those after it.
 FLOORS = (
-    ("errors", "arithmetic", "environment", "progress", "world", "first_order", "nested", "limits", "hashes"),
+    ("errors", "arithmetic", "environment", "progress", "world", "first_order", "nested", "limits", "hashes", "git"),
     ("workers",),
     ("files",),
     ("kernels", "benchmarks", "families"),

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import platform
-import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from grace.arithmetic import settled
+from grace.git import git_or_none
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -50,17 +50,9 @@ def code_sha256(package: Path = PACKAGE) -> str:
 
 
 def _git() -> dict[str, Any]:
-    revision = _git_says("rev-parse", "HEAD")
-    return {"revision": revision, "modified": bool(_git_says("status", "--porcelain", "--", ".")) if revision else None}
-
-
-def _git_says(*words: str) -> str | None:
-    """What git says of the package's folder; None without git or a repository."""
-    try:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    revision = git_or_none(PACKAGE, "rev-parse", "HEAD")
+    modified = bool(git_or_none(PACKAGE, "status", "--porcelain", "--", ".")) if revision else None
+    return {"revision": revision, "modified": modified}
 
 
 def _version(package: str) -> str | None:

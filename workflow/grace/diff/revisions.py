@@ -1,7 +1,6 @@
 """The results of a git revision, as a folder: light files from git, heavy ones from DVC's cache or remote."""
 
 import io
-import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from grace.errors import GraceError
 from grace.files import ENVIRONMENT, MANIFEST
+from grace.git import GitRefused, git, git_bytes
 
 # what a comparison reads; checkpoints, caches and packed weights are compared through their manifests
 LIGHT = (
@@ -38,9 +38,9 @@ def results_of(where: str | Path, experiment: str, repository: Path) -> Iterator
     commit = resolve(repository, str(where))
     with TemporaryDirectory(prefix="grace-diff-") as temporary:
         target = Path(temporary) / experiment
-        top = Path(_git(repository, "rev-parse", "--show-toplevel").decode().strip())
+        top = Path(git(repository, "rev-parse", "--show-toplevel"))
         below = f"results/{experiment}"
-        if _git(top, "ls-tree", commit, "--", ".dvc/config"):
+        if git(top, "ls-tree", commit, "--", ".dvc/config"):
             _from_dvc(top, str(where), commit, below, target)
         else:
             _from_git(top, commit, below, target)
@@ -52,26 +52,17 @@ def results_of(where: str | Path, experiment: str, repository: Path) -> Iterator
 def resolve(repository: Path, revision: str) -> str:
     """The commit hash of a revision; a `GraceError` where there is none."""
     try:
-        return _git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").decode().strip()
-    except GraceError:
+        return git(repository, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    except GitRefused:
         raise GraceError(
             f"{revision}: neither a results folder nor a git revision of {repository}; `git log` lists revisions"
         ) from None
 
 
-def _git(repository: Path, *arguments: str) -> bytes:
-    try:
-        return subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, check=True).stdout
-    except FileNotFoundError:
-        raise GraceError("git is not installed; give two results folders instead") from None
-    except subprocess.CalledProcessError as error:
-        raise GraceError(f"{repository}: git {arguments[0]} failed ({error.stderr.decode().strip()})") from error
-
-
 def _from_git(top: Path, commit: str, below: str, target: Path) -> None:
-    if not _git(top, "ls-tree", commit, "--", below):
+    if not git(top, "ls-tree", commit, "--", below):
         return
-    with tarfile.open(fileobj=io.BytesIO(_git(top, "archive", commit, "--", below))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(git_bytes(top, "archive", commit, "--", below))) as archive:
         for member in archive.getmembers():
             name = member.name.removeprefix(f"{below}/")
             content = archive.extractfile(member) if member.isfile() and _light(name) else None

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,6 +41,7 @@ from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, submission_file, write_submission
 from grace.families import check_family
 from grace.files import MANIFEST, list_files, sha256, write_manifest
+from grace.git import git_or_none
 from grace.progress import progress
 from grace.results.predictions import (
     RowsFailed,
@@ -256,13 +256,12 @@ def _harness(settings) -> dict[str, str]:
     if name == VLMEVAL:
         if settings.vlmeval_checkout is None:
             raise GraceError("evaluation.vlmeval_checkout: is not set; give the folder of a VLMEvalKit checkout")
-        asked = ["git", "-C", settings.vlmeval_checkout, "rev-parse", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True)
-        if found.returncode or not (Path(settings.vlmeval_checkout) / "vlmeval").is_dir():
+        revision = git_or_none(settings.vlmeval_checkout, "rev-parse", "HEAD")
+        if revision is None or not (Path(settings.vlmeval_checkout) / "vlmeval").is_dir():
             raise GraceError(
                 f"evaluation.vlmeval_checkout: {settings.vlmeval_checkout} is no checkout of VLMEvalKit; clone it there"
             )
-        return {"name": name, "version": found.stdout.strip()}
+        return {"name": name, "version": revision}
     try:
         return {"name": name, "version": importlib.metadata.version(PACKAGES[name])}
     except importlib.metadata.PackageNotFoundError:

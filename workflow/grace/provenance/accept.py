@@ -2,7 +2,6 @@
 
 import getpass
 import json
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
 from grace.files import whole_file
+from grace.git import git_or_none
 
 
 def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | None = None) -> list[dict[str, Any]]:
@@ -56,11 +56,5 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
 
 def _who() -> str:
     """Name and address as git knows them, or the login name."""
-    found = []
-    for key in ("user.name", "user.email"):
-        try:
-            found.append(subprocess.run(["git", "config", key], capture_output=True, text=True).stdout.strip())
-        except OSError:
-            found.append("")
-    name, address = found
+    name, address = (git_or_none(".", "config", key) or "" for key in ("user.name", "user.email"))
     return f"{name} <{address}>" if address else name or getpass.getuser()

@@ -7,13 +7,14 @@ it is here; the next `dvc repro` builds it from the merged inputs, and DVC's loc
 
 import json
 import shutil
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from grace.errors import GraceError
 from grace.files import MANIFEST, whole_file
+from grace.git import GitRefused, git, git_bytes, git_or_none
 from grace.provenance.snakemake_records import RECORDS, _read, _same, _write
 
 Rows = dict[str, dict[str, Any]]
@@ -34,31 +35,40 @@ def merge(branch: str, repository: Path = Path(".")) -> dict[str, list[str]]:
         GraceError: uncommitted changes, conflicts in files that people write, or outputs that DVC has no copy of.
     """
     top = Path(repository)
-    theirs = _git(top, "rev-parse", "--verify", f"{branch}^{{commit}}")
-    going_on = (top / ".git/MERGE_HEAD").is_file() and _git(top, "rev-parse", "MERGE_HEAD") == theirs
-    if not going_on:
-        changed = _git(top, "status", "--porcelain", "--untracked-files=no")
+    theirs = git(top, "rev-parse", "--verify", f"{branch}^{{commit}}")
+    if _merging(top) != theirs:
+        changed = git(top, "status", "--porcelain", "--untracked-files=no")
         if changed:
             raise GraceError(f"{top}: uncommitted changes; commit them, then run `grace merge {branch}` again")
-        _git(top, "merge", "--no-commit", "--no-ff", branch, check=False)
-    conflicts = _git(top, "diff", "--name-only", "--diff-filter=U").splitlines()
+        try:
+            git(top, "merge", "--no-commit", "--no-ff", branch)
+        except GitRefused:
+            if _merging(top) != theirs:  # not for conflicts, then
+                raise
+    conflicts = git(top, "diff", "--name-only", "--diff-filter=U").splitlines()
     written = [name for name in conflicts if name != LOCK and not name.startswith("results/")]
     if written:
         raise GraceError(
             f"{', '.join(written)}: both branches changed the same lines; resolve and `git add` them, then run "
             f"`grace merge {branch}` again"
         )
-    ours, base = _git(top, "rev-parse", "HEAD"), _git(top, "merge-base", "HEAD", theirs)
+    ours, base = git(top, "rev-parse", "HEAD"), git(top, "merge-base", "HEAD", theirs)
     taken = {}
     for store in _stores(top, ours, theirs):
         sides = [_rows(top, revision, store) for revision in (base, ours, theirs)]
         if any(sides):
             taken[Path(store).parent.name] = _unite(top, store, theirs, *sides)
     for name in conflicts:
-        _git(top, "checkout", "--ours", "--", name, check=False)
+        with suppress(GitRefused):  # a file that this branch has deleted
+            git(top, "checkout", "--ours", "--", name)
     _put_light(top, taken, theirs)
-    _git(top, "add", "-A", "--", "results", *([LOCK] if (top / LOCK).is_file() else []))
+    git(top, "add", "-A", "--", "results", *([LOCK] if (top / LOCK).is_file() else []))
     return taken
+
+
+def _merging(top: Path) -> str | None:
+    """The commit that a merge which is under way brings in."""
+    return git_or_none(top, "rev-parse", "--verify", "--quiet", "MERGE_HEAD")
 
 
 def _unite(top: Path, store: str, theirs: str, base: Rows, ours: Rows, other: Rows) -> list[str]:
@@ -128,18 +138,18 @@ def _fetch(top: Path, place: str, revision: str, folder: Path) -> list[str]:
 
 def _put_light(top: Path, taken: dict[str, list[str]], theirs: str) -> None:
     """`git checkout --ours` has put this branch's version over light files that were taken from the other one."""
-    tracked = set(_git(top, "ls-tree", "-r", "--name-only", theirs, "--", "results").splitlines())
+    tracked = set(git(top, "ls-tree", "-r", "--name-only", theirs, "--", "results").splitlines())
     for output in (output for outputs in taken.values() for output in outputs):
         folder = f"{Path(output).parent.as_posix()}/"
         names = [n for n in tracked if n == output or (Path(output).name == MANIFEST and n.startswith(folder))]
         for name in names:
             with whole_file(top / name) as part:
-                part.write_bytes(_show(top, theirs, name))
+                part.write_bytes(git_bytes(top, "show", f"{theirs}:{name}"))
 
 
 def _stores(top: Path, *revisions: str) -> list[str]:
     """Where the records of every experiment would be that has results in git at one of the revisions."""
-    listed = (_git(top, "ls-tree", "-d", "--name-only", revision, "results/") for revision in revisions)
+    listed = (git(top, "ls-tree", "-d", "--name-only", revision, "results/") for revision in revisions)
     return sorted({f"{folder}/{RECORDS}" for folder in "\n".join(listed).splitlines()})
 
 
@@ -148,14 +158,3 @@ def _rows(top: Path, revision: str, store: str) -> Rows:
     with TemporaryDirectory() as temporary:
         found = _fetch(top, store, revision, Path(temporary))
         return {row["output"]: row for file in found for row in _read(Path(temporary, file))}
-
-
-def _show(top: Path, revision: str, name: str) -> bytes:
-    return subprocess.run(["git", "-C", str(top), "show", f"{revision}:{name}"], capture_output=True, check=True).stdout
-
-
-def _git(top: Path, *words: str, check: bool = True) -> str:
-    done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True)
-    if check and done.returncode:
-        raise GraceError(f"git {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip()

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from markupsafe import Markup, escape
 from grace import __version__
 from grace.errors import GraceError
 from grace.files import MANIFEST, TIMING, read_json, sha256, whole_file
+from grace.git import git_or_none
 from grace.report.figures.style import title_of
 from grace.report.page.examples import Example, examples
 from grace.report.page.summary import page_head
@@ -160,8 +160,4 @@ def _training_seconds(timing: Path) -> float | None:
 
 def _revision(folder: Path) -> str:
     """The commit that the results stand in, with a mark where the tree has changes; `unknown` outside git."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return git_or_none(folder, "describe", "--always", "--dirty", "--abbrev=40") or "unknown"
