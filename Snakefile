@@ -9,9 +9,13 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from grace.cluster.start import recover
+from grace.config.constraints import Constraints
+from grace.config.frozen import Frozen
+from grace.config.job_requests import JobRequests
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.preflight import missing
+from grace.config.trials import Trials
 from grace.config.unapplied_trials import unapplied
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
@@ -33,6 +37,13 @@ try:
     plan = Plan(load_experiment(config, " + ".join(map(str, workflow.configfiles))))
 except GraceError as error:
     raise WorkflowError(str(error)) from None
+
+# What the rules ask of an experiment: which file feeds which job, for what alone a rule is there, what is frozen for the
+# jobs, what they may use, and the trials of `tuning`.
+only = Constraints(plan.experiment)
+frozen = Frozen(plan)
+jobs = JobRequests(plan.experiment.resources)
+trials = Trials(plan)
 
 # Jobs find `grace` beside the Python that runs Snakemake, whether its environment is activated or not.
 os.environ.update(
@@ -75,7 +86,7 @@ onstart:
     if workflow.executor_plugin.name == "local" and cores:
         # Snakemake would lower a job's threads to the cores there are, and a CPU's sums depend on its threads.
         kinds = {job.resources.get("kind") for job in workflow.dag.needrun_jobs()}
-        if short := plan.short_of_cores(kinds, cores):
+        if short := jobs.short_of_cores(kinds, cores):
             raise WorkflowError("\n".join(short))
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
@@ -98,7 +109,7 @@ onstart:
         except GraceError as error:
             raise WorkflowError(str(error)) from None
         kinds = {job.rule.name: job.resources.get("kind") for job in waiting}
-        plan.retry_request = lambda asked, attempt, kind, wildcards: retry_request(
+        jobs.retry_request = lambda asked, attempt, kind, wildcards: retry_request(
             asked,
             attempt,
             [name for name in kinds if kinds[name] == kind],
@@ -107,7 +118,7 @@ onstart:
 
 
 wildcard_constraints:
-    experiment=plan.where(True),
+    experiment=only.where(True),
     precision=r"(bf16|int[2348])(-outliers)?",
     seed=r"\d+",
     shard=r"\d{5}",

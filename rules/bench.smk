@@ -18,9 +18,9 @@ rule bench_kernel:
     priority: 10
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("bench")
+    threads: jobs.threads("bench")
     resources:
-        **plan.resources("bench"),
+        **jobs.resources("bench"),
     params:
         model=subpath(input.model, parent=True),
     message:
@@ -48,9 +48,9 @@ rule bench_decode:
     priority: 10
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("bench")
+    threads: jobs.threads("bench")
     resources:
-        **plan.resources("bench"),
+        **jobs.resources("bench"),
     params:
         models=lambda wildcards, input: [
             f"--model {os.path.dirname(model)}" for model in input.models

@@ -14,7 +14,7 @@ rule freeze_experiment:
     conda:
         "../envs/grace.yaml"
     params:
-        frozen=lambda wildcards: plan.frozen("experiment"),
+        frozen=lambda wildcards: frozen.job("experiment"),
     message:
         "freeze the configuration of {wildcards.experiment}"
     shell:
@@ -33,7 +33,7 @@ rule freeze:
     conda:
         "../envs/grace.yaml"
     params:
-        frozen=lambda wildcards: plan.frozen(wildcards.job),
+        frozen=lambda wildcards: frozen.job(wildcards.job),
     message:
         "freeze the parameters of {wildcards.job}"
     shell:
@@ -51,7 +51,7 @@ rule freeze_code:
     conda:
         "../envs/grace.yaml"
     params:
-        frozen=plan.frozen_code,
+        frozen=frozen.code,
     message:
         "freeze the code of {wildcards.subcommand}"
     shell:
@@ -75,9 +75,9 @@ rule prepare:
     priority: 100
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("prepare")
+    threads: jobs.threads("prepare")
     resources:
-        **plan.resources("prepare"),
+        **jobs.resources("prepare"),
     params:
         out=subpath(output[0], parent=True),
         processor=plan.processor_flag,

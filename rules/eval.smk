@@ -18,13 +18,13 @@ rule evaluate:
     benchmark:
         "results/{experiment}/logs/{model}/evaluate.tsv"
     wildcard_constraints:
-        model=plan.asked,
+        model=only.asked,
     priority: 30
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("evaluate")
+    threads: jobs.threads("evaluate")
     resources:
-        **plan.resources("evaluate"),
+        **jobs.resources("evaluate"),
     params:
         data=subpath(input.data, parent=True),
         model=subpath(input.model, parent=True),
@@ -55,13 +55,13 @@ rule overlap:
     benchmark:
         "results/{experiment}/logs/overlap.tsv"
     wildcard_constraints:
-        experiment=plan.where(plan.overlap),
+        experiment=only.where(plan.overlap),
     priority: 20
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("prepare")
+    threads: jobs.threads("prepare")
     resources:
-        **plan.resources("prepare"),
+        **jobs.resources("prepare"),
     params:
         data=subpath(input.data, parent=True),
     message:

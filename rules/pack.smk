@@ -14,14 +14,14 @@ rule pack:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/pack.tsv"
     wildcard_constraints:
-        recipe=plan.made,
+        recipe=only.made,
         precision=r"int[2348](-outliers)?",
     priority: 40
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("pack")
+    threads: jobs.threads("pack")
     resources:
-        **plan.resources("pack"),
+        **jobs.resources("pack"),
     params:
         model=subpath(input.model, parent=True),
         out=subpath(output[0], parent=True),
@@ -46,14 +46,14 @@ rule import_released:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/import.tsv"
     wildcard_constraints:
-        recipe=plan.released,
+        recipe=only.released,
         precision="int[48]",
     priority: 40
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("pack")
+    threads: jobs.threads("pack")
     resources:
-        **plan.resources("pack"),
+        **jobs.resources("pack"),
     params:
         model=subpath(input.model, parent=True),
         out=subpath(output[0], parent=True),

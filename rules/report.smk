@@ -18,9 +18,9 @@ rule tables:
         "results/{experiment}/logs/report/tables.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         results=subpath(output[0], ancestor=2),
         out=subpath(output[0], parent=True),
@@ -47,9 +47,9 @@ rule figures:
         "results/{experiment}/logs/report/figures.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         results=subpath(output[0], ancestor=2),
         out=subpath(output[0], parent=True),
@@ -76,9 +76,9 @@ rule metrics:
         "results/{experiment}/logs/report/metrics.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         results=subpath(output[0], parent=True),
     message:
@@ -109,9 +109,9 @@ rule speed:
         "results/{experiment}/logs/report/speed.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         results=subpath(output[0], ancestor=2),
         out=subpath(output[0], parent=True),
@@ -140,9 +140,9 @@ rule page:
         "results/{experiment}/logs/report/page.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         results=subpath(output[0], ancestor=2),
     message:

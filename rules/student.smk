@@ -14,7 +14,7 @@ rule freeze_student:
     conda:
         "../envs/grace.yaml"
     params:
-        frozen=plan.frozen_student,
+        frozen=frozen.student,
     message:
         "freeze the parameters of {wildcards.recipe} at {wildcards.precision}, seed {wildcards.seed}"
     shell:
@@ -33,13 +33,13 @@ rule fetch_baseline:
     benchmark:
         "results/{experiment}/logs/students/baseline/bf16/seed{seed}/fetch.tsv"
     wildcard_constraints:
-        experiment=plan.where(plan.experiment.student.pretrained),
+        experiment=only.where(plan.experiment.student.pretrained),
     priority: 80
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("fetch")
+    threads: jobs.threads("fetch")
     resources:
-        **plan.resources("fetch"),
+        **jobs.resources("fetch"),
     params:
         out=subpath(output[0], parent=True),
         model=plan.experiment.student.pretrained,
@@ -69,13 +69,13 @@ rule train_baseline:
     benchmark:
         "results/{experiment}/logs/students/baseline/bf16/seed{seed}/train.tsv"
     wildcard_constraints:
-        experiment=plan.where(plan.experiment.student.train),
+        experiment=only.where(plan.experiment.student.train),
     priority: 80
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("train_baseline")
+    threads: jobs.threads("train_baseline")
     resources:
-        **plan.resources("train_baseline"),
+        **jobs.resources("train_baseline"),
     params:
         data=plan.pretraining,
         out=subpath(output.model, parent=True),
@@ -109,13 +109,13 @@ rule finetune:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/train.tsv"
     wildcard_constraints:
-        recipe=plan.trained,
+        recipe=only.trained,
     priority: 60
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("finetune")
+    threads: jobs.threads("finetune")
     resources:
-        **plan.resources("finetune"),
+        **jobs.resources("finetune"),
     params:
         start=subpath(input.start, parent=True),
         data=subpath(input.data, parent=True),
@@ -152,13 +152,13 @@ rule distil:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/train.tsv"
     wildcard_constraints:
-        recipe=plan.distilled,
+        recipe=only.distilled,
     priority: 70
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("distil")
+    threads: jobs.threads("distil")
     resources:
-        **plan.resources("distil"),
+        **jobs.resources("distil"),
     params:
         start=subpath(input.start, parent=True),
         data=subpath(input.data, parent=True),
@@ -195,13 +195,13 @@ rule quantize:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/quantize.tsv"
     wildcard_constraints:
-        recipe=plan.rounded,
+        recipe=only.rounded,
     priority: 50
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("quantize")
+    threads: jobs.threads("quantize")
     resources:
-        **plan.resources("quantize"),
+        **jobs.resources("quantize"),
     params:
         start=subpath(input.start, parent=True),
         data=subpath(input.data, parent=True),
@@ -229,13 +229,13 @@ rule fetch_released:
     benchmark:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/fetch.tsv"
     wildcard_constraints:
-        recipe=plan.released,
+        recipe=only.released,
     priority: 80
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("fetch")
+    threads: jobs.threads("fetch")
     resources:
-        **plan.resources("fetch"),
+        **jobs.resources("fetch"),
     params:
         out=subpath(output[0], parent=True),
         model=plan.released_model,

@@ -14,13 +14,13 @@ rule fetch_teacher:
     benchmark:
         "results/{experiment}/logs/teacher/fetch.tsv"
     wildcard_constraints:
-        experiment=plan.where(plan.experiment.teacher.pretrained),
+        experiment=only.where(plan.experiment.teacher.pretrained),
     priority: 95
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("fetch")
+    threads: jobs.threads("fetch")
     resources:
-        **plan.resources("fetch"),
+        **jobs.resources("fetch"),
     params:
         out=subpath(output[0], parent=True),
         model=plan.experiment.teacher.pretrained,
@@ -50,13 +50,13 @@ rule train_teacher:
     benchmark:
         "results/{experiment}/logs/teacher/train.tsv"
     wildcard_constraints:
-        experiment=plan.where(plan.experiment.teacher.train),
+        experiment=only.where(plan.experiment.teacher.train),
     priority: 95
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("train_teacher")
+    threads: jobs.threads("train_teacher")
     resources:
-        **plan.resources("train_teacher"),
+        **jobs.resources("train_teacher"),
     params:
         data=plan.pretraining,
         out=subpath(output.model, parent=True),
@@ -92,9 +92,9 @@ rule write_cache:
     priority: 90
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("cache")
+    threads: jobs.threads("cache")
     resources:
-        **plan.resources("cache"),
+        **jobs.resources("cache"),
     params:
         teacher=subpath(input.teacher, parent=True),
         data=subpath(input.data, parent=True),
@@ -130,9 +130,9 @@ rule finish_cache:
     priority: 90
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("cache")
+    threads: jobs.threads("cache")
     resources:
-        **plan.resources("cache"),
+        **jobs.resources("cache"),
     params:
         teacher=subpath(input.teacher, parent=True),
         data=subpath(input.data, parent=True),

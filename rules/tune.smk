@@ -9,13 +9,13 @@ rule freeze_trial:
     log:
         "results/{experiment}/logs/trials/{recipe}/trial{trial}/seed{seed}/freeze.log",
     wildcard_constraints:
-        recipe=plan.tuned,
+        recipe=only.tuned,
     priority: 100
     localrule: True
     conda:
         "../envs/grace.yaml"
     params:
-        frozen=plan.frozen_trial,
+        frozen=frozen.trial,
     message:
         "freeze the parameters of trial {wildcards.trial} of {wildcards.recipe}, seed {wildcards.seed}"
     shell:
@@ -28,8 +28,8 @@ rule train_trial:
         run="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/run.json",
         start=plan.start,
         data="results/{experiment}/data/manifest.json",
-        cache=plan.trial_cache,
-        code=plan.trial_code,
+        cache=trials.cache,
+        code=trials.code,
     output:
         model="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/model/manifest.json",
         curve="results/{experiment}/.trials/{recipe}/trial{trial}/seed{seed}/train.jsonl",
@@ -38,17 +38,17 @@ rule train_trial:
     benchmark:
         "results/{experiment}/logs/trials/{recipe}/trial{trial}/seed{seed}/train.tsv"
     wildcard_constraints:
-        recipe=plan.tuned,
+        recipe=only.tuned,
     priority: 60
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("distil")
+    threads: jobs.threads("distil")
     resources:
-        **plan.resources("distil"),
+        **jobs.resources("distil"),
     params:
         start=subpath(input.start, parent=True),
         data=subpath(input.data, parent=True),
-        cache=plan.trial_cache_flag,
+        cache=trials.cache_flag,
         out=subpath(output.model, parent=True),
         checkpoints="results/{experiment}/.checkpoints/trials/{recipe}/trial{trial}/seed{seed}",
     message:
@@ -81,13 +81,13 @@ rule evaluate_trial:
     benchmark:
         "results/{experiment}/logs/trials/{recipe}/trial{trial}/seed{seed}/evaluate.tsv"
     wildcard_constraints:
-        recipe=plan.tuned,
+        recipe=only.tuned,
     priority: 30
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("evaluate")
+    threads: jobs.threads("evaluate")
     resources:
-        **plan.resources("evaluate"),
+        **jobs.resources("evaluate"),
     params:
         data="results/{experiment}/data/development",
         model=subpath(input.model, parent=True),
@@ -107,7 +107,7 @@ rule evaluate_trial:
 rule tune:
     input:
         run=f"{plan.folder}/config/tuning.json",
-        predictions=plan.tried,
+        predictions=trials.predictions,
         code=plan.code("tune").format(experiment=plan.experiment.experiment),
     output:
         record=f"{plan.folder}/tuning/trials.json",
@@ -118,9 +118,9 @@ rule tune:
         f"{plan.folder}/logs/trials/tune.tsv"
     conda:
         "../envs/grace.yaml"
-    threads: plan.threads("report")
+    threads: jobs.threads("report")
     resources:
-        **plan.resources("report"),
+        **jobs.resources("report"),
     params:
         trials=f"{plan.folder}/.trials",
     message:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from stub_tree import CONFIG
 
+from grace.config.frozen import Frozen
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
@@ -129,7 +130,7 @@ def read(path: Path) -> str:
         plan = Plan(experiment)
         for job in ("experiment", "data", "teacher", "cache", "evaluation", "bench"):
             if job != "teacher" or experiment.teacher.train:
-                plan.frozen(job)
+                Frozen(plan).job(job)
         assert len(plan.predictions) == len(set(plan.predictions)) == 1 + len(experiment.students())
         return "read"
     except GraceError as error:

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from grace import arithmetic
+from grace.config.job_requests import JobRequests
 from grace.config.load import load_experiment
-from grace.config.plan import Plan
 from grace.config.yaml_file import read_yaml
 
 SMALL = """
@@ -68,7 +68,7 @@ def test_fewer_cores_than_a_job_computes_with_are_refused_and_gpus_are_not_asked
     config = read_yaml("config.yaml") | {
         "resources": {"finetune": {"cpus": 4}, "distil": {"cpus": 4, "gpus": 1}, "bench": {"cpus": 9}}
     }
-    plan = Plan(load_experiment(config, "config.yaml"))
-    (sentence,) = plan.short_of_cores({"finetune", "distil", "bench", "pack"}, 2)
+    jobs = JobRequests(load_experiment(config, "config.yaml").resources)
+    (sentence,) = jobs.short_of_cores({"finetune", "distil", "bench", "pack"}, 2)
     assert sentence.startswith("resources.finetune.cpus is 4 and --cores 2")
-    assert not plan.short_of_cores({"finetune", "distil"}, 4) and not plan.short_of_cores({"distil"}, 2)
+    assert not jobs.short_of_cores({"finetune", "distil"}, 4) and not jobs.short_of_cores({"distil"}, 2)

@@ -12,6 +12,8 @@ from hub_snapshots import snapshot
 from released_folders import awq, dense
 from user_data import write_benchmarks
 
+from grace.config.constraints import Constraints
+from grace.config.frozen import Frozen
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
@@ -120,11 +122,12 @@ def test_what_a_released_recipe_cannot_have_is_refused(changes: dict, said: str)
 def test_each_student_has_its_own_source_and_no_rule_that_trains(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = Plan(_experiment())
+    only = Constraints(plan.experiment)
     wildcards = SimpleNamespace(recipe="grace", precision="int8", seed="0")
-    assert '"model": "ForeverBlue/Qwen3-VL-2B-GRACE-W8G128"' in plan.frozen_student(wildcards)
-    assert plan.released == r"grace|awq\-folder" and not plan.curves
-    for pattern in (plan.trained, plan.distilled, plan.rounded, plan.made):
-        assert not set(pattern.split("|")) & set(plan.released.split("|"))
+    assert '"model": "ForeverBlue/Qwen3-VL-2B-GRACE-W8G128"' in Frozen(plan).student(wildcards)
+    assert only.released == r"grace|awq\-folder" and not plan.curves
+    for pattern in (only.trained, only.distilled, only.rounded, only.made):
+        assert not set(pattern.split("|")) & set(only.released.split("|"))
 
 
 def test_printed_numbers_stand_beside_the_authors_checkpoints_alone() -> None:

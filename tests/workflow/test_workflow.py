@@ -14,6 +14,7 @@ from stub_tree import ROOT, Tree
 
 from grace.benchmarks.registry import ADAPTERS
 from grace.cluster.kinds import kinds
+from grace.config.frozen import Frozen
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
@@ -186,18 +187,18 @@ def edit_function(tree: Tree, file: str, name: str) -> None:
 def test_evaluation_follows_the_code_of_the_chosen_harness(harness: str) -> None:
     experiment = load_experiment(ROOT / "config.yaml")
     evaluation = experiment.evaluation.model_copy(update={"harness": harness})
-    plan = Plan(experiment.model_copy(update={"evaluation": evaluation}))
-    reached = set(plan.fingerprint("evaluate")["code"])
+    frozen = Frozen(Plan(experiment.model_copy(update={"evaluation": evaluation})))
+    reached = set(frozen.fingerprint("evaluate")["code"])
     harnesses = {module for module in ADAPTERS.values() if "harness_" in module}
     assert ADAPTERS[harness] in reached and not (harnesses - {ADAPTERS[harness]}) & reached
 
 
 def test_a_tuned_tile_reruns_no_training() -> None:
-    plan = Plan(load_experiment(ROOT / "config.yaml"))
+    frozen = Frozen(Plan(load_experiment(ROOT / "config.yaml")))
     table = "kernels/w4a16_table/configs.json"
     for subcommand in ("train", "cache-write", "quantize", "pack"):
-        assert table not in plan.fingerprint(subcommand)["data"]
-    assert table in plan.fingerprint("bench-kernel")["data"]
+        assert table not in frozen.fingerprint(subcommand)["data"]
+    assert table in frozen.fingerprint("bench-kernel")["data"]
 
 
 def test_touched_code_and_other_resources_rerun_nothing(tree: Tree) -> None:
@@ -327,7 +328,7 @@ def test_linter_and_formatter_pass(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
-    wanted = ["grace.config.load", "grace.config.plan", "grace.config.generate", "grace.provenance.snakemake_records"]
+    wanted = ["grace.config.load", "grace.config.frozen", "grace.config.generate", "grace.provenance.snakemake_records"]
     code = f"import sys; import {', '.join(wanted)}; print(*{{'torch', 'transformers', 'numpy'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

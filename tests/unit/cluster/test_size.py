@@ -127,6 +127,14 @@ def test_an_experiment_is_sized_and_what_ran_stands_beside_it(experiment, capsys
     assert "(77.2)" in said and "(1.00)" in said
 
 
+def test_a_released_student_is_not_trained(experiment):
+    config = yaml.safe_load(experiment.read_text())
+    config["recipes"] = {"theirs": {"kd": "gated", "released": {"int4": {"pretrained": "student"}}}}
+    config["runs"] = [{"recipes": ["theirs", "finetune"], "precisions": ["int4"], "seeds": [0]}]
+    experiment.write_text(yaml.safe_dump(config | {"bench": {"recipe": "finetune"}}))
+    assert [line.name for line in size_module.size(experiment, "H200", 1.0)] == ["finetune int4"]
+
+
 def test_what_cannot_be_known_yet_is_a_sentence(experiment):
     with pytest.raises(GraceError, match="--gpu H9: not one of H200"):
         size_module.size(experiment, "H9", 1.0)

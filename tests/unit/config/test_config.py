@@ -11,6 +11,7 @@ import pytest
 import yaml
 from stub_tree import CONFIG, ROOT
 
+from grace.config.frozen import Frozen
 from grace.config.generate import explain_file, schema
 from grace.config.job_parameters import QuantizeRun, TrainRun, split_precision, student_run, teacher_run
 from grace.config.load import load_experiment
@@ -189,9 +190,9 @@ def test_a_recipes_changes_reach_its_own_run() -> None:
 
 def test_frozen_json_reads_back_as_it_was() -> None:
     experiment = load_experiment(_changed(recipes__grace__train={"steps": 7}, teacher__seed=3))
-    plan = Plan(experiment)
-    assert Experiment.model_validate_json(plan.frozen("experiment")) == experiment
-    assert TrainRun.model_validate_json(plan.frozen("teacher")) == teacher_run(experiment)
+    frozen = Frozen(Plan(experiment))
+    assert Experiment.model_validate_json(frozen.job("experiment")) == experiment
+    assert TrainRun.model_validate_json(frozen.job("teacher")) == teacher_run(experiment)
     assert teacher_run(experiment).seed == 3 and student_run(experiment, "grace", "int4", 0).seed == 0
     rounded = student_run(experiment, "rtn", "int4", 0)
     assert QuantizeRun.model_validate_json(rounded.model_dump_json()) == rounded

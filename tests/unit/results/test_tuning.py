@@ -10,9 +10,11 @@ import pytest
 import yaml
 from stub_tree import CONFIG
 
+from grace.config.frozen import Frozen
 from grace.config.job_parameters import TrainRun
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
+from grace.config.trials import Trials
 from grace.config.unapplied_trials import unapplied
 from grace.errors import GraceError
 from grace.results.tuning import tune
@@ -47,20 +49,21 @@ def test_what_cannot_be_tried_is_said(change, message):
 
 def test_a_trial_is_its_recipes_training_with_other_constants():
     plan = Plan(experiment())
+    frozen, trials = Frozen(plan), Trials(plan)
     asked = SimpleNamespace(recipe="grace", trial="2", seed="1", items=lambda: [("experiment", "demo")])
-    run = TrainRun.model_validate_json(plan.frozen_trial(asked))
+    run = TrainRun.model_validate_json(frozen.trial(asked))
     assert (run.method.omega, run.optimisation.learning_rate, run.seed, run.bits) == (2.0, 5e-4, 1, 2)
     assert (run.kd, run.controller, run.optimisation.steps) == ("gated", True, 20)
-    assert len(plan.tried) == 8 and plan.trial_cache(asked) and plan.trial_code(asked).endswith("train+gated.json")
+    assert len(trials.predictions) == 8 and trials.cache(asked) and trials.code(asked).endswith("train+gated.json")
     asked.recipe = "finetune"
-    assert not plan.trial_cache(asked) and plan.trial_code(asked).endswith("code/train.json")
-    assert plan.frozen("experiment") == Plan(experiment(trials={"grace": [{}]})).frozen("experiment")
+    assert not trials.cache(asked) and trials.code(asked).endswith("code/train.json")
+    assert frozen.job("experiment") == Frozen(Plan(experiment(trials={"grace": [{}]}))).job("experiment")
 
 
 @pytest.fixture
 def tried(tmp_path: Path) -> Path:
     """Trials whose second is right more often, for both recipes and seeds."""
-    (tmp_path / "run.json").write_text(Plan(experiment()).frozen("tuning"))
+    (tmp_path / "run.json").write_text(Frozen(Plan(experiment())).job("tuning"))
     random = np.random.default_rng(0)
     for recipe in TRIALS:
         for number, level in ((1, 0.4), (2, 0.7)):

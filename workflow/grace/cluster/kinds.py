@@ -6,7 +6,7 @@ from pathlib import Path
 from grace.errors import GraceError
 
 _RULE = re.compile(r"^rule (\w+):$", re.MULTILINE)
-_KIND = re.compile(r"^ +\*\*plan\.resources\(\"(\w+)\"\)", re.MULTILINE)
+_KIND = re.compile(r"^ +\*\*jobs\.resources\(\"(\w+)\"\)", re.MULTILINE)
 
 
 def kinds(rules: Path) -> dict[str, str | None]:
@@ -21,6 +21,6 @@ def kinds(rules: Path) -> dict[str, str | None]:
         for name, text in zip(parts[::2], parts[1::2], strict=True):
             asked = _KIND.search(text)
             if asked is None and "localrule: True" not in text:
-                raise GraceError(f'{file}: rule {name} has no kind; give it `resources: **plan.resources("KIND")`')
+                raise GraceError(f'{file}: rule {name} has no kind; give it `resources: **jobs.resources("KIND")`')
             found[name] = asked[1] if asked else None
     return found

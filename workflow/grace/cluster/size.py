@@ -92,28 +92,23 @@ def _lines(
     experiment: Experiment, plan: Plan, teacher: ModelSize, student: ModelSize, data: DataSize, gpu: Gpu, disk: float
 ) -> Iterator[Line]:
     cache = experiment.cache
-    distils = [r for r, _, _ in experiment.students() if r != "baseline" and _distils(experiment, r)]
-    if distils:
+    trained = {name: recipe for name, recipe in experiment.recipes.items() if recipe.trains}
+    if any(name in trained and trained[name].distils for name, _, _ in experiment.students()):
         need = caching(teacher, data, gpu, cache.format, cache.shards, cache.pass_tokens or 8192, disk)
         yield Line("cache", cache.shards, 1, need, files=Path(plan.folder) / "teacher/cache")
     kinds: dict[tuple[str, str], list[Path]] = {}
     for recipe, precision, seed in experiment.students():
-        if recipe != "baseline" and not experiment.recipes[recipe].post_training:
+        if recipe in trained:
             kinds.setdefault((recipe, precision), []).append(Path(plan.student(recipe, precision, seed)))
     for (recipe, precision), folders in kinds.items():
         run = student_run(experiment, recipe, precision, 0)
         assert isinstance(run, TrainRun)
-        kind = "distil" if _distils(experiment, recipe) else "finetune"
+        kind = "distil" if trained[recipe].distils else "finetune"
         asked = experiment.resources.get(kind, Resources())
         gpus = max(1, asked.gpus * asked.nodes)
         head = teacher.head * teacher.hidden if run.kd != "none" and cache.format != "sampled" else 0
         need = training(student, run.optimisation, data, gpu, gpus, run.bits, experiment.quantization.group_size, head)
         yield Line(f"{recipe} {precision}", len(folders), gpus, need, tuple(f / "model" / TIMING for f in folders))
-
-
-def _distils(experiment: Experiment, recipe: str) -> bool:
-    chosen = experiment.recipes[recipe]
-    return not chosen.post_training and (chosen.kd != "none" or chosen.rcka)
 
 
 def _beside(predicted: float | None, measured: float | None, form: str) -> str:

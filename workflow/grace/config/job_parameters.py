@@ -147,8 +147,7 @@ def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> T
             outliers=outliers,
             seed=seed,
         )
-    distils = chosen.kd != "none" or chosen.rcka
-    method = config.recipe_method(chosen) if distils else Method()
+    method = config.recipe_method(chosen) if chosen.distils else Method()
     return TrainRun(
         family=config.family,
         compute_dtype=config.compute_dtype,

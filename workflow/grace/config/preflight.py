@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from grace.benchmarks.files import ANSWERS, benchmark_file
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import INSTALL, PACKAGES
+from grace.config.plan import student_folder
 from grace.config.schema import Experiment, FilesData, Model
 from grace.config.sections import Release
 from grace.errors import GraceError
@@ -57,13 +58,13 @@ def missing(experiment: Experiment, folder: Path) -> list[Missing]:
         "fetch_teacher": (experiment.teacher, "teacher", folder / "teacher/model"),
         "fetch_baseline": (
             experiment.student, "student",
-            folder / f"students/baseline/bf16/seed{experiment.baseline_seeds[0]}/model",
+            folder / student_folder("baseline", "bf16", experiment.baseline_seeds[0]) / "model",
         ),
     }  # fmt: skip
     configs: dict[str, dict[str, Any]] = {}
     for recipe, precision, seed in experiment.students():
-        release = experiment.recipes[recipe].released.get(precision) if recipe in experiment.recipes else None
-        if release and not (folder / f"students/{recipe}/{precision}/seed{seed}/model/manifest.json").is_file():
+        release = experiment.release(recipe, precision)
+        if release and not (folder / student_folder(recipe, precision, seed) / "model/manifest.json").is_file():
             role = f"recipes.{recipe}.released.{precision}"
             found += [Missing("fetch_released", text) for text in _model(experiment, release, role, {})]
     for rule, (model, role, fetched) in models.items():

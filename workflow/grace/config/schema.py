@@ -79,6 +79,16 @@ class Recipe(Section):
         default=OptimisationChanges(), description="keys of `finetune` that this recipe changes"
     )
 
+    @property
+    def trains(self) -> bool:
+        """Whether its students are trained here."""
+        return not (self.post_training or self.released)
+
+    @property
+    def distils(self) -> bool:
+        """Whether they learn, or learnt, from a teacher."""
+        return self.kd != "none" or self.rcka
+
     @field_validator("kd")
     @classmethod
     def _known(cls, kd: str) -> str:
@@ -98,7 +108,7 @@ class Recipe(Section):
                 has = f"it has {', '.join(own) or 'none'}"
                 fix = "set it under `method`" if name in Method.model_fields else has
                 raise ValueError(f"`{name}` is no constant of `{self.kd}`'s own; {fix}")
-        if self.post_training and (self.kd != "none" or self.rcka or self.controller or self.train or self.method):
+        if self.post_training and (self.distils or self.controller or self.train or self.method):
             raise ValueError("a post-training recipe takes no training keys (kd, rcka, controller, method, train)")
         if self.released and (self.post_training or self.start or self.train or self.method or self.constants):
             raise ValueError(
@@ -254,7 +264,7 @@ class Experiment(Section):
         seen = [name]
         while start := self.recipes[seen[-1]].start:
             before = start.split("/")[0]
-            trained = [other for other, recipe in self.recipes.items() if not (recipe.post_training or recipe.released)]
+            trained = [other for other, recipe in self.recipes.items() if recipe.trains]
             if before not in trained:
                 raise ValueError(
                     f"recipes.{seen[-1]}.start `{start}`: no trained recipe `{before}`; there are {', '.join(trained)}"
@@ -276,7 +286,7 @@ class Experiment(Section):
                     raise ValueError(
                         f"runs[{index}]: recipes.{name}.released has no {lacking[0]}; it has {', '.join(recipe.released)}"
                     )
-                if self.finetune is None and not recipe.released and not recipe.post_training:
+                if self.finetune is None and recipe.trains:
                     raise ValueError(f"finetune: is not set, and runs[{index}] trains `{name}`; set it")
                 if recipe.post_training and any(p.startswith("bf16") for p in run.precisions):
                     raise ValueError(f"runs[{index}]: `{name}` rounds weights, so bf16 is not a precision for it")
@@ -302,7 +312,7 @@ class Experiment(Section):
         for name, trials in self.tuning.trials.items():
             where = f"tuning.trials.{name}"
             recipe = self.recipes.get(name)
-            if recipe is None or recipe.post_training or recipe.released or self.finetune is None:
+            if recipe is None or not recipe.trains or self.finetune is None:
                 raise ValueError(f"{where}: no recipe of that name is trained here; correct the name, or leave it out")
             counts[name] = len(trials)
             for index in range(len(trials)):
@@ -340,6 +350,11 @@ class Experiment(Section):
         length = {"steps", "epochs"}
         kept = self.finetune.model_dump(exclude=length if length & changes.keys() else None)
         return Optimisation(**{**kept, **changes})
+
+    def release(self, recipe: str, precision: str) -> Release | None:
+        """Where a released student is fetched from; None for one that is made here."""
+        chosen = self.recipes.get(recipe)  # the baseline is none
+        return chosen.released.get(precision) if chosen else None
 
     def students(self) -> list[tuple[str, str, int]]:
         """Every (recipe, precision, seed) of the experiment, baselines first, each once, in the config's order."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from grace.config.accepted import accepted, accepted_file, code_folder, read_fingerprint, resolved
 from grace.config.code import changed
+from grace.config.frozen import Frozen
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.errors import GraceError
@@ -32,7 +33,7 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
     plan = Plan(load_experiment(configfile))
     if not reason.strip():
         raise GraceError("--reason is empty; say why this change leaves every result as it is")
-    folder = code_folder(plan.folder)
+    code, folder = Frozen(plan), code_folder(plan.folder)
     built = sorted(path.stem for path in folder.glob("*.json"))
     if not built:
         raise GraceError(f"{folder}: holds no frozen code; there is nothing to accept before the experiment is built")
@@ -42,7 +43,7 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
     at, by = datetime.now(UTC).isoformat(timespec="seconds"), _who()
     changes = []
     for name in subcommands or built:
-        frozen, now = read_fingerprint(folder / f"{name}.json"), plan.fingerprint(name)
+        frozen, now = read_fingerprint(folder / f"{name}.json"), code.fingerprint(name)
         if resolved(plan.folder, now) != frozen:
             about = {"changed": changed(frozen, now), "by": by, "at": at, "reason": reason.strip()}
             changes.append({"subcommand": name, "frozen": frozen, "accepted": now, **about})

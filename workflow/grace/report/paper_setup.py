@@ -103,7 +103,7 @@ def made_otherwise(experiment: Experiment, recipe: Recipe, quantised: bool) -> l
         found.append(
             f"quantization.scale_lr_factor is {quantization.scale_lr_factor:g} (there {setup.scale_lr_factor:g})"
         )
-    if recipe.kd != "none" or recipe.rcka:
+    if recipe.distils:
         ours, theirs = (each.model_dump(exclude=UNSTATED) for each in (experiment.recipe_method(recipe), METHOD))
         found += [
             f"method.{name} is {ours[name]:g} (there {theirs[name]:g})" for name in ours if ours[name] != theirs[name]
