@@ -12,7 +12,7 @@ from grace.diff.compare import diff
 from grace.errors import GraceError
 from grace.files import read_json, sha256, whole_folder, write_json, write_manifest
 from grace.provenance.cell import cell
-from grace.provenance.snakemake_records import _write
+from grace.provenance.snakemake_records import write_rows
 from grace.provenance.tree import provenance
 from grace.provenance.verify import verify
 from grace.report.tables.write import write_tables
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "input_checksums": {name: f"sha256:{sha256(root / name)}" for name in inputs},
         }  # fmt: skip
         rows[output] = {"output": output, "bytes": 1, "sha256": sha256(root / output), "record": record}
-    _write(folder / "provenance.jsonl", rows)
+    write_rows(folder / "provenance.jsonl", rows)
     return root
 
 

@@ -34,7 +34,7 @@ from grace.data import load_prepared
 from grace.data.prepared import keys_of
 from grace.diff.compare import compare_folders
 from grace.files import check_manifest, sha256, write_json
-from grace.provenance.snakemake_records import FORMAT, _record_path, _write, restore, save
+from grace.provenance.snakemake_records import FORMAT, record_path, restore, save, write_rows
 from grace.provenance.tree import provenance
 from grace.provenance.verify import verify
 from grace.quant.student import read_quantization
@@ -78,8 +78,8 @@ def sound(home: Path) -> None:
             **given,
         }
         rows[output] = {"output": output, "bytes": path.stat().st_size, "sha256": sha256(path), "record": record}
-        write_json(home / _record_path(output), record)
-    _write(results / "provenance.jsonl", rows)
+        write_json(home / record_path(output), record)
+    write_rows(results / "provenance.jsonl", rows)
     code = {"subcommand": "evaluate", "chosen": ["grace.evaluate.ask"], "code": {"grace.files": "0"}, "data": {}}
     change = {"subcommand": "evaluate", "frozen": code, "accepted": {**code, "code": {}}, "changed": ["grace.files"]}
     write_json(results / "config/code/evaluate.json", code)

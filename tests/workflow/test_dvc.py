@@ -239,14 +239,14 @@ def test_a_stale_file_of_equal_size_is_not_taken_for_built(published: Tree, tmp_
     monkeypatch.chdir(tree.folder)
     row = {"output": str((packed / "manifest.json").relative_to(tree.folder))}
     row |= records._identity(packed / "manifest.json")
-    assert not records._same(packed / "manifest.json", row)
+    assert not records.as_recorded(packed / "manifest.json", row)
     (packed / "weights").write_text("fresh")
-    assert records._same(packed / "manifest.json", row)
+    assert records.as_recorded(packed / "manifest.json", row)
 
 
 def test_after_a_cut_record_and_a_left_lock_the_next_start_goes_on(published: Tree, tmp_path: Path) -> None:
     tree = published.copy(tmp_path / "tree")
-    record = tree.folder / records._record_path("results/demo/metrics.json")
+    record = tree.folder / records.record_path("results/demo/metrics.json")
     record.write_text(record.read_text()[:100])
     lock = tree.folder / ".snakemake/locks/0.output.lock"
     lock.parent.mkdir(exist_ok=True)

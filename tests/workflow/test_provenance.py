@@ -20,7 +20,7 @@ from grace.environment import environment
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
 from grace.provenance.cell import cell
-from grace.provenance.snakemake_records import FORMAT, _write, benchmark, read_record
+from grace.provenance.snakemake_records import FORMAT, benchmark, read_record, write_rows
 from grace.provenance.tree import provenance
 from grace.provenance.verify import check, verify
 from grace.report.tables.write import write_tables
@@ -150,7 +150,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sums = {name: f"sha256:{sha256(root / name)}" for name in inputs if (root / name).is_file()}
         record = {"rule": rule, "log": [], "starttime": 1.0, "endtime": 2.0, "input": inputs, "input_checksums": sums}
         rows[output] = {"output": output, "bytes": 1, "sha256": sha256(root / output), "record": record}
-    _write(folder / "provenance.jsonl", rows)
+    write_rows(folder / "provenance.jsonl", rows)
     return folder
 
 

@@ -327,6 +327,23 @@ def test_linter_and_formatter_pass(tmp_path: Path) -> None:
     tree.run("snakefmt", "--check", "Snakefile", "rules")
 
 
+def test_jobs_per_second_are_limited_on_a_cluster_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Slurm that answers; the rule that runs is a local one."""
+    tree = Tree.make(tmp_path / "tree")
+    with (tree.folder / "Snakefile").open("a") as file:
+        file.write("\n\nonsuccess:\n    print('limited:', workflow.scheduler.job_rate_limiter is not None)\n")
+    slurm = tmp_path / "slurm"
+    slurm.mkdir()
+    for name in ("sbatch", "scontrol"):
+        (slurm / name).write_text("#!/bin/sh\n")
+        (slurm / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slurm}{os.pathsep}{os.environ['PATH']}")
+    frozen = "results/demo/config/cache.json"
+    assert "limited: False" in tree.snakemake("--executor", "local", frozen).stdout
+    flags = ("--executor", "slurm", "--slurm-status-command", "squeue", "--jobs", "1", "--force")
+    assert "limited: True" in tree.run("snakemake", *flags, frozen).stdout
+
+
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
     wanted = ["grace.config.load", "grace.config.frozen", "grace.config.generate", "grace.provenance.snakemake_records"]
     code = f"import sys; import {', '.join(wanted)}; print(*{{'torch', 'transformers', 'numpy'}} & set(sys.modules))"

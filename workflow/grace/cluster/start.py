@@ -13,15 +13,17 @@ import platform
 import shutil
 import time
 from base64 import urlsafe_b64decode
+from contextlib import suppress
 from pathlib import Path
 
 from grace.cluster.lock import lock_path
 from grace.errors import GraceError
 from grace.files import MANIFEST
-from grace.provenance.snakemake_records import _record_path, restore
+from grace.provenance.snakemake_records import record_path, restore
 
 STATE = Path(".snakemake")
-DOUBTED = '{"external_jobid": null, "doubted": true}'  # as Snakemake's mark of an unfinished output, told apart from it
+UNFINISHED = '{"external_jobid": null}'  # Snakemake's mark of an unfinished output, which it makes again
+DOUBTED = '{"external_jobid": null, "doubted": true}'  # the same to Snakemake, and ours
 _held: list[int] = []  # open for as long as this process lives
 
 
@@ -88,47 +90,44 @@ def _left() -> list[Path]:
     return sorted((STATE / "locks").glob("*.lock"))
 
 
-def mend_records() -> list[str]:
-    """Remove records that a kill or a full disk cut; returns their outputs, which are marked to be built again."""
-    mended = []
+def mend_records() -> None:
+    """Remove records that a kill or a full disk cut, and have their outputs built again."""
     folder = STATE / "metadata"
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or _readable(path):
             continue
-        place = path.relative_to(folder)
-        encoded = "".join(part.removeprefix("@") for part in place.parts)
         path.unlink()
-        try:
-            output = urlsafe_b64decode(encoded).decode(errors="replace")
-        except ValueError:  # no name of a record: somebody else's file
-            continue
-        mark = STATE / "incomplete" / place
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text('{"external_jobid": null}')
-        mended.append(output)
+        with suppress(ValueError):  # no name of a record: somebody else's file
+            urlsafe_b64decode("".join(part.removeprefix("@") for part in path.relative_to(folder).parts))
+            _put(_mark(path), UNFINISHED)
     for path in (STATE / "incomplete").rglob("*"):
         if path.is_file() and not _readable(path):
-            path.write_text('{"external_jobid": null}')
-    return mended
+            path.write_text(UNFINISHED)
 
 
-def doubt_frozen(results: str | Path) -> list[Path]:
-    """Mark frozen parameters and code that came without Snakemake's record of them to be frozen again; returns them.
+def doubt_frozen(results: str | Path) -> None:
+    """Mark frozen parameters and code that came without Snakemake's record of them to be frozen again.
 
     In a clone they are those of the commit's results. Without a record Snakemake takes them as they are, also where the
     configuration or the code has changed since. The mark goes when the record comes, by `dvc pull`.
     """
-    doubted = []
     for path in sorted((Path(results) / "config").rglob("*.json")):
-        record = _record_path(path.as_posix())
-        mark = STATE / "incomplete" / record.relative_to(STATE / "metadata")
+        record = record_path(path.as_posix())
+        mark = _mark(record)
         if record.is_file() and mark.is_file() and mark.read_text() == DOUBTED:
             mark.unlink()
         elif not record.is_file() and not mark.exists():
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(DOUBTED)
-            doubted.append(path)
-    return doubted
+            _put(mark, DOUBTED)
+
+
+def _mark(record: Path) -> Path:
+    """Where Snakemake marks an output as unfinished, by where it keeps the output's record."""
+    return STATE / "incomplete" / record.relative_to(STATE / "metadata")
+
+
+def _put(mark: Path, text: str) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(text)
 
 
 def _readable(path: Path) -> bool:
@@ -138,27 +137,20 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def drop_accepted(results: str | Path) -> int:
+def drop_accepted(results: str | Path) -> None:
     """Remove finished trainings that are kept beside their checkpoints and whose outputs Snakemake has accepted.
 
     It accepts an output at the end of its job, when it records it and takes the mark of an unfinished job away.
 
     Args:
         results: the folder of the experiment; `.checkpoints/X/finished` belongs to `X/model`.
-
-    Returns:
-        How many were removed.
     """
-    removed = 0
     results = Path(results)
     home = results / ".checkpoints"
     for kept in sorted(home.rglob("finished")) if home.is_dir() else []:
         run = kept.parent.relative_to(home)
         output = results / run / "model" / MANIFEST
-        record = _record_path(output.as_posix())
-        unfinished = STATE / "incomplete" / record.relative_to(STATE / "metadata")
-        busy = unfinished.exists() or lock_path(kept.parent).exists()
+        record = record_path(output.as_posix())
+        busy = _mark(record).exists() or lock_path(kept.parent).exists()
         if output.is_file() and record.is_file() and not busy:
             shutil.rmtree(kept.parent)
-            removed += 1
-    return removed

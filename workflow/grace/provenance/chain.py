@@ -17,7 +17,7 @@ from grace.config.accepted import accepted, read_fingerprint, resolved
 from grace.config.code import CodeIndex, changed
 from grace.errors import GraceError, problem
 from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256
-from grace.provenance.snakemake_records import HASHED_UP_TO, _read, _record_path, benchmark, read_record
+from grace.provenance.snakemake_records import HASHED_UP_TO, benchmark, read_record, read_rows, record_path
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Results:
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
         """Rows of provenance.jsonl by output; {} where it was never saved."""
-        return {row["output"]: row for row in _read(self.folder / "provenance.jsonl")}
+        return {row["output"]: row for row in read_rows(self.folder / "provenance.jsonl")}
 
     def record(self, output: str) -> dict[str, Any] | None:
         """Snakemake's record of an output, as the module's docstring says where from."""
         row = self.rows.get(output)
         if row is not None and row["sha256"] in (None, self.hash(output)):
             return row["record"]
-        live = self.root / _record_path(output)
+        live = self.root / record_path(output)
         if live.is_file() and (record := read_record(live)):
             return record
         return row["record"] if row else None

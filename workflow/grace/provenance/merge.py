@@ -15,7 +15,7 @@ from typing import Any
 from grace.errors import GraceError
 from grace.files import MANIFEST, whole_file
 from grace.git import GitRefused, git, git_bytes, git_or_none
-from grace.provenance.snakemake_records import RECORDS, _read, _same, _write
+from grace.provenance.snakemake_records import RECORDS, as_recorded, read_rows, write_rows
 
 Rows = dict[str, dict[str, Any]]
 LOCK = "dvc.lock"
@@ -84,9 +84,9 @@ def _unite(top: Path, store: str, theirs: str, base: Rows, ours: Rows, other: Ro
             rows[output] = mine
     for output in taken:
         path = top / output
-        if not path.is_file() or not _same(path, rows[output]):
+        if not path.is_file() or not as_recorded(path, rows[output]):
             _bring(top, output, theirs)
-    _write(top / store, rows)
+    write_rows(top / store, rows)
     return taken
 
 
@@ -157,4 +157,4 @@ def _rows(top: Path, revision: str, store: str) -> Rows:
     """A revision's records by output; {} where it has none."""
     with TemporaryDirectory() as temporary:
         found = _fetch(top, store, revision, Path(temporary))
-        return {row["output"]: row for file in found for row in _read(Path(temporary, file))}
+        return {row["output"]: row for file in found for row in read_rows(Path(temporary, file))}

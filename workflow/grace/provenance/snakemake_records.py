@@ -81,7 +81,7 @@ def save(results: str | Path) -> int:
         raise GraceError(f"{results}: no such folder; give the experiment's, results/EXPERIMENT")
     store = _store(results)
     recorded = {output: record for output, record in _recorded() if _below(output, results) and Path(output).is_file()}
-    before = {row["output"]: row for row in _read(store)}
+    before = {row["output"]: row for row in read_rows(store)}
     rows = {output: row for output, row in before.items() if not Path(output).is_file()}
     for output, record in recorded.items():
         known = _known_before(before.get(output), record)
@@ -91,14 +91,14 @@ def save(results: str | Path) -> int:
         if Path(output) in (results / "tables" / MANIFEST, results / "figures" / MANIFEST):
             here = read_json(made_with) if made_with.is_file() else None
             rows[output]["environment"] = known.get("environment") or here
-    _write(store, rows)
+    write_rows(store, rows)
     _stamp(results).parent.mkdir(parents=True, exist_ok=True)
     _stamp(results).write_text(sha256(store))
     return len(rows)
 
 
-def _write(store: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Write rows by output; `_read` gives them back."""
+def write_rows(store: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Write rows by output; `read_rows` gives them back."""
     checksums: dict[str, str | None] = {}
     for row in rows.values():
         checksums |= {name: None for name in row["record"]["input"] if name not in checksums}
@@ -124,11 +124,11 @@ def restore(results: str | Path) -> int:
     known = _stamp(results).is_file() and _stamp(results).read_bytes() == sha256(store).encode()
     checksum = cache(_checksum)
     restored = 0
-    for row in _read(store):
-        output, target = Path(row["output"]), _record_path(row["output"])
+    for row in read_rows(store):
+        output, target = Path(row["output"]), record_path(row["output"])
         if not output.is_file() or (known and target.is_file() and _mtime(target) >= _mtime(output)):
             continue
-        if not _same(output, row) or (target.is_file() and _fits(target, output, checksum)):
+        if not as_recorded(output, row) or (target.is_file() and _fits(target, output, checksum)):
             continue
         record = {**row["record"], "endtime": _mtime(output), "incomplete": False, "record_format_version": FORMAT}
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _stamp(results: Path) -> Path:
     return Path(".snakemake", "grace", f"{results.name}.sha256")
 
 
-def _record_path(output: str) -> Path:
+def record_path(output: str) -> Path:
     """Where Snakemake keeps an output's record: base64 of its path, cut into folders where too long for a name."""
     encoded = urlsafe_b64encode(output.encode()).decode()
     parts = [encoded[i : i + _NAME_MAX - 1] for i in range(0, len(encoded), _NAME_MAX - 1)]
@@ -212,7 +212,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _read(store: Path) -> list[dict[str, Any]]:
+def read_rows(store: Path) -> list[dict[str, Any]]:
     """The rows with their inputs spelt out; none where there is no file or another Snakemake wrote it."""
     if not store.is_file():
         return []
@@ -249,7 +249,7 @@ def _identity(output: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": sha256(output) if size <= HASHED_UP_TO else None}
 
 
-def _same(output: Path, row: dict[str, Any]) -> bool:
+def as_recorded(output: Path, row: dict[str, Any]) -> bool:
     """Whether a file is the one of a row; for a manifest also whether it lists what is there, by content."""
     if _identity(output) != {"bytes": row["bytes"], "sha256": row["sha256"]}:
         return False
