@@ -1,7 +1,8 @@
-"""`python tests/benchmarks/dag.py FOLDER`: how long a no-op `snakemake` and `dvc status` take on a DAG of the paper's size.
+"""`python tests/benchmarks/dag.py FOLDER`: how long `snakemake` and `dvc status` take to find nothing to do.
 
 Not a test: it is run by hand and takes some minutes. The tree is workflow/experiments/llava15_7b.yaml with stubbed
-subcommands: its jobs, and 100,000 small files, most of them in the data folder and listed in its manifest. What is printed goes to docs/log/.
+subcommands: its jobs, and 100,000 small files, most of them in the data folder and listed in its manifest. What is
+printed goes to docs/log/.
 """
 
 import os

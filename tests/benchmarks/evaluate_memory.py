@@ -1,7 +1,9 @@
-"""Peak memory of asking a large benchmark, without a model: python tests/benchmarks/evaluate_memory.py {grace|lmms-eval} ROWS [WIDTH]
+"""Peak memory of asking a large benchmark, without a model.
 
-Rows are VQAv2's with a JPEG each, WIDTH x 3/4 WIDTH pixels (640: about 100 kB); a stand-in answers at once, so that what is measured is reading,
-rendering, holding and scoring.
+    python tests/benchmarks/evaluate_memory.py {grace|lmms-eval} ROWS [WIDTH]
+
+Rows are VQAv2's with a JPEG each, WIDTH x 3/4 WIDTH pixels (640: about 100 kB); a stand-in answers at once, so that
+what is measured is reading, rendering, holding and scoring.
 """
 
 import io
@@ -69,5 +71,6 @@ if __name__ == "__main__":
         before, start = peak_mib(), time.monotonic()
         rows = predictor(Silent(), settings, lambda n: None)(benchmark("vqav2"), path, how)
         print(
-            f"{HARNESS}: {len(rows)} rows in {time.monotonic() - start:.0f} s, peak {peak_mib():.0f} MiB (imports {before:.0f})"
+            f"{HARNESS}: {len(rows)} rows in {time.monotonic() - start:.0f} s, "
+            f"peak {peak_mib():.0f} MiB (imports {before:.0f})"
         )

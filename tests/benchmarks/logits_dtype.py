@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": None}  # None: the head's own
 
 
 def problem(distance: float, vocabulary: int, width: int, tokens: int, device: str) -> list[torch.Tensor]:
-    """Student's and teacher's hidden states [tokens, width] and the head [vocabulary, width] in bf16, labels [tokens]."""
+    """Student's and teacher's hidden states [tokens, width], the head [vocabulary, width] in bf16, labels [tokens]."""
     generator = torch.Generator().manual_seed(0)
     teacher, noise = (torch.randn(tokens, width, generator=generator) for _ in range(2))
     head = torch.randn(vocabulary, width, generator=generator) * 3 / width**0.5

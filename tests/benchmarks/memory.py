@@ -1,11 +1,12 @@
-"""Host memory of the rules that read conversations, by their number: what must be there, and what the kernel may take back.
+"""Host memory of the rules that read conversations, by their number: what they need, and what could be taken back.
 
     python tests/benchmarks/memory.py --sizes 5000 50000 500000
 
-Data folders are made in the form of `grace prepare` (which `prepare.py` measures), models are tiny, and a teacher's cache of
-64 shards is filled with random states: only the number of conversations grows. Each subcommand runs in a process of its own,
-whose resident sets are sampled ten times a second: `own` is memory without a file behind it, `peak` includes mapped files.
-`cache write` writes one shard of the 64, `train` takes 4 steps of a GRACE recipe with a checkpoint between.
+Data folders are made in the form of `grace prepare` (which `prepare.py` measures), models are tiny, and a teacher's
+cache of 64 shards is filled with random states: only the number of conversations grows. Each subcommand runs in a
+process of its own, whose resident sets are sampled ten times a second: `own` is memory without a file behind it, `peak`
+includes mapped files. `cache write` writes one shard of the 64, `train` takes 4 steps of a GRACE recipe with a
+checkpoint between.
 """
 
 import argparse

@@ -3,8 +3,9 @@
     python tests/benchmarks/pack.py --at SCRATCH [--layers 32] [--keep]
 
 Makes a student with random codes (about 20 GiB with all 32 layers) in SCRATCH, packs and verifies it, and prints
-seconds, processor seconds and the largest memory of the packing process, without the pages of the files it maps. Speed does not depend on the values,
-so blocks of random codes are used again. Not a test: nothing here can fail for being slow.
+seconds, processor seconds and the largest memory of the packing process, without the pages of the files it maps. Speed
+does not depend on the values, so blocks of random codes are used again. Not a test: nothing here can fail for being
+slow.
 """
 
 import argparse

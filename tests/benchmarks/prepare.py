@@ -91,8 +91,9 @@ def measure_memory(sizes: list[int], workers: int, weight: float) -> None:
             megabytes = (folder / "c.json").stat().st_size / 2**20
             seconds, peaks = run_prepare(folder, workers, weight)
             print(
-                f"{size:,} conversations ({megabytes:,.0f} MiB of JSON), weight {weight:g}, {workers} workers: {seconds:.0f} s, "
-                f"{size / seconds:,.0f} a second; peak {peaks['main']:.0f} MiB main, {peaks['worker']:.0f} MiB worker",
+                f"{size:,} conversations ({megabytes:,.0f} MiB of JSON), weight {weight:g}, {workers} workers: "
+                f"{seconds:.0f} s, {size / seconds:,.0f} a second; "
+                f"peak {peaks['main']:.0f} MiB main, {peaks['worker']:.0f} MiB worker",
                 flush=True,
             )
 

@@ -16,7 +16,8 @@ def build(kernel, gpu: int, dtype: str, warps: int = 4, **constants):
     """The compiled kernel, every pointer aligned to 16 bytes as torch's allocator does."""
     kinds = {}
     for name in kernel.arg_names:
-        pointer = "*fp32" if name in FLOATS else "*i64" if name in WIDE else "*i32" if name in ("locks", "part_index") else f"*{dtype}"  # fmt: skip
+        pointer = "*fp32" if name in FLOATS else "*i64" if name in WIDE else "*i32" if name in ("locks",
+            "part_index") else f"*{dtype}"  # fmt: skip
         kinds[name] = NUMBERS.get(name, "i32") if name.isupper() else pointer
         if constants.get("CODES") and name in ("keys", "values"):
             kinds[name] = "*i8"

@@ -1,4 +1,4 @@
-"""Compiles the W4A16 kernels for CUDA GPUs without one; run by tests/unit/kernels/test_w4a16.py in a process of its own."""
+"""Compiles the W4A16 kernels for CUDA GPUs without one; run by test_w4a16.py in a process of its own."""
 
 import re
 import subprocess

@@ -61,7 +61,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_json(root / STUDENT / part / "environment.json", about)
         output = f"{STUDENT}/{part}/manifest.json"
         record = {
-            "rule": rule, "log": [], "starttime": 1.0, "endtime": 2.0, "input": inputs, "shellcmd": f"grace {rule} --out …",
+            "rule": rule, "log": [], "starttime": 1.0, "endtime": 2.0, "input": inputs,
+            "shellcmd": f"grace {rule} --out …",
             "input_checksums": {name: f"sha256:{sha256(root / name)}" for name in inputs},
         }  # fmt: skip
         rows[output] = {"output": output, "bytes": 1, "sha256": sha256(root / output), "record": record}

@@ -51,7 +51,8 @@ def test_what_loads_from_another_host_ends_the_build(hooks, tag):
 
 
 def test_links_and_local_files_are_fine(hooks):
-    page = '<a class="x" href="https://example.org">text</a> <script src="assets/a.js"></script> <img src=../pictures/a.svg>'
+    link, local = '<a class="x" href="https://example.org">text</a>', '<script src="assets/a.js"></script>'
+    page = f"{link} {local} <img src=../pictures/a.svg>"
     assert hooks.on_post_page(page, None, None) == page
 
 

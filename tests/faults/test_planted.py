@@ -1,7 +1,7 @@
 """Planted faults: each is caught by the subcommand that would read it, in one sentence, before there is a result.
 
-The files are those of a small experiment that the pipeline's own subcommands made; a fault keeps size and times where it
-can, as a bad disk or a careless copy would.
+The files are those of a small experiment that the pipeline's own subcommands made; a fault keeps size and times where
+it can, as a bad disk or a careless copy would.
 """
 
 import json
@@ -50,7 +50,8 @@ def remove(path):
 
 
 COMMANDS = {
-    "train": "train --run student.json --data data --out new --log new.jsonl --checkpoints .new --init baseline --cache cache",
+    "train": "train --run student.json --data data --out new --log new.jsonl --checkpoints .new"
+    " --init baseline --cache cache",
     "evaluate": "evaluate --run evaluation.json --data data --model packed --out new",
     "evaluate plain": "evaluate --run evaluation.json --data data --model student --out new",
     "pack": "pack --model student --out new",
@@ -62,9 +63,11 @@ COMMANDS = {
 FAULTS = [
     ("train", "baseline/model.safetensors", flip), ("train", "baseline/model.safetensors", cut),
     ("train", "baseline/model.safetensors", remove), ("train", "baseline/config.json", flip),
-    ("train", "data/train.parquet", flip), ("train", "data/train.parquet", cut), ("train", "data/train.parquet", remove),
+    ("train", "data/train.parquet", flip), ("train", "data/train.parquet", cut),
+    ("train", "data/train.parquet", remove),
     ("train", "data/processor/tokenizer.json", flip), ("train", "data/vision_tower/model.safetensors", flip),
-    ("train", "cache/*.safetensors", flip), ("train", "cache/*.safetensors", cut), ("train", "cache/*.safetensors", remove),
+    ("train", "cache/*.safetensors", flip), ("train", "cache/*.safetensors", cut),
+    ("train", "cache/*.safetensors", remove),
     ("train", "cache/teacher_head.safetensors", flip), ("train", "student.json", halve),
     ("evaluate", "packed/model.safetensors", flip), ("evaluate", "packed/model.safetensors", cut),
     ("evaluate", "packed/model.safetensors", remove), ("evaluate", "packed/config.json", flip),

@@ -30,8 +30,10 @@ from grace.evaluate.rows import read_items
 from grace.results.predictions import read_questions
 
 JUNK = [
-    None, 0, -1, 2**60, 1.5, float("nan"), True, "", "nan", "\x00", "[", "['a'", "['a', 1]", "{}", "A" * 3000, "<image 9>", "<image>",
-    "￼", b"", b"\xff\xfe", [], [None], ["a"], [1], [["a"]], [{}], {"bytes": None, "path": None}, {"bytes": b"x", "path": "y"},
+    None, 0, -1, 2**60, 1.5, float("nan"), True, "", "nan", "\x00", "[", "['a'", "['a', 1]", "{}", "A" * 3000,
+    "<image 9>", "<image>",
+    "￼", b"", b"\xff\xfe", [], [None], ["a"], [1], [["a"]], [{}], {"bytes": None, "path": None},
+    {"bytes": b"x", "path": "y"},
     {"answer": "red"}, [{"answer": None}], "1_000_000", "9" * 400,
 ]  # fmt: skip
 TASK = (

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace, failures: Callable[[int], dict[str, str]]
 
 
 def failure(read: Callable[[], Any], one_line: bool = False) -> str | None:
-    """What is wrong with how a reader answers: nothing, a text too long for a sentence, or an exception and its place."""
+    """What is wrong with how a reader answers: nothing, a text too long for a sentence, an exception and its place."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             read()

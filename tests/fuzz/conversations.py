@@ -34,7 +34,8 @@ from grace.errors import GraceError
 
 VALUES: list[Any] = [
     None, True, 0, -1, 3.5, 10**400, float("nan"), float("inf"), "", " ", "\n", "x" * 5000, "\ud800", "\0", "\u202e",
-    [], {}, [[]], [None], {"a": 1}, [1, "x"], "<image>", "<image>" * 20, "</s><|im_end|><eos><bos>", "{{ 7*7 }}{% for %}",
+    [], {}, [[]], [None], {"a": 1}, [1, "x"], "<image>", "<image>" * 20, "</s><|im_end|><eos><bos>",
+    "{{ 7*7 }}{% for %}",
     "../../etc/passwd", "/etc/passwd", "a.jpg", "sub\\b.png", "http://x/a.jpg", "data:image/png;base64,AAAA", "data:,",
     "human", "gpt", "system", "tool", {"bytes": None, "path": None}, {"type": "image"}, {"type": "text"},
     {"type": "image_url", "image_url": {"url": None}}, [{"type": "text", "text": "x"}], {"from": "human", "value": "x"},
@@ -132,7 +133,8 @@ def records(draw: random.Random) -> list[dict]:
         {"id": 1, "conversations": [{"from": "human", "value": "what is it"}, {"from": "gpt", "value": "red"}]},
         {"image": ["a.jpg", "broken.jpg"], "conversations": [{"from": "system", "value": "brief"}, *said, *said]},
         {"id": "o", "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]},
-        {"id": "u", "image": url, "messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]},
+        {"id": "u", "image": url, "messages": [{"role": "user", "content": "what"},
+            {"role": "assistant", "content": "red"}]},
         {"images": ["broken.jpg"], "texts": [{"user": "what colour is it", "assistant": "red"}]},
     ]  # fmt: skip
     return [draw.choice(kinds) for _ in range(draw.choice([1, 3, 5]))]

@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests/helpers python tests/fuzz/exchange.py --seconds 600 --first 1000
 
-The teacher's cache with its sidecars and manifest, prepared data, frozen parameters, checkpoints, stored codes, and a results
-folder with predictions, speed tables, records and tables: one file is damaged, as a bad disk, a full one, a careless merge or an
-editor would, and every reader of that folder looks at it. What hashes alone would catch is let through to the readers behind.
+The teacher's cache with its sidecars and manifest, prepared data, frozen parameters, checkpoints, stored codes, and a
+results folder with predictions, speed tables, records and tables: one file is damaged, as a bad disk, a full one, a
+careless merge or an editor would, and every reader of that folder looks at it. What hashes alone would catch is let
+through to the readers behind.
 """
 
 import contextlib
@@ -128,7 +129,8 @@ GROUPS: dict[str, tuple[str, list[Callable[[Path], Any]]]] = {
     "codes": ("student/quantization*", [lambda h: read_quantization(h / "student")]),
     "results": ("results/fake/**/*.*", [
         _report, lambda h: read_cells(h / "results/fake/tables"), lambda h: verify(h / "results/fake"),
-        lambda h: provenance(h / "results/fake/students/grace/int4/seed0/predictions"), lambda h: restore("results/fake"),
+        lambda h: provenance(h / "results/fake/students/grace/int4/seed0/predictions"),
+        lambda h: restore("results/fake"),
         lambda h: compare_folders(h / "results/fake", h / "results/fake"), lambda h: accepted(h / "results/fake"),
     ]),
     "records": (".snakemake/metadata/*", [

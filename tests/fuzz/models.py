@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests/helpers python tests/fuzz/models.py --seconds 600 --first 1000
 
-A folder as transformers writes it, one in several weight files, a quantised and a packed student each lose, change or gain
-something in one of their small files or in a weight file's header. Then every reader of the pipeline looks at it. What
-failed is kept in --keep.
+A folder as transformers writes it, one in several weight files, a quantised and a packed student each lose, change or
+gain something in one of their small files or in a weight file's header. Then every reader of the pipeline looks at it.
+What failed is kept in --keep.
 """
 
 import random

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 VALUES: list[Any] = [
-    None, True, 0, -1, 1, 7, 2**40, 1.5, float("nan"), "", "x", "a" * 5000, "\x00", "../../x.safetensors", "/etc/passwd",
+    None, True, 0, -1, 1, 7, 2**40, 1.5, float("nan"), "", "x", "a" * 5000, "\x00", "../../x.safetensors",
+    "/etc/passwd",
     "llava", "qwen2_vl", "bfloat16", [], {}, [None], ["x"], {"x": 1}, [[]], {"type": "int"}, "model.safetensors",
 ]  # fmt: skip
 KEYS = ("x", "auto_map", "quantization_config", "text_config", "files", "")

@@ -3,11 +3,11 @@
     python tests/gpu/bench_cache.py --out cache.json --folder /tmp/cache    # one GPU with 80 GB or more
     python tests/gpu/bench_cache.py --out tiny.json --folder /tmp/cache --shape tiny
 
-Weights and images are random, conversations have real lengths (`bench_step.py`); half of their text is supervised, so that
-every token of it has its states written. Timed are the forward passes, gates, Gram matrices, encoding, the shard's file, its
-hash and the wait for the disk, after a first shard that compiles. The share is 2 FLOPs per weight of a decoder's matrix and
-token over the bf16 GEMM rate measured in the same process: tower, head, attention's products and encoding count as time alone.
-Image files are not decoded.
+Weights and images are random, conversations have real lengths (`bench_step.py`); half of their text is supervised, so
+that every token of it has its states written. Timed are the forward passes, gates, Gram matrices, encoding, the shard's
+file, its hash and the wait for the disk, after a first shard that compiles. The share is 2 FLOPs per weight of a
+decoder's matrix and token over the bf16 GEMM rate measured in the same process: tower, head, attention's products and
+encoding count as time alone. Image files are not decoded.
 """
 
 import argparse

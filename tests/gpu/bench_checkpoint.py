@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node=2 tests/gpu/bench_checkpoint.py --out 7b.json --folder /tmp/checkpoints
     python tests/gpu/bench_checkpoint.py --out tiny.json --folder /tmp/checkpoints --shape tiny
 
-The trainer of `bench_step.py` takes plain steps; one checkpoint is written behind the third and training goes on until it is
-whole, at most 40 steps more. A checkpoint has 12 bytes per trained weight (26 GB and 81 GB), and a copy of it stays in the
-host's memory. The share is of a run that writes one every `--every` steps of its own batch.
+The trainer of `bench_step.py` takes plain steps; one checkpoint is written behind the third and training goes on until
+it is whole, at most 40 steps more. A checkpoint has 12 bytes per trained weight (26 GB and 81 GB), and a copy of it
+stays in the host's memory. The share is of a run that writes one every `--every` steps of its own batch.
 """
 
 import argparse

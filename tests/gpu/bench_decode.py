@@ -6,7 +6,8 @@
 
 Folders may be plain or packed. `--random` makes a model in its real shape with random weights, plain and rounded to
 nearest in groups of 128, in memory: speed and memory do not depend on what the weights are. Both are measured with keys
-and values in 16 bits and in 8 (`--caches`). Prints one line per model, batch and cache, and the INT4 : bf16 ratios of this run.
+and values in 16 bits and in 8 (`--caches`). Prints one line per model, batch and cache, and the INT4 : bf16 ratios of
+this run.
 """
 
 import argparse
@@ -163,10 +164,8 @@ def print_kernels(session: Session, what: str) -> None:
     events = sorted(seen.key_averages(), key=lambda event: -event.device_time_total)
     print(f"{what}: kernels of one step")
     for event in events[:14]:
-        calls = event.count / 5
-        print(
-            f"  {event.device_time_total / 5:8.1f} us  {calls:5.0f} x {event.device_time_total / event.count:6.2f}  {event.key[:90]}"
-        )
+        calls, total = event.count / 5, event.device_time_total
+        print(f"  {total / 5:8.1f} us  {calls:5.0f} x {total / event.count:6.2f}  {event.key[:90]}")
 
 
 def main() -> None:
@@ -208,9 +207,8 @@ def main() -> None:
         what = f"{row['precision']}, batch {row['batch']}, {row['cache']}-bit cache"
         if "read_mib" in row:
             floor = row["read_mib"] * MIB / limits["read_bytes_per_second"] * 1e3
-            print(
-                f"{what}: reading alone takes {floor:.2f} ms, {100 * floor / row['step_ms']:.0f}% of {row['step_ms']:.3f}"
-            )
+            share = 100 * floor / row["step_ms"]
+            print(f"{what}: reading alone takes {floor:.2f} ms, {share:.0f}% of {row['step_ms']:.3f}")
         else:
             print(what, *(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()), sep=" | ")
     speed = {(row["precision"], row["batch"], row["cache"]): row for row in rows}

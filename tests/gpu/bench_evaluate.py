@@ -4,8 +4,8 @@
     python tests/gpu/bench_evaluate.py --out evaluate.json --tiny     (a check of this script, on any machine)
 
 LLaVA-1.5-7B's shape with random weights, `--questions` about every image of 640 x 480. Three ways, each asked twice and
-timed the second time: `generate`, transformers' own, batch by batch (every question decodes and reads its image: the way
-before prefixes were shared); `runner`, all that `grace evaluate` does from encoded images to texts; `decoder`, the
+timed the second time: `generate`, transformers' own, batch by batch (every question decodes and reads its image: the
+way before prefixes were shared); `runner`, all that `grace evaluate` does from encoded images to texts; `decoder`, the
 runner's prompts with tokens made and images seen already. The tables of answers are compared: bf16 rounding may differ.
 """
 

@@ -5,13 +5,15 @@
         --sharding step layer step,bf16 pass layer,prefetch2                   # which way of sharding is best
     python tests/gpu/bench_scaling.py --out tiny.json --shape tiny --batch 8   # CPU processes over gloo: losses alone
 
-Each number of processes is a torchrun of its own with the trainer of `bench_step.py`; it tries every --sharding on a model of
-its own. A sharding is `layer`, `pass` or `step` (how long layers stay gathered), with `,bf16` where gradients are summed in
-bf16 instead of fp32 and `,prefetchN` where N layers are gathered ahead by order. After --seconds nothing new is begun; --out is
-written after every point. The table has tokens/s, the speed over one GPU, MFU over the GEMM rate measured beside it, passes per
-step (an odd number of rows leaves a GPU idle for one), memory, the share of a step's time in which NCCL ran (beside computation or
-not), and the largest relative difference of a loss from one GPU's with the same batch. With --also, a shard of the teacher's cache
-per GPU (`bench_cache.py`) and evaluation (`bench_evaluate.py`), which share nothing but the host, run once per GPU at the same time. Beside --out a PNG shows both curves. Exits with status 1 if losses differ by more than bf16's noise.
+Each number of processes is a torchrun of its own with the trainer of `bench_step.py`; it tries every --sharding on a
+model of its own. A sharding is `layer`, `pass` or `step` (how long layers stay gathered), with `,bf16` where gradients
+are summed in bf16 instead of fp32 and `,prefetchN` where N layers are gathered ahead by order. After --seconds nothing
+new is begun; --out is written after every point. The table has tokens/s, the speed over one GPU, MFU over the GEMM rate
+measured beside it, passes per step (an odd number of rows leaves a GPU idle for one), memory, the share of a step's
+time in which NCCL ran (beside computation or not), and the largest relative difference of a loss from one GPU's with
+the same batch. With --also, a shard of the teacher's cache per GPU (`bench_cache.py`) and evaluation
+(`bench_evaluate.py`), which share nothing but the host, run once per GPU at the same time. Beside --out a PNG shows
+both curves. Exits with status 1 if losses differ by more than bf16's noise.
 """
 
 import argparse
@@ -151,7 +153,8 @@ def point(found: dict[str, Any], count: int, scaling: str, batch: int) -> dict[s
         "gpus": count, "scaling": scaling, "sharding": found["sharding"], "batch": batch, "tokens_per_second": speed,
         "mfu": speed * found["flops_per_token"] / rate if rate else None, "steps_ms": found["steps_ms"],
         "passes": found["passes"], "peak_gib": found["peak_gib"], "reserved_gib": found["reserved_gib"],
-        "communication": found["communication"], "gemm_tflop_s": found["gemm_flop_s"] / 1e12, "losses": found["losses"], "whole_s": found["whole_s"],
+        "communication": found["communication"], "gemm_tflop_s": found["gemm_flop_s"] / 1e12, "losses": found["losses"],
+        "whole_s": found["whole_s"],
     }  # fmt: skip
 
 
@@ -210,7 +213,8 @@ def main() -> int:
         print(
             f"{new['gpus']} GPUs {new['scaling']} {','.join(flags(Sharding(**new['sharding'])))}: "
             f"{new['tokens_per_second']:,.0f} tokens/s, x{new.get('speed_up', float('nan')):.3f}, MFU {mfu}, "
-            f"{new['peak_gib']:.1f} GiB, communicating {new['communication']:.2f}, losses apart {new.get('losses_apart', float('nan')):.1e}"
+            f"{new['peak_gib']:.1f} GiB, communicating {new['communication']:.2f}, "
+            f"losses apart {new.get('losses_apart', float('nan')):.1e}"
         )
     for new in dealt:
         one = next(first for first in dealt if first["part"] == new["part"])

@@ -51,7 +51,7 @@ def check(device: torch.device) -> int:
 
 
 def measure(rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Print a line per shape and row count: microseconds of reading alone, of cuBLAS, of the kernel, and their ratios."""
+    """Print a line per shape and row count: microseconds of reading alone, of cuBLAS, of the kernel, their ratios."""
     bandwidth = read_bandwidth(device)
     generator = torch.Generator(device).manual_seed(0)
     print(f"reading {bandwidth / 1e12:.3f} TB/s; microseconds (% of reading alone)", flush=True)
@@ -67,7 +67,10 @@ def measure(rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
             if tile := choose(m, outs, inputs):
                 calls["Triton"] = [partial(gemm, x, one, None, tile) for one in weights]
             seconds = interleaved_medians(calls, 15, device)
-            shown = [f"{seconds[k] * 1e6:.2f} ({100 * floor / seconds[k]:.0f})" if k in seconds else "-" for k in ("cuBLAS", "Triton")]  # fmt: skip
+            shown = [
+                f"{seconds[name] * 1e6:.2f} ({100 * floor / seconds[name]:.0f})" if name in seconds else "-"
+                for name in ("cuBLAS", "Triton")
+            ]
             ratio = f"{seconds['cuBLAS'] / seconds['Triton']:.2f}" if tile else "-"
             print(f"{name} {outs}x{inputs}", m, f"{floor * 1e6:.2f}", *shown, ratio, sep=" | ", flush=True)
 

@@ -4,11 +4,12 @@
     python tests/gpu/bench_step.py --out qwen.json --shape qwen2vl-2b
     python tests/gpu/bench_step.py --out tiny.json --shape tiny   # two small layers, for a CPU
 
-The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `GRACE` (gated DKD, relational CKA, controller,
-INT4) and `plain` again, whose two times show the spread; with --padded also `plain` as it is without `pass_tokens`. Weights,
-images and the teacher's states are random; the teacher's record is a real cache on the disk, read as in training.
-Conversations have the lengths of a shape's range, drawn evenly; half of their text is supervised; the tower runs in every step.
-MFU is 6 FLOPs per trained weight of a matrix and token over the bf16 GEMM rate measured in the same process.
+The pipeline's own trainer runs each recipe on one model: `plain` (bf16), `GRACE` (gated DKD, relational CKA,
+controller, INT4) and `plain` again, whose two times show the spread; with --padded also `plain` as it is without
+`pass_tokens`. Weights, images and the teacher's states are random; the teacher's record is a real cache on the disk,
+read as in training. Conversations have the lengths of a shape's range, drawn evenly; half of their text is supervised;
+the tower runs in every step. MFU is 6 FLOPs per trained weight of a matrix and token over the bf16 GEMM rate measured
+in the same process.
 """
 
 import argparse
@@ -239,12 +240,13 @@ class Stopwatch:
 
 def run_recipe(
     name: str, model: PreTrainedModel, shape: Shape, examples: list[Example], cache: TeacherCache, steps: int,
-    world: World, scratch: Path, warm: int = 2, apart: int = 1, sharding: Sharding = WHOLE, traced: bool = False, **change: object,
+    world: World, scratch: Path, warm: int = 2, apart: int = 1, sharding: Sharding = WHOLE, traced: bool = False,
+    **change: object,
 ) -> dict:  # fmt: skip
     """`steps` timed optimiser steps after `warm` of warm-up, then, where `apart` is 1, one taken apart.
 
-    With `traced` the profiler takes that step apart: the share of its time in which anything was communicated. `change` are
-    other values of `optimisation`.
+    With `traced` the profiler takes that step apart: the share of its time in which anything was communicated. `change`
+    are other values of `optimisation`.
     """
     wanted: dict = dict(batch=shape.batch, micro_batch=2, learning_rate=1e-6, checkpoint_every=10**6,
                         pass_tokens=shape.pass_tokens) | change  # fmt: skip
@@ -376,7 +378,8 @@ def main() -> int:
     first, grace, again = rows[-3:]
     plain = (first["step_ms"] + again["step_ms"]) / 2
     summary = {
-        "gemm_tflop_s": rate / 1e12, "plain_ms": plain, "plain_spread": abs(first["step_ms"] - again["step_ms"]) / plain,
+        "gemm_tflop_s": rate / 1e12, "plain_ms": plain,
+        "plain_spread": abs(first["step_ms"] - again["step_ms"]) / plain,
         "plain_mfu": first["mfu"], "grace_mfu": grace["mfu"], "grace_over_plain": grace["step_ms"] / plain,
         "grace_extra_gib": grace["peak_gib"] - max(first["peak_gib"], again["peak_gib"]),
         "peak_gib": grace["peak_gib"],
@@ -385,7 +388,8 @@ def main() -> int:
         summary["padded_over_packed"] = rows[0]["step_ms"] / plain
     about = {
         "shape": arguments.shape, "batch": shape.batch, "pass_tokens": shape.pass_tokens, "lengths": shape.lengths,
-        "visual_tokens": shape.visual, "quantised_weights": sum(m.weight.numel() for m in decoder_linears(model).values()),
+        "visual_tokens": shape.visual,
+        "quantised_weights": sum(m.weight.numel() for m in decoder_linears(model).values()),
         **describe(device),
     }  # fmt: skip
     arguments.out.write_text(json.dumps({"summary": summary, "recipes": rows, "about": about}, indent=2) + "\n")

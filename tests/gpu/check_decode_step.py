@@ -293,7 +293,7 @@ def step_logits(model: nn.Module, batch: int, fused: bool, bits: int) -> torch.T
 
 
 def check_chat() -> None:
-    """`grace chat` on the GPU: its first word is the one that transformers' own layers give (later ones may tie in bf16)."""
+    """`grace chat` on the GPU: its first word is transformers' own (later ones may tie in bf16)."""
     from PIL import Image
 
     from grace.infer.load import load_for_inference

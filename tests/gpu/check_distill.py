@@ -100,7 +100,8 @@ def check_rows() -> None:
                          alpha=1.5, beta_dkd=4.0)  # fmt: skip
         rounding = 2**-7 if dtype == torch.bfloat16 else 1e-4
         report(
-            f"loss rows, {name}", ce=excess(got[0], ce.detach(), 1e-5, 1e-7), kd=excess(got[1], kd.detach(), 2e-4, 1e-8),
+            f"loss rows, {name}", ce=excess(got[0], ce.detach(), 1e-5, 1e-7),
+            kd=excess(got[1], kd.detach(), 2e-4, 1e-8),
             gate=excess(got[2], gate, 1e-5), gradient=excess(padded[:, :vocabulary], exact.grad, rounding, 3e-7),
             outside=float((padded[:, vocabulary:] != 7).sum()),
         )  # fmt: skip
@@ -173,7 +174,8 @@ def check_objectives() -> None:
             found = torch.autograd.grad(got, leaves)
             report(
                 f"{name} by autograd, logits in {dtype or 'bf16'}", loss=excess(got, loss, loss_bound),
-                hidden=norm_error(found[0], want[0], gradient_bound), head=norm_error(found[1], want[1], gradient_bound),
+                hidden=norm_error(found[0], want[0], gradient_bound),
+                head=norm_error(found[1], want[1], gradient_bound),
             )  # fmt: skip
 
 

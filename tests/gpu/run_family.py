@@ -1,16 +1,18 @@
-"""A shipped experiment whole and through Snakemake, with random weights of the real size: seconds and peak memory per rule.
+"""A shipped experiment through Snakemake, with random weights of the real size: seconds and peak memory per rule.
 
-    python tests/gpu/run_family.py llava15_7b --folder /mnt/run --out llava.json [--spare]      (or qwen2vl_2b, qwen3vl_2b)
-    python tests/gpu/run_family.py llava15_7b --folder /tmp/run --out tiny.json --tiny          (a check of this script)
+    python tests/gpu/run_family.py llava15_7b --folder /mnt/run --out llava.json [--spare]  (or qwen2vl_2b, qwen3vl_2b)
+    python tests/gpu/run_family.py llava15_7b --folder /tmp/run --out tiny.json --tiny      (a check of this script)
 
-Models have the published sizes, names, dtypes and image geometry, and tokenizers of the real kinds with as many tokens; images
-and conversations are made up, of the length that real ones have. What is run: the teacher's cache (hidden), QAT, GRACE and
-RTN at INT4, packing, both benchmarks, a few rows of every benchmark in its official columns for every model, tables,
-figures and the page. Optimiser, batch sizes per forward pass and the method's constants are the experiment's own.
+Models have the published sizes, names, dtypes and image geometry, and tokenizers of the real kinds with as many tokens;
+images and conversations are made up, of the length that real ones have. What is run: the teacher's cache (hidden), QAT,
+GRACE and RTN at INT4, packing, both benchmarks, a few rows of every benchmark in its official columns for every model,
+tables, figures and the page. Optimiser, batch sizes per forward pass and the method's constants are the experiment's
+own.
 
-Killed, it goes on where it was: start the same command again. `--spare` deletes what nothing reads any more, for a small disk:
-the downloaded copies once they are fetched, a quantised student's bf16 weights once they are packed. The largest folder at
-any time is then that of the fetched teacher and student, one trained student and the packed ones: 66 GB for LLaVA-1.5.
+Killed, it goes on where it was: start the same command again. `--spare` deletes what nothing reads any more, for a
+small disk: the downloaded copies once they are fetched, a quantised student's bf16 weights once they are packed. The
+largest folder at any time is then that of the fetched teacher and student, one trained student and the packed ones: 66
+GB for LLaVA-1.5.
 """
 
 import argparse
@@ -77,20 +79,23 @@ def settings(made: Path, chosen: argparse.Namespace, gpu: bool) -> dict[str, Any
     """What differs from the shipped experiment: where models and data lie, how much is run, and on which machine."""
     job = {"cpus": chosen.cores if chosen.tiny else 8, "gpus": int(gpu)}
     return {
-        "data": {"sources": [{"path": str(made / "mix.json"), "images": str(made / "images")}], "benchmarks": str(made / "benchmarks")},
+        "data": {"sources": [{"path": str(made / "mix.json"), "images": str(made / "images")}],
+            "benchmarks": str(made / "benchmarks")},
         "teacher": {"pretrained": str(made / "teacher")},
         "student": {"pretrained": str(made / "student")},
         "cache": {"shards": 1, "audit": 0.02},
         "finetune": {"epochs": 1, "batch": 32},
         "runs": [{"recipes": ["finetune", "grace", "rtn"], "precisions": ["int4"], "seeds": [0]}],
         "evaluation": {"limit": ROWS, "max_new_tokens": 8},
-        "bench": {"rows": [1, 16, 256] if gpu else [1], "batches": [1, 8] if gpu else [1], "new_tokens": 32 if gpu else 4, "repeats": 3 if gpu else 1},
-        "resources": {**{name: job for name in GPU_JOBS}, "prepare": {"cpus": min(8, chosen.cores)}, "pack": {"cpus": min(4, chosen.cores)}},
+        "bench": {"rows": [1, 16, 256] if gpu else [1], "batches": [1, 8] if gpu else [1],
+            "new_tokens": 32 if gpu else 4, "repeats": 3 if gpu else 1},
+        "resources": {**{name: job for name in GPU_JOBS}, "prepare": {"cpus": min(8, chosen.cores)},
+            "pack": {"cpus": min(4, chosen.cores)}},
     }  # fmt: skip
 
 
 def snakemake(folder: Path, chosen: argparse.Namespace, *targets: str) -> bool:
-    """Build targets with the repository's workflow; whether all went well. Its words go to this program's own output."""
+    """Build targets with the repository's workflow; whether all went well. Its words go to this program's output."""
     shim = folder / "bin"
     shim.mkdir(exist_ok=True)
     (shim / "grace").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m grace.cli "$@"\n')
@@ -101,7 +106,8 @@ def snakemake(folder: Path, chosen: argparse.Namespace, *targets: str) -> bool:
         "PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")]),
     }
     command = [
-        sys.executable, "-m", "snakemake", *targets, "--snakefile", str(ROOT / "Snakefile"), "--workflow-profile", str(PROFILE),
+        sys.executable, "-m", "snakemake", *targets, "--snakefile", str(ROOT / "Snakefile"), "--workflow-profile",
+        str(PROFILE),
         "--cores", str(chosen.cores), "--configfile", str(ROOT / f"workflow/experiments/{chosen.experiment}.yaml"),
         str(folder / "changes.yaml"),
     ]  # fmt: skip
@@ -142,7 +148,7 @@ def make_room(results: Path) -> None:
 
 
 def rules(folder: Path, results: Path) -> list[dict[str, Any]]:
-    """Per job in the order of their ends: seconds, largest resident memory in GiB, and most of the GPU's memory in use."""
+    """Per job in the order of their ends: seconds, largest resident memory in GiB, most of the GPU's memory in use."""
     used = pd.DataFrame({"time": [], "bytes": []}, dtype=float)
     if (folder / "gpu.csv").is_file():
         used = pd.read_csv(folder / "gpu.csv", names=["time", "bytes"], dtype=float)
@@ -204,7 +210,8 @@ def main() -> None:
             well = all(fetched(made, results, role, chosen, shipped.family, gpu) for role in FETCHED)
             well = well and snakemake(folder, chosen)
     table = rules(folder, results)
-    write_json(chosen.out, {"experiment": chosen.experiment, "machine": describe(torch.device("cuda" if gpu else "cpu")), "jobs": table})  # fmt: skip
+    write_json(chosen.out, {"experiment": chosen.experiment,
+        "machine": describe(torch.device("cuda" if gpu else "cpu")), "jobs": table})  # fmt: skip
     print(f"\nthis start: {time.time() - began:.0f} s\n\n| job | s | host GiB | GPU GiB |\n| --- | --- | --- | --- |")
     for row in table:
         print(f"| {row['job']} | {row['seconds']:.0f} | {row['rss_gib']:.1f} | {row['gpu_gib']:.1f} |")

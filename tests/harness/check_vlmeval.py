@@ -21,7 +21,8 @@ from grace.evaluate import harness_vlmeval
 from grace.evaluate.commands import evaluate
 from grace.results.predictions import read_rows
 
-MME = ["OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene", "code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"]  # fmt: skip
+MME = ["OCR", "artwork", "celebrity", "color", "count", "existence", "landmark", "position", "posters", "scene",
+    "code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"]  # fmt: skip
 
 
 def _image(seed: int) -> str:
@@ -30,7 +31,8 @@ def _image(seed: int) -> str:
 
 def _choice(i: int, shift: int = 0) -> dict:
     return {
-        "index": i + shift * 1_000_000, "image": _image(i), "question": "which is", "hint": None, "A": "red", "B": "blue",
+        "index": i + shift * 1_000_000, "image": _image(i), "question": "which is", "hint": None, "A": "red",
+        "B": "blue",
         "C": "dress", "D": None, "answer": "ABC"[(i + shift) % 3], "category": "c", "split": "dev", "l2-category": "l",
     }  # fmt: skip
 
@@ -61,7 +63,8 @@ TABLES = {
     "vizwiz": [_row(i, answers=ANSWERS) for i in range(5)],
     "ocrbench": [_row(i, answer="['red']", category="Regular Text Recognition") for i in range(5)],
     "hallusionbench": [
-        {"index": f"VS_chart_0_{s}_{f}_{q}", "image": _image(f), "question": "is the bag red", "answer": ("Yes", "No")[q],
+        {"index": f"VS_chart_0_{s}_{f}_{q}", "image": _image(f), "question": "is the bag red",
+            "answer": ("Yes", "No")[q],
          "category": "VS", "l2-category": "chart"} for s in range(2) for f in range(2) for q in range(2)
     ],
 }  # fmt: skip

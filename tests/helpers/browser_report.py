@@ -1,7 +1,7 @@
 """Open a report page in headless Chromium: no errors, tables sort, images load, it fits a phone, dark mode is legible.
 
-`python tests/helpers/browser_report.py PAGE`. Needs chromium and chromedriver on the PATH; speaks WebDriver over plain HTTP.
-Prints what it checked, or fails.
+`python tests/helpers/browser_report.py PAGE`. Needs chromium and chromedriver on the PATH; speaks WebDriver over plain
+HTTP. Prints what it checked, or fails.
 """
 
 import json
@@ -21,16 +21,26 @@ CONTRAST = 4.5  # WCAG AA for text
 SORTED = """
 const table = document.querySelector('#table2 ~ .scroll table');
 const head = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent === 'average');
-const read = () => [...table.tBodies].map(body => [...body.rows].slice(1).map(row => Number(row.cells[head].dataset.v)));
-const button = table.tHead.rows[0].cells[head].querySelector('button'), said = () => table.tHead.rows[0].cells[head].getAttribute('aria-sort');
-const before = read(); button.click(); const down = read(); button.click(); const up = read(), sort = said(); button.click();
+const value = row => Number(row.cells[head].dataset.v);
+const read = () => [...table.tBodies].map(body => [...body.rows].slice(1).map(value));
+const cell = table.tHead.rows[0].cells[head], button = cell.querySelector('button');
+const said = () => cell.getAttribute('aria-sort');
+const before = read(); button.click();
+const down = read(); button.click();
+const up = read(), sort = said(); button.click();
 return {before, down, up, after: read(), said: sort, end: said()};
 """
 SMALL = """
-const text = [...document.querySelectorAll('body *')].filter(it => [...it.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
-return text.filter(it => it.getClientRects().length && parseFloat(getComputedStyle(it).fontSize) < 12).map(it => it.tagName + ' ' + it.textContent.slice(0, 40));
+const speaks = it => [...it.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+const small = it => it.getClientRects().length && parseFloat(getComputedStyle(it).fontSize) < 12;
+return [...document.querySelectorAll('body *')].filter(it => speaks(it) && small(it))
+  .map(it => it.tagName + ' ' + it.textContent.slice(0, 40));
 """
-SKIP = "const link = document.querySelector('a'); link.focus(); return [link.getAttribute('href'), link.getBoundingClientRect().left >= 0]"
+SKIP = """
+const link = document.querySelector('a');
+link.focus();
+return [link.getAttribute('href'), link.getBoundingClientRect().left >= 0];
+"""
 IMAGES = "return [...document.images].map(image => [image.complete, image.naturalWidth, image.alt])"
 TEXT_SORT = """
 const table = document.querySelector('#provenance ~ .scroll table');
@@ -46,11 +56,20 @@ return bare.length + silent.length;
 WIDTH = "return [document.documentElement.scrollWidth, window.innerWidth]"
 PAIRS = """
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+  .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const behind = it => { for (; it; it = it.parentElement) { const c = rgb(getComputedStyle(it).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
-const found = ['body', '.badge', '.finding', '.cards small', 'dt', 'nav a', 'td', 'td.run', '.verdicts small', '.yes > b', '.no > b', '.open > b', 'tr.block th', 'ol.note li', 'summary', 'figcaption', '.right', '.wrong', '.example small', 'pre']
-  .flatMap(name => { const it = document.querySelector(name); if (!it) return [];
+const behind = it => {
+  for (; it; it = it.parentElement) {
+    const c = rgb(getComputedStyle(it).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c;
+  }
+  return [255, 255, 255];
+};
+const names = ['body', '.badge', '.finding', '.cards small', 'dt', 'nav a', 'td', 'td.run', '.verdicts small',
+  '.yes > b', '.no > b', '.open > b', 'tr.block th', 'ol.note li', 'summary', 'figcaption', '.right', '.wrong',
+  '.example small', 'pre'];
+const found = names.flatMap(name => { const it = document.querySelector(name); if (!it) return [];
     const [a, b] = [light(rgb(getComputedStyle(it).color)), light(behind(it))].sort((x, y) => y - x);
     return [[name, (a + 0.05) / (b + 0.05)]]; });
 return {dark: light(behind(document.body)) < 0.1, found};

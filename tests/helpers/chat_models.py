@@ -1,4 +1,4 @@
-"""Tiny random models of every family that a program can talk to: real kinds of tokenizer, towers, processors, templates."""
+"""Tiny random models of every family that a program can talk to: tokenizers, towers and templates of the real kinds."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,8 @@ def byte_level(pieces: int = 0) -> PreTrainedTokenizerFast:
             {piece: number for number, piece in enumerate(every)}, [tuple(merge) for merge in about["merges"]]
         )
     raw.add_special_tokens(
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+            "<|video_pad|>"]
     )  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>",

@@ -48,8 +48,10 @@ WORDS = [
 ]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>{% else %} <q> {{ part['text'] }}{% endif %}"
-    "{% endfor %} <a>{% else %}{% generation %} {{ message['content'][0]['text'] }} <eos>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %} <image>{% else %}"
+    " <q> {{ part['text'] }}{% endif %}{% endfor %} <a>{% else %}"
+    "{% generation %} {{ message['content'][0]['text'] }} <eos>"
+    "{% endgeneration %}{% endif %}{% endfor %}"
 )
 SIZE = 32  # pixels; four visual tokens
 

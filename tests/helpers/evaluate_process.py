@@ -1,4 +1,4 @@
-"""`grace evaluate` that keeps every batch as it comes and can be killed in the middle: python FILE BATCHES ARGUMENTS."""
+"""`grace evaluate` that keeps every batch at once and can be killed in the middle: python FILE BATCHES ARGUMENTS."""
 
 import os
 import signal

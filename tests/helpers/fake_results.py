@@ -15,7 +15,8 @@ from grace.files import sha256, write_json, write_manifest
 MIRRORS = {"colour": "GQA", "presence": "POPE", "pairs": "MME"}
 # mean share of right answers by role and precision
 LEVELS = {
-    ("teacher", "bf16"): 0.85, ("baseline", "bf16"): 0.62, ("qat", "bf16"): 0.63, ("kd", "bf16"): 0.68, ("grace", "bf16"): 0.74,
+    ("teacher", "bf16"): 0.85, ("baseline", "bf16"): 0.62, ("qat", "bf16"): 0.63, ("kd", "bf16"): 0.68,
+    ("grace", "bf16"): 0.74,
     ("gdkd", "bf16"): 0.70, ("rcka", "bf16"): 0.66, ("ib", "bf16"): 0.68,
     ("rtn", "int4"): 0.61, ("awq", "int4"): 0.61, ("qat", "int4"): 0.62, ("kd", "int4"): 0.67, ("grace", "int4"): 0.72,
     ("rtn", "int2"): 0.35, ("qat", "int2"): 0.5, ("kd", "int2"): 0.55, ("grace", "int2"): 0.57,
@@ -155,15 +156,18 @@ def _training(folder: Path, recipe: str, seed: int) -> None:
 def _bench(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kernel = [
-        {"backend": "cpu-int4", "device": "cpu", "dtype": "bfloat16", "shape": shape, "out_features": 64, "in_features": 64, "m": m,
-         "group_size": 32, "microseconds": 10.0, "dense_microseconds": 14.0 + m, "speedup": (14.0 + m) / 10, "floor_microseconds": 5.0,
+        {"backend": "cpu-int4", "device": "cpu", "dtype": "bfloat16", "shape": shape, "out_features": 64,
+            "in_features": 64, "m": m,
+         "group_size": 32, "microseconds": 10.0, "dense_microseconds": 14.0 + m, "speedup": (14.0 + m) / 10,
+         "floor_microseconds": 5.0,
          "floor_share": 0.5, "relative_error": 0.003}
         for shape in ("q_proj", "gate_proj")
         for m in (1, 8)
     ]  # fmt: skip
     pd.DataFrame(kernel).to_csv(folder / "kernel.csv", index=False)
     decode = [
-        {"model": model, "precision": precision, "device": "cpu", "batch": batch, "cache": cache, "prompt_tokens": 16, "new_tokens": 32, "prefill_ms": 3.0,
+        {"model": model, "precision": precision, "device": "cpu", "batch": batch, "cache": cache, "prompt_tokens": 16,
+            "new_tokens": 32, "prefill_ms": 3.0,
          "tokens_per_second": speed * batch, "weight_mib": mib, "peak_mib": mib * 1.5}
         for model, precision, speed, mib, cache in (
             ("teacher", "bf16", 300, 1.8, 16), ("baseline/bf16/seed0", "bf16", 500, 0.6, 16),

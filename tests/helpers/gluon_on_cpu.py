@@ -1,4 +1,4 @@
-"""Runs warp-specialised Gluon kernels on a CPU: every program and every warp group of it is a thread, every tensor torch's.
+"""Runs warp-specialised Gluon kernels on a CPU: each program's warp groups are threads, and tensors are torch's.
 
 What a kernel computes, which addresses it touches and how its threads wait for each other are as on a GPU; layouts of
 registers and shared memory mean nothing here (the compiler checks those). Reads and writes outside of known tensors are
@@ -43,7 +43,7 @@ class TensorDescriptor:
 
 
 class Barriers:
-    """The barriers of a launch, by address: a phase ends when all have arrived, and all the bytes, that it waits for."""
+    """The barriers of a launch, by address: a phase ends when all that it waits for have arrived, bytes too."""
 
     def __init__(self) -> None:
         self.condition = threading.Condition()

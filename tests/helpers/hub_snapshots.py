@@ -88,7 +88,8 @@ def _qwen3_vl(role: str, words: Any, rows: int) -> dict[str, Any]:
         vocab_size=rows, dtype="bfloat16", tie_word_embeddings=role == "student",
     )  # fmt: skip
     vision = {
-        "model_type": "qwen3_vl", "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "in_channels": 3,
+        "model_type": "qwen3_vl", "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+        "in_channels": 3,
         "out_hidden_size": SIZES[role][0], "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     }  # fmt: skip
@@ -107,7 +108,8 @@ def _write_images(folder: Path, family: str, side: int, patch: int) -> None:
         about = {
             "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_center_crop": True,
             "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
-            "crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}, "image_mean": MEAN, "image_std": STD,
+            "crop_size": {"height": side, "width": side}, "size": {"shortest_edge": side}, "image_mean": MEAN,
+            "image_std": STD,
             "rescale_factor": 1 / 255,
         }  # fmt: skip
         more = {
@@ -122,7 +124,8 @@ def _write_images(folder: Path, family: str, side: int, patch: int) -> None:
             "image_mean": [0.5] * 3 if new else MEAN, "image_std": [0.5] * 3 if new else STD,
             "image_processor_type": "Qwen2VLImageProcessorFast" if new else "Qwen2VLImageProcessor",
             "processor_class": FAMILIES[family].processor,
-            **({"size": {"longest_edge": 16_777_216, "shortest_edge": 4096}} if new else {"min_pixels": 3136, "max_pixels": 12_845_056}),
+            **({"size": {"longest_edge": 16_777_216, "shortest_edge": 4096}} if new
+               else {"min_pixels": 3136, "max_pixels": 12_845_056}),
         }  # fmt: skip
     _write(folder / "preprocessor_config.json", about)
 

@@ -1,4 +1,4 @@
-"""For torchrun: `grace train`, killed at a step behind its last checkpoint, or not at all where the step is negative."""
+"""For torchrun: `grace train`, killed at a step behind its last checkpoint, or not at all at a negative step."""
 
 import os
 import signal

@@ -24,20 +24,24 @@ OFFICIAL = {
         "question_id": i, "question": "what is it", "answers": ["red"] * 6 + ["blue"] * 4, "image": image(i),
         "ocr_tokens": ["red"],
     },
-    "vizwiz": lambda i: {"question_id": f"VizWiz_val_{i}", "question": "what", "answers": ["red"] * 10, "image": image(i)},
+    "vizwiz": lambda i: {"question_id": f"VizWiz_val_{i}", "question": "what", "answers": ["red"] * 10,
+        "image": image(i)},
     "pope": lambda i: {
         "id": str(i), "question_id": str(i), "question": "is the dress red", "answer": ("yes", "no")[i % 2],
         "category": ("random", "popular", "adversarial")[i % 3], "image": image(i // 2),
     },
     "scienceqa-img": lambda i: {
-        "question": "which", "choices": ["red", "blue"], "answer": i % 2, "hint": "the bag" if i % 2 else "", "image": image(i),
+        "question": "which", "choices": ["red", "blue"], "answer": i % 2, "hint": "the bag" if i % 2 else "",
+        "image": image(i),
     },
     "mme": lambda i: {
-        "question_id": f"{i // 2}.png", "question": "is it blue Please answer yes or no.", "answer": ("Yes", "No")[i % 2],
+        "question_id": f"{i // 2}.png", "question": "is it blue Please answer yes or no.",
+        "answer": ("Yes", "No")[i % 2],
         "category": ("OCR", "code_reasoning")[i // 2 % 2], "image": image(i // 2),
     },
     "mmbench": lambda i: {
-        "index": i // 2 + i % 2 * 1_000_000, "question": "which", "hint": "nan", **CHOICES, "D": "nan", "answer": "AB"[i % 2],
+        "index": i // 2 + i % 2 * 1_000_000, "question": "which", "hint": "nan", **CHOICES, "D": "nan",
+        "answer": "AB"[i % 2],
         "category": "c", "image": image(i // 2),
     },
     "mmstar": lambda i: {
@@ -50,8 +54,10 @@ OFFICIAL = {
         "image_2": image(9) if i == 1 else None, "question_type": "multiple-choice" if i % 2 else "open",
     },
     "hallusionbench": lambda i: {
-        "category": "VS", "subcategory": "chart", "visual_input": str(int(i < 4)), "set_id": str(i // 4), "figure_id": str(i // 2 % 2),
-        "question_id": str(i % 2), "question": "is the bag red", "gt_answer": str(i % 2), "image": image(i // 2) if i < 4 else None,
+        "category": "VS", "subcategory": "chart", "visual_input": str(int(i < 4)), "set_id": str(i // 4),
+        "figure_id": str(i // 2 % 2),
+        "question_id": str(i % 2), "question": "is the bag red", "gt_answer": str(i % 2),
+        "image": image(i // 2) if i < 4 else None,
     },
     "ai2d": lambda i: {"question": "which", "options": list(CHOICES.values()), "answer": str(i % 4), "image": image(i)},
     "ocrbench": lambda i: {
@@ -59,7 +65,8 @@ OFFICIAL = {
         "image": image(i),
     },
     "seed-bench": lambda i: {
-        "question_id": str(i), "question": "which", **{f"choice_{x.lower()}": CHOICES[x] for x in "ABCD"}, "answer": "B",
+        "question_id": str(i), "question": "which", **{f"choice_{x.lower()}": CHOICES[x] for x in "ABCD"},
+        "answer": "B",
         "data_type": "image", "image": [image(i)],
     },
 }  # fmt: skip

@@ -3,7 +3,8 @@
 from typing import Any
 
 CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336,
     "patch_size": 14, "projection_dim": 768,
 }  # fmt: skip
 TOKENS = {"llava": 32_002, "qwen2_vl": 151_657, "qwen3_vl": 151_669}
@@ -30,7 +31,8 @@ def _qwen3(width: int, inner: int, layers: int, heads: int, tower: dict[str, Any
     rope = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
     text = {
         "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "initializer_range": 0.02, "rope_scaling": rope,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "initializer_range": 0.02,
+        "rope_scaling": rope,
     }  # fmt: skip
     return {
         "text_config": text,
@@ -40,8 +42,10 @@ def _qwen3(width: int, inner: int, layers: int, heads: int, tower: dict[str, Any
 
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "llava": {
-        "teacher": {"vocab_size": 32_064, "text_config": {**_llama(5120, 13824, 40, 40), "vocab_size": 32_064}, "vision_config": CLIP_L},
-        "student": {"vocab_size": 32_064, "text_config": {**_llama(4096, 11008, 32, 32), "vocab_size": 32_064}, "vision_config": CLIP_L},
+        "teacher": {"vocab_size": 32_064, "text_config": {**_llama(5120, 13824, 40, 40), "vocab_size": 32_064},
+            "vision_config": CLIP_L},
+        "student": {"vocab_size": 32_064, "text_config": {**_llama(4096, 11008, 32, 32), "vocab_size": 32_064},
+            "vision_config": CLIP_L},
     },
     "qwen2_vl": {
         "teacher": _qwen2(3584, 18944, 28, 4, 152_064),
@@ -58,8 +62,8 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
 }  # fmt: skip
-"""By family and role: keys of config.json, to be put over those of a small snapshot. Weights are the teacher's and student's of
-the paper's Tables 1 to 3 and of the authors' release."""
+"""By family and role: keys of config.json, to be put over those of a small snapshot. Weights are the teacher's and
+student's of the paper's Tables 1 to 3 and of the authors' release."""
 
 
 def real_config(small: dict[str, Any], family: str, role: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Tokenizers of the real vocabularies, from files inside published packages: what a model's own folder has.
 
-Mistral's SentencePiece model of 32,000 pieces is of Llama's kind in all that LLaVA-1.5 needs of it; Qwen's byte-level BPE is the
-one that Qwen2-VL, Qwen2.5-VL and Qwen3-VL have. The packages are test material alone (envs/test-material.txt).
+Mistral's SentencePiece model of 32,000 pieces is of Llama's kind in all that LLaVA-1.5 needs of it; Qwen's byte-level
+BPE is the one that Qwen2-VL, Qwen2.5-VL and Qwen3-VL have. The packages are test material alone
+(envs/test-material.txt).
 """
 
 import base64
@@ -15,8 +16,12 @@ from transformers import Qwen2Tokenizer
 
 from grace.families.llama_vocabulary import read_sentencepiece
 
-PRETOKEN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+PRETOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>",
             "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
             "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Recompute the tables of scores from the Parquet files, without the pipeline's code.
 
-`python tests/helpers/recompute_table.py results/demo` prints, per table, how many numbers were computed again and the largest
-deviation: scores, differences and detectable differences of `table1` to `table4`, `outliers` and `pairs`, the paired
-differences of `claims`, MME's score and POPE's F1 of `measures`, and the ratios of `deployment`. For experiments whose
-benchmarks are all scored by the mean over questions (the demo's are).
+`python tests/helpers/recompute_table.py results/demo` prints, per table, how many numbers were computed again and the
+largest deviation: scores, differences and detectable differences of `table1` to `table4`, `outliers` and `pairs`, the
+paired differences of `claims`, MME's score and POPE's F1 of `measures`, and the ratios of `deployment`. For experiments
+whose benchmarks are all scored by the mean over questions (the demo's are).
 
 Rows are found by what the tables themselves say: the model's name, its precision, and the seeds in column `run`.
 """

@@ -1,4 +1,4 @@
-"""For torchrun: gradients of a sharded model in every way of sharding, beside those of the whole one; JSON from the first."""
+"""For torchrun: gradients of a model in every way of sharding, beside those of the whole one; JSON from the first."""
 
 import json
 import sys

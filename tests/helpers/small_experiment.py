@@ -1,4 +1,4 @@
-"""data, teacher, baseline, cache, a quantised and a packed student, made by the pipeline's own subcommands in seconds."""
+"""Data, teacher, baseline, cache, a quantised and a packed student, made by the pipeline's subcommands in seconds."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from grace.train.commands import train
 def run_file(path: Path, **change) -> Path:
     """Write the frozen parameters of a training."""
     values = dict(
-        family="llava", compute_dtype="float32", seed=1, method=Method(tau=0.1), quantization=Quantization(group_size=32),
+        family="llava", compute_dtype="float32", seed=1, method=Method(tau=0.1),
+        quantization=Quantization(group_size=32),
         optimisation=Optimisation(steps=2, batch=4, micro_batch=4, learning_rate=1e-3, checkpoint_every=1),
     )  # fmt: skip
     write_json(path, TrainRun(**{**values, **change}).model_dump())

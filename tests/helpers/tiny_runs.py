@@ -33,7 +33,7 @@ def run_file(folder, name, **change):
 
 
 def make_home(home):
-    """A data folder, a teacher, its cache and a baseline below `home`, all tiny and all made by the pipeline's own subcommands."""
+    """Data, a teacher, its cache and a baseline below `home`, all tiny and made by the pipeline's own subcommands."""
     prepare(DemoData(images=24, questions_per_image=3), [], home / "data")
     for name, width, seed in (("teacher", 64, 0), ("baseline", 32, 1)):
         shape = Architecture(hidden_size=width, intermediate_size=64, layers=2, heads=2)

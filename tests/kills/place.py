@@ -40,7 +40,8 @@ evaluation: {benchmarks: [colour], batch: 12}
 """
 GOAL = f"{RESULTS}/students/grace/int4/seed0/predictions/manifest.json"
 SNAKEMAKE = [
-    "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--cores", "2", "--quiet", "all",
+    "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--cores", "2", "--quiet",
+    "all",
     "--workflow-profile", str(ROOT / "workflow/profiles/default"),
 ]  # fmt: skip
 DVC = f"""
@@ -190,7 +191,8 @@ def wait(running: subprocess.Popen, seconds: float) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(running.pid, 9)
         running.wait()
-        raise SystemExit(f"kills: {running.args[0]} had not ended {seconds:.0f} s later") from None  # type: ignore[index]
+        program = running.args[0]  # type: ignore[index]
+        raise SystemExit(f"kills: {program} had not ended {seconds:.0f} s later") from None
 
 
 def until(true, seconds: float, every: float = 0.02) -> bool:

@@ -1,15 +1,15 @@
 """python tests/kills/run.py --kills 200 --seed 0: kill a real experiment again and again, and compare what it made.
 
 A small experiment with real training is built once untouched. Then, folder by folder, the same is built by Snakemake or
-`dvc repro`, which are killed at drawn moments in drawn ways and simply started again, as a user would, until the folder is
-built; and `dvc push` is killed while it brings the results to a remote. Afterwards predictions, weights and manifests must
-have the untouched run's bits, no `.part` or lock file may be left, a dry run must find nothing to do, and a pull from the
-remote must bring the same bits. Nothing is repaired by hand: no --unlock, no deleted file.
+`dvc repro`, which are killed at drawn moments in drawn ways and simply started again, as a user would, until the folder
+is built; and `dvc push` is killed while it brings the results to a remote. Afterwards predictions, weights and
+manifests must have the untouched run's bits, no `.part` or lock file may be left, a dry run must find nothing to do,
+and a pull from the remote must bring the same bits. Nothing is repaired by hand: no --unlock, no deleted file.
 
-Ways: one job (KILL, TERM), Snakemake alone (KILL, TERM, INT; its jobs go on as orphans), DVC alone (KILL, INT), the whole
-group (KILL, TERM, INT), the group halted for a while (STOP and CONT), and a disk that is full for a while (a small file
-system as root, elsewhere a limit of file sizes). Moments: while the engine starts, while a job runs, and within 0.3 s of
-something being written.
+Ways: one job (KILL, TERM), Snakemake alone (KILL, TERM, INT; its jobs go on as orphans), DVC alone (KILL, INT), the
+whole group (KILL, TERM, INT), the group halted for a while (STOP and CONT), and a disk that is full for a while (a
+small file system as root, elsewhere a limit of file sizes). Moments: while the engine starts, while a job runs, and
+within 0.3 s of something being written.
 
 The draws follow from --seed alone; exit status 0 when everything held. Results lie in memory, up to 192 MiB.
 """

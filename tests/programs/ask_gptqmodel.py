@@ -40,7 +40,8 @@ def ask(folder: Path) -> bool:
         {"type": "text", "text": expected["question"]},
     ]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt"
     )  # fmt: skip
     inputs = {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():

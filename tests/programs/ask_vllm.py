@@ -1,8 +1,8 @@
-"""`python tests/programs/ask_vllm.py FOLDER...`: ask vLLM's chat about the image beside each packed, plain or exported folder.
+"""`python tests/programs/ask_vllm.py FOLDER...`: ask vLLM's chat about the image beside each folder of a model.
 
 Each FOLDER is one that `make_models.py` made (OUT/FAMILY/packed, .../plain, .../gptq). Prints one line a folder and
-exits with 1 where an answer is not the student's. One process per folder is what vLLM likes. VLLM_CPU_INT4_W4A8=1 lets a
-processor with AMX round activations to 8 bits, as vLLM does by itself.
+exits with 1 where an answer is not the student's. One process per folder is what vLLM likes. VLLM_CPU_INT4_W4A8=1 lets
+a processor with AMX round activations to 8 bits, as vLLM does by itself.
 """
 
 import base64
@@ -40,8 +40,9 @@ def ask(folder: Path) -> bool:
             break
         same += 1
     print(
-        f"{folder}: prompt {length} tokens (ours {expected['prompt_tokens']}), first {same} of {len(expected['tokens'])} "
-        f"tokens equal, log-probabilities within {distance:.3f} ({blind:.3f} from another image's)"
+        f"{folder}: prompt {length} tokens (ours {expected['prompt_tokens']}), first {same} of "
+        f"{len(expected['tokens'])} tokens equal, log-probabilities within {distance:.3f} "
+        f"({blind:.3f} from another image's)"
     )
     return length == expected["prompt_tokens"] and distance < TOLERANCE < blind
 

@@ -1,10 +1,10 @@
-"""`python tests/programs/ask_vllm_engine.py FOLDER...`: the evaluation's engine `vllm` on folders that `make_models.py` made.
+"""`python tests/programs/ask_vllm_engine.py FOLDER...`: the evaluation's engine `vllm` on what `make_models.py` made.
 
-For each FOLDER (OUT/FAMILY/packed or .../plain) vLLM and this package's own runner are asked about the image beside it, about
-two images and about none. Prints a line each; exits with 1 where vLLM's prompt is not this package's, or where the answer about
-the image begins otherwise or its log-probability is further off than bf16 rounding makes it (random weights have near
-ties: later tokens, and answers to a prompt without an image, may part). Needs vLLM and this package's needs in one environment, and
-PYTHONPATH=workflow.
+For each FOLDER (OUT/FAMILY/packed or .../plain) vLLM and this package's own runner are asked about the image beside it,
+about two images and about none. Prints a line each; exits with 1 where vLLM's prompt is not this package's, or where
+the answer about the image begins otherwise or its log-probability is further off than bf16 rounding makes it (random
+weights have near ties: later tokens, and answers to a prompt without an image, may part). Needs vLLM and this package's
+needs in one environment, and PYTHONPATH=workflow.
 """
 
 import json

@@ -3,8 +3,8 @@
 MODEL is a family (its decoder 64 wide, 4 bits in groups of 32), FAMILY-wide (256, groups of 128), FAMILY-int8 or, of a
 Qwen, FAMILY-tied; without one, every family of the first two kinds. OUT/MODEL/ gets `student`, `plain` (without its
 codes: vLLM reads every *.safetensors of a folder), `packed`, `awq`, `gptq`, `gguf` as far as they hold its width,
-`image.png` and `expected.json`: the question, the first tokens of the student's greedy answer, and the log-probabilities
-[vocab] of the first one, for this image and another.
+`image.png` and `expected.json`: the question, the first tokens of the student's greedy answer, and the
+log-probabilities [vocab] of the first one, for this image and another.
 """
 
 import json
@@ -29,7 +29,8 @@ def answer(model, processor, image):
     """Log-probabilities [vocab] of the first token, and eight tokens."""
     parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt"
     )  # fmt: skip
     with torch.no_grad():
         first = model(**inputs).logits[0, -1].log_softmax(-1)

@@ -89,7 +89,8 @@ def transformers_answer(folder: Path, image: Path) -> str:
     processor = FAMILIES["qwen2_vl"]()[1]
     content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": "What is in this image?"}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt"
     ).to(model.device, model.dtype)  # fmt: skip
     answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     return processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -122,8 +123,8 @@ def test_its_server_answers_a_chat(folder, tmp_path):
     }  # fmt: skip
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model / "packed", "--served-model-name", "student",
-             "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)],
+            [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model / "packed", "--served-model-name",
+             "student", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)],
             env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# bash tests/slurm/cluster.sh start|stop|status: a real Slurm on the loopback address, four nodes on this one machine. Its
-# eight cores, memory and two GPUs per node are only names, so that jobs that mostly wait run side by side. `start` twice
-# is one start; `stop` ends by their process ids only what `start` began, and removes what it wrote. Needs root and
-# Debian's or Ubuntu's packages: apt-get install slurm-wlm munge
+# bash tests/slurm/cluster.sh start|stop|status: a real Slurm on the loopback address, four nodes on this one machine.
+# Its eight cores, memory and two GPUs per node are only names, so that jobs that mostly wait run side by side. `start`
+# twice is one start; `stop` ends by their process ids only what `start` began, and removes what it wrote. Needs root
+# and Debian's or Ubuntu's packages: apt-get install slurm-wlm munge
 set -euo pipefail
 
 state=${GRACE_SLURM_STATE:-/var/tmp/grace-slurm}
@@ -16,7 +16,7 @@ fail() {
 }
 
 need() {
-  [ "$(id -u)" = 0 ] || fail "needs root, because slurmd starts jobs as their owners; run it in a container or with sudo"
+  [ "$(id -u)" = 0 ] || fail "needs root, for slurmd starts jobs as their owners; run it in a container or with sudo"
   local program
   for program in munged slurmctld slurmd sbatch; do
     [ -n "$(command -v "$program")" ] || fail "$program is not installed; apt-get install slurm-wlm munge"
@@ -65,7 +65,8 @@ KillWait=5
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 GresTypes=gpu
-NodeName=first,second,third,fourth NodeHostname=localhost NodeAddr=127.0.0.1 Port=[16818-16821] CPUs=8 RealMemory=32000 Gres=gpu:h100:2
+NodeName=first,second,third,fourth NodeHostname=localhost NodeAddr=127.0.0.1 \
+Port=[16818-16821] CPUs=8 RealMemory=32000 Gres=gpu:h100:2
 PartitionName=main Nodes=first Default=YES MaxTime=INFINITE
 PartitionName=other Nodes=second
 PartitionName=both Nodes=first,second

@@ -1,7 +1,7 @@
 """Snakemake that looks after its cluster's jobs every second.
 
-Its Slurm plugin waits 10 s longer after every look that finds nothing ended, up to 3 minutes: right on a shared cluster,
-most of the time of a test. No option says otherwise.
+Its Slurm plugin waits 10 s longer after every look that finds nothing ended, up to 3 minutes: right on a shared
+cluster, most of the time of a test. No option says otherwise.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# bash tests/slurm/run.sh: start a Slurm on this machine, run the workflow through it, stop it. Some minutes on two cores.
-# Needs `bash workflow/setup.sh test cluster`, root, and slurm-wlm and munge, which it installs by apt-get where they are
-# missing; says why where it can't run. One such run at a time; what a killed one left behind is ended first.
+# bash tests/slurm/run.sh: start a Slurm on this machine, run the workflow through it, stop it. Some minutes on two
+# cores. Needs `bash workflow/setup.sh test cluster`, root, and slurm-wlm and munge, which it installs by apt-get where
+# they are missing; says why where it can't run. One such run at a time; what a killed one left behind is ended first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -99,7 +99,7 @@ def shrunken(tmp_path: Path) -> Path:
 
 
 def real(folder: Path, *arguments: str, **resources: dict) -> subprocess.Popen:
-    """Snakemake with the real subcommands and the shrunken experiment, through Slurm; its words are in snakemake.txt."""
+    """Snakemake with the real subcommands and the shrunken experiment, through Slurm; it writes snakemake.txt."""
     (folder / "resources.yaml").write_text(yaml.safe_dump({"resources": resources}))
     command = [*SNAKEMAKE, "--snakefile", str(ROOT / "Snakefile"), *SQUEUE]
     command += ["--workflow-profile", str(ROOT / "workflow/profiles/slurm")]

@@ -1,4 +1,4 @@
-"""What a user imports without the extra `pipeline`: losses, quantiser, kernels, exports, decoding, and `grace` itself."""
+"""What a user imports without the extra `pipeline`: losses, quantiser, kernels, exports, decoding, `grace` itself."""
 
 import subprocess
 import sys

@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from grace.errors import GraceError
 from grace.limits import within
 
-ENDLESS = "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}{% endfor %}"
+ENDLESS = "".join(f"{{% for {x} in range(90000) %}}" for x in "abc") + 3 * "{% endfor %}"
 
 
 def render(seconds):

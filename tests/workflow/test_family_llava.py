@@ -1,4 +1,4 @@
-"""The shipped experiment llava15_7b, whole and through Snakemake: raw data to tables, with small models of LLaVA-1.5's own form."""
+"""The shipped experiment llava15_7b through Snakemake, raw data to tables, with small models of LLaVA-1.5's form."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The shipped experiment qwen2vl_2b, whole and through Snakemake: raw data to tables, with small models of Qwen2-VL's own form."""
+"""The shipped experiment qwen2vl_2b through Snakemake, raw data to tables, with small models of Qwen2-VL's form."""
 
 from pathlib import Path
 

@@ -98,7 +98,7 @@ def test_the_records_of_a_clone_tell_the_same(tree: Tree) -> None:
 
 
 def test_what_a_job_cost_travels_with_the_records(tree: Tree) -> None:
-    """Snakemake's tables lie beside the logs, which git does not keep; a second save must not lose what the first knew."""
+    """Snakemake's tables lie beside the logs, without git; a second save must not lose what the first knew."""
     table = tree.folder / "results/demo/logs/students/grace/int4/seed0/pack.tsv"
     table.write_text("s\th:m:s\tmax_rss\tcpu_time\n12.5\t0:00:12\t248.5\t7.25\n")
     (tree.folder / "results/demo/provenance.jsonl").unlink()

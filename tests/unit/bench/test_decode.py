@@ -74,7 +74,8 @@ def test_one_run_over_plain_and_packed(tmp_path):
     table = pandas.read_csv(tmp_path / "bench" / "decode.csv")
     assert list(table.columns) == COLUMNS
     assert list(zip(table.model, table.precision, table.batch, strict=True)) == [
-        ("teacher", "bf16", 1), ("grace/int4/seed0", "int4", 1), ("teacher", "bf16", 3), ("grace/int4/seed0", "int4", 3),
+        ("teacher", "bf16", 1), ("grace/int4/seed0", "int4", 1), ("teacher", "bf16", 3),
+        ("grace/int4/seed0", "int4", 3),
     ]  # fmt: skip
     assert (table.prefill_ms > 0).all() and (table.tokens_per_second > 0).all()
     assert (table.peak_mib > table.weight_mib).all()

@@ -1,7 +1,7 @@
 """Every protocol's readers and scores against its own code, on many forms of answers.
 
-lmms-eval is called as it is installed. `protocol_values.json` holds what the originals returned: VLMEvalKit at e8e78f05,
-LLaVA at c121f04, the released GRACE scripts at b73fa9b, run outside of this repository.
+lmms-eval is called as it is installed. `protocol_values.json` holds what the originals returned: VLMEvalKit at
+e8e78f05, LLaVA at c121f04, the released GRACE scripts at b73fa9b, run outside of this repository.
 """
 
 import json

@@ -154,7 +154,8 @@ with job(place / "old", files=[place / "run.json"]), whole_folder(place / "old")
 def test_an_orphan_under_older_parameters_renames_nothing_over_a_newer_result(place):
     """What a killed Snakemake leaves running when the next one has frozen other parameters."""
     orphan = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", ORPHAN, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     assert orphan.stdout.readline() == "writing\n"
     write_json(place / "run.json", {"seed": 1})

@@ -111,7 +111,8 @@ def test_what_is_reached_is_followed_through_every_kind_of_import(package: Path)
     [
         ("steps/one.py", '"""Do it."""', '"""Do something else."""'),
         ("steps/one.py", '"""What a step is."""', "# a comment"),
-        ("steps/one.py", "return helper(x) * c.FACTOR + len(WEIGHTS)", "return (helper( x )*c.FACTOR\n        +len(WEIGHTS))"),
+        ("steps/one.py", "return helper(x) * c.FACTOR + len(WEIGHTS)",
+            "return (helper( x )*c.FACTOR\n        +len(WEIGHTS))"),
         ("steps/one.py", '{"a": 1}', "{'a': 1,}"),
         ("steps/one.py", "def other(): return 2", "def other(): return 4"),
         ("steps/two.py", "def unused(): return 3", "def unused(): return 4"),

@@ -1,4 +1,4 @@
-"""Configurations that are hostile or merely odd: one sentence that names the line or the key, soon, and no traceback."""
+"""Configurations that are hostile or merely odd: one sentence soon, which names the line or the key."""
 
 import random
 import sys

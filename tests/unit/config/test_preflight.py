@@ -80,7 +80,8 @@ def test_everything_that_is_missing_is_said_at_once(place: Path) -> None:
     (place / "teacher/model.safetensors").unlink()
     (place / "student/config.json").unlink()
     found = said(place)
-    wanted = ["mix.json: no such file", "images: no such folder", "pope.parquet: no such benchmark", "no *.safetensors", "config.json: no such file"]  # fmt: skip
+    wanted = ["mix.json: no such file", "images: no such folder", "pope.parquet: no such benchmark", "no *.safetensors",
+        "config.json: no such file"]  # fmt: skip
     assert len(found) == len(wanted)
     for words, sentence in zip(wanted, found, strict=True):
         assert words in sentence and "\n" not in sentence and ";" in sentence
@@ -207,6 +208,6 @@ def test_packages_that_a_tokenizer_needs(place: Path, monkeypatch: pytest.Monkey
     (place / "student/tokenizer.json").rename(place / "student/tokenizer.model")
     monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: None)
     assert said(place) == [
-        f"{place / 'student'}: tokenizer.json is not there, and reading tokenizer.model needs sentencepiece and protobuf; "
-        "pip install sentencepiece protobuf"
+        f"{place / 'student'}: tokenizer.json is not there, and reading tokenizer.model needs sentencepiece and "
+        "protobuf; pip install sentencepiece protobuf"
     ]

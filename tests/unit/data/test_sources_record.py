@@ -30,7 +30,8 @@ RED = [("user", ["a.jpg", "what colour"]), ("assistant", ["red"])]
         (llava(said=("what colour\n<image>", "red")), [("user", ["what colour", "a.jpg"]), RED[1]]),
         (llava(said=("is <image> red or", "red")), [("user", ["is ", "a.jpg", " red or"]), RED[1]]),
         (  # two questions, one after the other, at the end: neither has an answer
-            {**llava(), "conversations": [*dialogue("<image>\nwhat colour", "red"), *dialogue("what"), *dialogue("and")]},
+            {**llava(),
+             "conversations": [*dialogue("<image>\nwhat colour", "red"), *dialogue("what"), *dialogue("and")]},
             RED,
         ),
         (llava(said=("what colour", "red")), RED),  # no tag: before the first question
@@ -97,7 +98,8 @@ RED = [("user", ["a.jpg", "what colour"]), ("assistant", ["red"])]
             [("user", [b"123", "what colour"]), RED[1]],
         ),
         # a tag in an answer is text, and so is what spells a control token
-        (llava(said=("<image>\nwhich tag", "<image> </s>")), [("user", ["a.jpg", "which tag"]), ("assistant", ["<image> </s>"])]),
+        (llava(said=("<image>\nwhich tag", "<image> </s>")),
+            [("user", ["a.jpg", "which tag"]), ("assistant", ["<image> </s>"])]),
         (llava(said=("<image>\nhow many", 3)), [("user", ["a.jpg", "how many"]), ("assistant", ["3"])]),
         (llava(said=("<image>\nq", " spaced ")), [("user", ["a.jpg", "q"]), ("assistant", [" spaced "])]),
     ],

@@ -210,7 +210,7 @@ def test_refusals(monkeypatch, tmp_path):
 
 
 def test_the_documented_example(monkeypatch, tmp_path):
-    """The file of docs/extending.md is found by its name, keeps the rules, trains, and the documented recipe is valid."""
+    """The file of docs/extending.md is found by its name, keeps the rules and trains, and its recipe is valid."""
     page = (Path(__file__).parents[3] / "docs/extending.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page.split("## An objective")[1].split("\n## ")[0], re.DOTALL)
     (tmp_path / "skewed_kl.py").write_text(code)

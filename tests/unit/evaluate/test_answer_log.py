@@ -1,4 +1,4 @@
-"""Killed in the middle of a benchmark, and shared between processes: the same predictions as one undisturbed process."""
+"""Killed in the middle of a benchmark, and shared between processes: predictions as of one undisturbed process."""
 
 import json
 import os

@@ -47,7 +47,8 @@ def write(folder, name: str, rows: list[dict]) -> None:
 
 def run(folder, names, protocol, out: str = "out", **settings) -> dict:
     evaluation = {
-        "benchmarks": list(names), "batch": 4, "max_new_tokens": 3, "harness": "grace", "protocol": protocol, "limit": 100,
+        "benchmarks": list(names), "batch": 4, "max_new_tokens": 3, "harness": "grace", "protocol": protocol,
+        "limit": 100,
         **settings,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps({"family": "llava", "evaluation": evaluation}))
@@ -141,18 +142,22 @@ def damaged(name: str, place: int, **change) -> list[dict]:
     ("name", "rows", "said"),
     [
         ("mmstar", damaged("mmstar", 3, index=0), "row 0 has the id of an earlier row"),
-        ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": None} for i in range(3)], "has no answer, as in splits whose"),
-        ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": [""] * 10} for i in range(3)], "has no answer, as in splits"),
+        ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": None} for i in range(3)],
+            "has no answer, as in splits whose"),
+        ("textvqa", [{**OFFICIAL["textvqa"](i), "answers": [""] * 10} for i in range(3)],
+            "has no answer, as in splits"),
         ("gqa", damaged("gqa", 1, answer=" "), "row 1 has no answer, as in splits"),
         ("pope", damaged("pope", 1, answer="maybe"), "row 1 has the answer 'maybe', which is neither yes nor no"),
         ("mmbench", damaged("mmbench", 1, answer="D"), "has the answer 'D', which is none of its options A, B, C"),
-        ("gqa", damaged("gqa", 2, image={"bytes": b"no image", "path": None}), "row 2 has an image that cannot be decoded"),
+        ("gqa", damaged("gqa", 2, image={"bytes": b"no image", "path": None}),
+            "row 2 has an image that cannot be decoded"),
         ("mme", [OFFICIAL["mme"](0)] * 3, "is a third question about its image"),
         ("gqa", [{"id": "1", "image": image(1)}], "column question is missing"),
         ("mmmu", damaged("mmmu", 0, question="what is <image 3>"), "names image 3, which it does not have"),
         ("mmmu", damaged("mmmu", 1, options="red, blue"), "row 1 has options that are no list: red, blue"),
         ("mmstar", [OFFICIAL["mmstar"](i) | CHOICES for i in range(3)], "has its options apart, which this protocol's"),
-        ("seed-bench", [{"question_id": "7", "question": "which", "answer": "B", "image": [image(1)]}], "has no options"),
+        ("seed-bench", [{"question_id": "7", "question": "which", "answer": "B", "image": [image(1)]}],
+            "has no options"),
     ],
 )  # fmt: skip
 def test_one_failure_is_named_and_takes_nothing_with_it(folder, name, rows, said):
@@ -188,7 +193,8 @@ def test_an_odd_limit_on_mme_is_no_error_and_is_said(folder):
 
 def test_tables_of_vlmevalkit_are_read_images_named_by_index_too(folder):
     rows = [
-        {"index": i + shift * 1_000_000, "image": str(i) if shift else encoded(i), "question": "which", "hint": None, **CHOICES,
+        {"index": i + shift * 1_000_000, "image": str(i) if shift else encoded(i), "question": "which", "hint": None,
+            **CHOICES,
          "answer": "AB"[shift], "category": "c", "l2-category": "l"}
         for i in range(3) for shift in range(2)
     ]  # fmt: skip

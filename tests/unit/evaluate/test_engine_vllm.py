@@ -57,11 +57,12 @@ class StandIn:
             assert all(image.mode == "RGB" for image in images)
             seen = runner.encoder.pixels(images) if images else {}
             prompt = Prompt(ids, see(self.model, seen) if images else ())
-            taken: list[int] = []
-            runner._answers = lambda tokens, logprob, entropy: taken.append((tokens[0].tolist(), float(logprob[0])))  # noqa: B023
+            taken: list[tuple] = []
+            runner._answers = lambda *answer, taken=taken: taken.append(answer)
             with torch.inference_mode():
                 runner._generate([prompt], how.max_tokens)
-            ((tokens, logprob),) = taken
+            ((tokens, logprob, _),) = taken
+            tokens, logprob = tokens[0].tolist(), float(logprob[0])
             end = next((n + 1 for n, token in enumerate(tokens) if token in how.stop_token_ids), len(tokens))
             entries = [{token: SimpleNamespace(logprob=logprob / end)} for token in tokens[:end]]
             output = SimpleNamespace(token_ids=tokens[:end], logprobs=entries)

@@ -23,7 +23,8 @@ PERPLEXITY = {
     "metric_list": [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
 }  # fmt: skip
 CHOICE = {
-    "task": "tiny_choice", "output_type": "multiple_choice", "doc_to_text": "text", "doc_to_choice": ["blue", "red bag"],
+    "task": "tiny_choice", "output_type": "multiple_choice", "doc_to_text": "text",
+    "doc_to_choice": ["blue", "red bag"],
     "doc_to_target": "gold", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }  # fmt: skip
 

@@ -71,7 +71,8 @@ def test_language_tasks_run_through_the_same_model(lm, tmp_path):
         "".join(json.dumps({"text": text, "options": ["blue", "red bag"], "gold": 1}) + "\n" for text in texts)
     )
     common = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)},
+            "cache_dir": str(tmp_path / "cache")},
         "test_split": "test", "num_fewshot": 0,
     }  # fmt: skip
     perplexity = {

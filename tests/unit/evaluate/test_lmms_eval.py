@@ -36,11 +36,13 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("lmms")
     write_asked(made)
     _local(made, "pope", [
-        {"question_id": str(i), "question": "is the dress red", "answer": ("yes", "no")[i % 2], "image_source": f"{i // 2}",
+        {"question_id": str(i), "question": "is the dress red", "answer": ("yes", "no")[i % 2],
+            "image_source": f"{i // 2}",
          "category": "random", "image": _image(i // 2)} for i in range(8)
     ])  # fmt: skip
     _local(made, "mme", [
-        {"question_id": f"{c}/{i // 2}.png", "question": "is a bag blue Please answer yes or no.", "answer": ("Yes", "No")[i % 2],
+        {"question_id": f"{c}/{i // 2}.png", "question": "is a bag blue Please answer yes or no.",
+            "answer": ("Yes", "No")[i % 2],
          "category": c, "image": _image(i // 2)} for c in ("color", "OCR", "code_reasoning") for i in range(4)
     ])  # fmt: skip
     _local(made, "textvqa", [
@@ -48,7 +50,8 @@ def folder(tmp_path_factory):
          "ocr_tokens": ["red"]} for i in range(4)
     ])  # fmt: skip
     _local(made, "mmbench", [
-        {"index": i + shift * 1_000_000, "question": "which", "hint": "nan", "A": "red", "B": "blue", "C": "nan", "D": "nan",
+        {"index": i + shift * 1_000_000, "question": "which", "hint": "nan", "A": "red", "B": "blue", "C": "nan",
+            "D": "nan",
          "answer": "AB"[(i + shift) % 2], "category": "c", "source": "s", "split": "dev", "L2-category": "l",
          "image": _image(i)} for i in range(3) for shift in range(2)
     ])  # fmt: skip
@@ -117,7 +120,8 @@ class Scripted:
 
 OFFICIAL = {
     "pope": lambda r: {
-        "pope_accuracy": r["accuracy"], "pope_precision": r["precision"], "pope_recall": r["recall"], "pope_f1_score": r["f1"], "pope_yes_ratio": r["yes_ratio"],
+        "pope_accuracy": r["accuracy"], "pope_precision": r["precision"], "pope_recall": r["recall"],
+        "pope_f1_score": r["f1"], "pope_yes_ratio": r["yes_ratio"],
     },
     "mme": lambda r: {"mme_perception_score": r["score"], "mme_cognition_score": r["cognition"]},
     "textvqa": lambda r: {"exact_match": r["accuracy"]},
@@ -136,16 +140,19 @@ DOCUMENTS = {
         "category": ("random", "popular")[i % 2], "image": _image(i // 2),
     },
     "mme": lambda i: {
-        "question_id": f"{i // 2}.png", "question": "is it blue Please answer yes or no.", "answer": ("Yes", "No")[i % 2],
+        "question_id": f"{i // 2}.png", "question": "is it blue Please answer yes or no.",
+        "answer": ("Yes", "No")[i % 2],
         "category": ("color", "OCR", "code_reasoning")[i % 6 // 2], "image": _image(i // 2),
     },
     "textvqa": lambda i: {
-        "question_id": i, "question": "what", "answers": ["red"] * (i % 11) + ["blue"] * (10 - i % 11), "image": _image(i),
+        "question_id": i, "question": "what", "answers": ["red"] * (i % 11) + ["blue"] * (10 - i % 11),
+        "image": _image(i),
         "ocr_tokens": ["red"],
     },
     "mmbench": lambda i: {
         "index": i // 3 + i % 3 * 1_000_000, "question": "which", "hint": "nan", "A": "red", "B": "blue", "C": "green",
-        "D": "nan", "answer": "ABC"[(i // 3 + i % 3) % 3], "category": "c", "source": "s", "split": "dev", "L2-category": "l",
+        "D": "nan", "answer": "ABC"[(i // 3 + i % 3) % 3], "category": "c", "source": "s", "split": "dev",
+        "L2-category": "l",
         "image": _image(i // 3),
     },
 }  # fmt: skip

@@ -45,7 +45,8 @@ from vlmeval.smp import dump
 def infer_data_job(model, work_dir, model_name, dataset):
     model.set_dump_image(dataset.dump_image)
     said = [model.generate(dataset.build_prompt(row), dataset.dataset_name) for _, row in dataset.data.iterrows()]
-    dump(dataset.data.assign(prediction=said).drop(columns="image"), f"{work_dir}/{model_name}_{dataset.dataset_name}.tsv")
+    answered = dataset.data.assign(prediction=said).drop(columns="image")
+    dump(answered, f"{work_dir}/{model_name}_{dataset.dataset_name}.tsv")
 """,
     "dataset/__init__.py": """
 from vlmeval.dataset.image_base import ImageBaseDataset
@@ -58,7 +59,8 @@ class ImageYORNDataset(ImageBaseDataset):
     def evaluate(self, path, model, nproc):
         assert model == "exact_matching"
         data = load(path)
-        words = data["prediction"].fillna("").astype(str).str.lower().map(lambda text: "Yes" if "yes" in text else READING)
+        said = data["prediction"].fillna("").astype(str).str.lower()
+        words = said.map(lambda text: "Yes" if "yes" in text else READING)
         dump(data.assign(extracted=words, score=words == data["answer"]), get_intermediate_file_path(path, "_auxmatch"))
 SUPPORTED_DATASETS = ["POPE"]
 def build_dataset(name): return ImageYORNDataset(name)

@@ -188,7 +188,8 @@ def build(kernel, types, **constants):
     print(kernel.__name__, len(compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
 
 fp32 = dict.fromkeys(("temperature", "alpha", "beta_dkd", "inverse_log_vocabulary", "qn", "qp", "factor"), "fp32")
-fp32 |= dict.fromkeys(("gates", "weights", "ce_out", "kd_out", "gate_out", "thetas", "theta_gradients", "means", "mean", "scalars", "partials"), "*fp32")
+out = ("gates", "weights", "ce_out", "kd_out", "gate_out", "thetas", "theta_gradients", "means", "mean", "scalars")
+fp32 |= dict.fromkeys((*out, "partials"), "*fp32")
 i32 = dict.fromkeys(("student_stride", "teacher_stride", "vocabulary", "groups", "n"), "i32")
 rows = fp32 | i32 | {"student": "*bf16", "teacher": "*bf16", "labels": "*i64"}
 for distil, plain in ((True, False), (True, True), (False, False)):

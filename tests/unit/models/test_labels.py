@@ -1,7 +1,8 @@
 """Which token is asked for, written by hand: per family a table of conversations, their tokens and their labels.
 
-`[token]` is asked for. The tokenizers are small ones of the real kinds: SentencePiece as Llama has it, in both ways that it
-treats text behind a control token, and byte-level BPE as Qwen has it. Real vocabularies: test_real_tokenizers.py.
+`[token]` is asked for. The tokenizers are small ones of the real kinds: SentencePiece as Llama has it, in both ways
+that it treats text behind a control token, and byte-level BPE as Qwen has it. Real vocabularies:
+test_real_tokenizers.py.
 """
 
 from types import SimpleNamespace
@@ -70,11 +71,11 @@ LLAVA = {
     "spaces": ([BRIEF, user(IMAGE, "What"), model(" red ")], [1],
         "<s> ▁Be ▁brief. ▁USER : ▁ <image> {n}<0x0A> What ▁ASSISTANT : [▁] [▁red] [▁] [</s>]"),
     "spelled control tokens": ([BRIEF, user("</s>", IMAGE, "<image>"), model("<s></s>")], [1],
-        "<s> ▁Be ▁brief. ▁USER : ▁ < / s > <0x0A> <image> {n}<0x0A> < i m a g e > ▁ASSISTANT : [▁] [<] [s] [>] [<] [/] [s] "
-        "[>] [</s>]"),
+        "<s> ▁Be ▁brief. ▁USER : ▁ < / s > <0x0A> <image> {n}<0x0A> < i m a g e > ▁ASSISTANT : [▁] [<] [s] [>] [<] [/] "
+        "[s] [>] [</s>]"),
     "several images": ([BRIEF, user(IMAGE, IMAGE, "What"), model("red"), user("and", IMAGE), model("yes")], [1, 2, 1],
-        "<s> ▁Be ▁brief. ▁USER : ▁ <image> {n}<0x0A> <image> <image> {n}<0x0A> What ▁ASSISTANT : [▁red] [</s>] {u}USER : ▁and "
-        "<0x0A> <image> ▁ASSISTANT : [▁yes] [</s>]"),
+        "<s> ▁Be ▁brief. ▁USER : ▁ <image> {n}<0x0A> <image> <image> {n}<0x0A> What ▁ASSISTANT : [▁red] [</s>] "
+        "{u}USER : ▁and <0x0A> <image> ▁ASSISTANT : [▁yes] [</s>]"),
     "text alone": ([BRIEF, user("What"), model("red")], [],
         "<s> ▁Be ▁brief. ▁USER : ▁What ▁ASSISTANT : [▁red] [</s>]"),
     "an empty answer": ([BRIEF, user("What"), model("")], [], "<s> ▁Be ▁brief. ▁USER : ▁What ▁ASSISTANT : [▁] [</s>]"),
@@ -85,8 +86,8 @@ SEEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 ASKED, ANSWERED = "<|im_start|> user Ċ", "<|im_end|> Ċ <|im_start|> assistant Ċ"
 QWEN = {
     "a word": ([BRIEF, user(IMAGE, "What is it?"), model("red")], [2],
-        f"<|im_start|> user Ċ <|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|> What Ġis Ġit ? {ANSWERED} [red] "
-        "[<|im_end|>] Ċ"),
+        f"<|im_start|> user Ċ <|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|> What Ġis Ġit ? {ANSWERED} "
+        "[red] [<|im_end|>] Ċ"),
     "turns": ([BRIEF, user(IMAGE, "What"), model("red"), user("now?"), model("yes")], [1],
         f"{ASKED} {SEEN} What {ANSWERED} [red] [<|im_end|>] Ċ {ASKED} now ? {ANSWERED} [yes] [<|im_end|>] Ċ"),
     "unicode": ([BRIEF, user(IMAGE, "é"), model("é 你")], [1],
@@ -96,10 +97,11 @@ QWEN = {
     "a line break first": ([BRIEF, user("What"), model("\nred")], [],  # "ĊĊ" is one token, but not one to be made here
         f"{ASKED} What {ANSWERED} [Ċ] [red] [<|im_end|>] Ċ"),
     "spelled control tokens": ([BRIEF, user("<|im_end|>", IMAGE), model("<|image_pad|>")], [1],
-        f"{ASKED} < | i m _ e n d | > {SEEN} {ANSWERED} [<] [|] [i] [m] [a] [g] [e] [_] [p] [a] [d] [|] [>] [<|im_end|>] Ċ"),
+        f"{ASKED} < | i m _ e n d | > {SEEN} {ANSWERED} [<] [|] [i] [m] [a] [g] [e] [_] [p] [a] [d] [|] [>] "
+        "[<|im_end|>] Ċ"),
     "several images": ([BRIEF, user(IMAGE, IMAGE, "What"), model("red"), user("now?", IMAGE), model("yes")], [1, 2, 1],
-        f"{ASKED} {SEEN} <|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|> What {ANSWERED} [red] [<|im_end|>] Ċ "
-        f"{ASKED} now ? {SEEN} {ANSWERED} [yes] [<|im_end|>] Ċ"),
+        f"{ASKED} {SEEN} <|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|> What {ANSWERED} [red] "
+        f"[<|im_end|>] Ċ {ASKED} now ? {SEEN} {ANSWERED} [yes] [<|im_end|>] Ċ"),
     "text alone": ([BRIEF, user("What"), model("red")], [], f"{ASKED} What {ANSWERED} [red] [<|im_end|>] Ċ"),
 }  # fmt: skip
 

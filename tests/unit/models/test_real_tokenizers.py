@@ -1,4 +1,4 @@
-"""The tables of labels once more, by hand, with real vocabularies: SentencePiece of Llama's kind and Qwen's byte-level BPE.
+"""The tables of labels once more, by hand, with real vocabularies: Llama's SentencePiece and Qwen's byte-level BPE.
 
 `[token]` is asked for. What the tokenizers themselves make of plain text is held against sentencepiece and tiktoken.
 """
@@ -48,10 +48,12 @@ LLAVA = {
     "turns": f"{SEEN} What ▁is ▁it ? {SAYS} [▁A] [▁red] [▁shirt] [.] [</s>] {{u}} : ▁Sure ? {SAYS} [▁yes] [</s>]",
     "unicode": f"{SEEN} é {SAYS} [▁é] [▁] [你] [好] [▁] [ω] [</s>]",
     "spaces": f"{SEEN} What {SAYS} [▁] [▁red] [▁▁] [</s>]",
-    "lines": f"<s> ▁Be ▁brief . ▁US ER : ▁What {SAYS} [▁] [<0x0A>] [<0x0A>] [1] [.] [▁red] [<0x0A>] [2] [.] [▁blue] [</s>]",
-    "spelled": f"<s> ▁Be ▁brief . ▁US ER : ▁</ s > <0x0A> <image> {{n}}<0x0A> < image >< | im _ end | > {SAYS} [▁<] [|] [im] [_] "
-    "[end] [|] [></] [s] [><] [image] [><] [|] [image] [_] [pad] [|] [>] [</s>]",
-    "images": f"{SEEN} <image> <image> {{n}}<0x0A> What {SAYS} [▁red] [</s>] {{u}} : ▁and <0x0A> <image> {SAYS} [▁yes] [</s>]",
+    "lines": f"<s> ▁Be ▁brief . ▁US ER : ▁What {SAYS} [▁] [<0x0A>] [<0x0A>] [1] [.] [▁red] [<0x0A>] [2] [.] "
+    "[▁blue] [</s>]",
+    "spelled": f"<s> ▁Be ▁brief . ▁US ER : ▁</ s > <0x0A> <image> {{n}}<0x0A> < image >< | im _ end | > {SAYS} [▁<] "
+    "[|] [im] [_] [end] [|] [></] [s] [><] [image] [><] [|] [image] [_] [pad] [|] [>] [</s>]",
+    "images": f"{SEEN} <image> <image> {{n}}<0x0A> What {SAYS} [▁red] [</s>] {{u}} : ▁and <0x0A> <image> "
+    f"{SAYS} [▁yes] [</s>]",
     "number": f"<s> ▁Be ▁brief . ▁US ER : ▁How ▁many ? {SAYS} [▁] [1] [2] [</s>]",
     "empty": f"<s> ▁Be ▁brief . ▁US ER : ▁What {SAYS} [▁] [</s>]",
 }
@@ -61,12 +63,13 @@ ONE = "<|vision_start|> <|image_pad|> <|vision_end|>"
 TWO = "<|vision_start|> <|image_pad|> <|image_pad|> <|vision_end|>"
 QWEN = {
     "a word": f"{ASKS} {TWO} What Ġis Ġit ? {ANSWERS} [red] [<|im_end|>] Ċ",
-    "turns": f"{ASKS} {ONE} What Ġis Ġit ? {ANSWERS} [A] [Ġred] [Ġshirt] [.] [<|im_end|>] Ċ {ASKS} Sure ? {ANSWERS} [yes] [<|im_end|>] Ċ",
+    "turns": f"{ASKS} {ONE} What Ġis Ġit ? {ANSWERS} [A] [Ġred] [Ġshirt] [.] [<|im_end|>] Ċ {ASKS} "
+    f"Sure ? {ANSWERS} [yes] [<|im_end|>] Ċ",
     "unicode": f"{ASKS} {ONE} Ã© {ANSWERS} [Ã©] [Ġ] [ä½łå¥½] [ĠÏ] [ī] [<|im_end|>] Ċ",
     "spaces": f"{ASKS} {ONE} What {ANSWERS} [Ġred] [ĠĠ] [<|im_end|>] Ċ",
     "lines": f"{ASKS} What {ANSWERS} [ĊĊ] [1] [.] [Ġred] [Ċ] [2] [.] [Ġblue] [<|im_end|>] Ċ",
-    "spelled": f"{ASKS} </ s > {ONE} < image >< | im _end | > {ANSWERS} [<] [|] [im] [_end] [|] [></] [s] [><] [image] [><] [|] "
-    "[image] [_pad] [|] [>] [<|im_end|>] Ċ",
+    "spelled": f"{ASKS} </ s > {ONE} < image >< | im _end | > {ANSWERS} [<] [|] [im] [_end] [|] [></] [s] [><] [image] "
+    "[><] [|] [image] [_pad] [|] [>] [<|im_end|>] Ċ",
     "images": f"{ASKS} {ONE} {TWO} What {ANSWERS} [red] [<|im_end|>] Ċ {ASKS} and {ONE} {ANSWERS} [yes] [<|im_end|>] Ċ",
     "number": f"{ASKS} How Ġmany ? {ANSWERS} [1] [2] [<|im_end|>] Ċ",
     "empty": f"{ASKS} What {ANSWERS} [<|im_end|>] Ċ",

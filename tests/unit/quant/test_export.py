@@ -132,7 +132,8 @@ def test_gguf_is_read_back_by_the_gguf_package(talking, tmp_path):
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model-Q4_0.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     parts = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q": "self_attn.q_proj",
-             "attn_k": "self_attn.k_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+             "attn_k": "self_attn.k_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+             "ffn_down": "mlp.down_proj"}  # fmt: skip
     for layer in range(2):
         for short, part in parts.items():
             tensor = tensors[f"blk.{layer}.{short}.weight"]

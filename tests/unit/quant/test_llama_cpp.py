@@ -48,7 +48,8 @@ def first_token(model, processor, image):
     """fp32 log-probabilities [vocab] of the first token of the answer, and the prompt's length."""
     parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt"
     )  # fmt: skip
     with torch.no_grad():
         return model(**inputs).logits[0, -1].log_softmax(-1), inputs["input_ids"].shape[1]

@@ -151,7 +151,9 @@ def test_one_tensor_at_a_time(tmp_path):
 
 
 def test_rounding_packing_and_exporting_import_no_transformers():
-    code = "import sys, grace.quant.rtn, grace.quant.pack, grace.quant.export, grace.quant.commands as v; print(*sys.modules)"
+    code = (
+        "import sys, grace.quant.rtn, grace.quant.pack, grace.quant.export, grace.quant.commands; print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in loaded and "transformers" not in loaded
 

@@ -41,7 +41,7 @@ def reference_start(weight, bits, group_size):
 def reference_gradients(weight, theta, grad, bits, group_size, gradient_scale):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     w, g = (t.double().numpy().reshape(len(weight), -1, group_size) for t in (weight, grad))
-    # The quotient is fp32's, as in training: the side of a rounding boundary on which it falls is a matter of definition.
+    # The quotient is fp32's, as in training: on which side of a rounding boundary it falls is a matter of definition.
     step = torch.from_numpy(bf16(np.exp(theta.double().numpy()))).float()
     u = (weight.view(w.shape) / step[..., None]).double().numpy()
     inside = (u > low) & (u < high)

@@ -125,7 +125,7 @@ def test_templates_show_that_content_is_a_list(template):
 
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_the_template_that_ships_begins_a_text_as_the_tokenizer_does(everywhere, tmp_path):
-    """SentencePiece's leading space stands behind control tokens in old tokenizers and at the text's beginning in new."""
+    """SentencePiece's leading space stands behind control tokens in old tokenizers, at the text's beginning in new."""
     tokenizer = sentencepiece()
     if not everywhere:
         tokenizer.backend_tokenizer.normalizer = None

@@ -233,10 +233,8 @@ def test_titles_of_what_models_look_at_are_tested(results):
     base, ours = Row("baseline", "bf16"), Row("grace", "int4")
     noise = np.random.default_rng(0).normal(0, 0.01, 16)
     said = looking._finding(results, "attention", {base: 0.4 + noise, ours: 0.6 - noise})
-    assert (
-        said
-        == "GRACE int4's attention is nearer to the teacher's than the baseline's is: Baseline bf16 0.40, GRACE int4 0.60"
-    )
+    nearer = "GRACE int4's attention is nearer to the teacher's than the baseline's is"
+    assert said == f"{nearer}: Baseline bf16 0.40, GRACE int4 0.60"
     assert "farther from" in looking._finding(results, "attention", {base: 0.6 + noise, ours: 0.4 - noise})
     even = noise - noise.mean()
     close = looking._finding(results, "attention", {base: 0.401 + even, ours: 0.404 + 0.9 * even})

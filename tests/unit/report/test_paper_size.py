@@ -1,4 +1,4 @@
-"""Tables and page of an experiment of the paper's size: fourteen benchmarks in their own scales, one model still missing."""
+"""Tables and page of an experiment of the paper's size: fourteen benchmarks in their own scales, a model missing."""
 
 import numpy as np
 import pandas as pd

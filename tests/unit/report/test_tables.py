@@ -88,13 +88,11 @@ def test_scores_are_the_files_own(results, results_folder):
 
 def test_table_cells_are_recomputable_from_predictions(tables, results_folder):
     line = next(line for line in tables["table1"].lines if line.heads[0] == "GRACE")
+    of_seeds = [results_folder / f"students/grace/bf16/seed{seed}/predictions" for seed in (0, 1)]
     means = [
-        np.mean([
-            pd.read_parquet(results_folder / f"students/grace/bf16/seed{seed}/predictions/{name}.parquet")["score"].mean()
-            for seed in (0, 1)
-        ])
+        np.mean([pd.read_parquet(folder / f"{name}.parquet")["score"].mean() for folder in of_seeds])
         for name in MIRRORS
-    ]  # fmt: skip
+    ]
     assert [cell.value for cell in line.cells[:3]] == pytest.approx([100 * mean for mean in means])
     assert line.cells[3].value == pytest.approx(100 * np.mean(means))
     assert all(cell.stderr > 0 for cell in line.cells[:4])
@@ -121,7 +119,8 @@ def test_the_papers_numbers_stand_beside_its_own_models_alone(tables):
     [
         ("llava15_7b", {}, "teacher rtn finetune grace"),
         ("llava15_7b", {"teacher": {"pretrained": "/models/teacher"}}, ""),
-        ("llava15_7b", {"student": {"pretrained": "/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0a1b"}}, "teacher rtn finetune grace"),
+        ("llava15_7b", {"student": {"pretrained": "/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0a1b"}},
+            "teacher rtn finetune grace"),
         ("llava15_7b", {"student": {"pretrained": "llava-hf/bakLlava-v1-hf"}}, ""),
         ("llava15_7b", {"evaluation": {"limit": 100}}, ""),
         ("llava15_7b", {"evaluation": {"max_new_tokens": 4}}, ""),
@@ -130,7 +129,8 @@ def test_the_papers_numbers_stand_beside_its_own_models_alone(tables):
         ("llava15_7b", {"finetune": {"epochs": None, "steps": 100}}, "teacher rtn"),
         ("llava15_7b", {"method": {"tau": 1.0}}, "teacher rtn finetune"),
         ("llava15_7b", {"method": {"omega_warmup": 0.2}}, "teacher rtn finetune grace"),
-        ("llava15_7b", {"recipes": {"grace": {"kd": "gated", "rcka": True, "controller": True, "method": {"omega": 1.0}}}}, "teacher rtn finetune"),
+        ("llava15_7b", {"recipes": {"grace": {"kd": "gated", "rcka": True, "controller": True,
+            "method": {"omega": 1.0}}}}, "teacher rtn finetune"),
         ("llava15_7b", {"quantization": {"group_size": 64}}, "teacher"),
         ("llava15_7b", {"quantization": {"scale_lr_factor": 20}}, "teacher rtn"),
         ("qwen3vl_2b", {}, "teacher grace"),
@@ -405,7 +405,8 @@ def test_roles():
     run = {name for runs in config.runs for name in runs.recipes}
     named = {name: role(recipe) for name, recipe in config.recipes.items() if name in run}
     assert named == {
-        "rtn": "rtn", "awq": "awq", "qat": "none", "kd": "kd", "gdkd": "gdkd", "rcka": "rcka", "ib": "ib", "grace": "grace",
+        "rtn": "rtn", "awq": "awq", "qat": "none", "kd": "kd", "gdkd": "gdkd", "rcka": "rcka", "ib": "ib",
+        "grace": "grace",
     }  # fmt: skip
     assert role(Recipe(kd="gated", controller=True)) == "gdkd+ib"
     assert role(Recipe(kd="plain", rcka=True, controller=True)) == "rcka+ib"

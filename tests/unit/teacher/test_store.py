@@ -1,4 +1,4 @@
-"""A cache as it is used: made by the subcommands from a tiny teacher, killed, damaged, refused, and made whole again."""
+"""A cache as it is used: made by the subcommands from a tiny teacher, killed, damaged, refused, made whole again."""
 
 import hashlib
 import io

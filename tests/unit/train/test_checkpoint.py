@@ -54,7 +54,8 @@ def flip(path, at):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name, place", [("__0_0.distcp", 0.5), ("__0_0.distcp", 0.01), (".metadata", 0.5), ("train.jsonl", 0.5),
+@pytest.mark.parametrize("name, place", [("__0_0.distcp", 0.5), ("__0_0.distcp", 0.01), (".metadata", 0.5),
+    ("train.jsonl", 0.5),
                                          ("checkpoint.json", 0.9), ("checkpoint.json", 0.0)])  # fmt: skip
 def test_a_flipped_bit_falls_back_to_the_one_before(folder, capsys, name, place):
     path = folder / "step-0000006" / name

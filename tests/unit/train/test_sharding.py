@@ -1,4 +1,4 @@
-"""Layers are sharded under one root, so that one is gathered while another computes; every way gives the same gradients."""
+"""Layers are sharded under one root: one is gathered while another computes; every way gives the same gradients."""
 
 import json
 import subprocess
