@@ -1,6 +1,7 @@
 """A results folder in the pipeline's layout with simulated predictions, for tests of what reads results."""
 
 import json
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -176,6 +177,11 @@ def _bench(folder: Path) -> None:
         for batch in (1, 8)
     ]  # fmt: skip
     pd.DataFrame(decode).to_csv(folder / "decode.csv", index=False)
+
+
+def change_rows(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Write a file of predictions again with other rows."""
+    change(pd.read_parquet(path)).to_parquet(path)
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,18 @@ def make_home(home):
 
 
 GRACE = dict(kd="gated", rcka=True, controller=True, bits=4)
+RECIPES = {
+    "bf16": {},
+    "qat": dict(bits=4),
+    "kd": dict(kd="plain", bits=2),
+    "gdkd": dict(kd="gated"),
+    "rcka": dict(rcka=True),
+    "ib": dict(kd="plain", controller=True),
+    "grace": GRACE,
+    "reverse_kl": dict(kd="reverse_kl", bits=4),
+    "jensen_shannon": dict(kd="jensen_shannon", constants=dict(mixture=0.3)),
+    "dist": dict(kd="dist", rcka=True, controller=True),
+}
 
 
 def student(home, folder, name, **change):

@@ -4,11 +4,8 @@ import shutil
 
 import browser_report
 import pytest
-from fake_results import results_folder
 
 from grace.report import commands
-
-__all__ = ["results_folder"]  # a fixture
 
 pytestmark = [
     pytest.mark.slow,

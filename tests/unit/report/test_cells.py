@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from fake_results import MIRRORS, results_folder
+from fake_results import MIRRORS
 
 from grace.errors import GraceError
 from grace.report import speed
@@ -13,7 +13,6 @@ from grace.report.tables.cells import CELLS, find_cells, read_cells
 from grace.report.tables.write import NAMES, write_tables
 from grace.results.read import read_results
 
-__all__ = ["results_folder"]  # a fixture
 BOTH_SEEDS = [f"students/grace/int4/seed{seed}/predictions/colour.parquet" for seed in (0, 1)]
 
 

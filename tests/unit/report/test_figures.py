@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fake_results import results_folder
 from PIL import Image
 
 from grace.distill import relational_cka
@@ -21,13 +20,6 @@ from grace.report.figures import write as figures
 from grace.report.figures.roofline import work
 from grace.report.figures.style import place_labels, save, style, title_of
 from grace.results.read import TEACHER, Results, Row, read_results
-
-__all__ = ["results_folder"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def results(results_folder):
-    return read_results(results_folder)
 
 
 @pytest.fixture(scope="module")

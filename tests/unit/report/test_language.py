@@ -7,15 +7,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_results import make_results, results_folder
+from fake_results import make_results
 
 from grace.errors import GraceError
 from grace.evaluate.language import SCHEMA
 from grace.report.tables.language import language_table, text_points
 from grace.report.tables.table import markdown
 from grace.results.read import Row, read_results
-
-__all__ = ["results_folder"]  # a fixture
 
 
 def test_points_are_lm_evals_aggregates_and_errors_those_of_resampled_texts():

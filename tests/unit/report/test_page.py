@@ -8,15 +8,12 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from fake_results import results_folder
 
 from grace.errors import GraceError
 from grace.report import commands
 from grace.report.figures.style import nothing, save, style
 from grace.report.figures.write import NAMES
 from grace.report.speed import FIGURES as TIMED
-
-__all__ = ["results_folder"]  # a fixture
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 

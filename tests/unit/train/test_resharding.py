@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import GRACE, log, make_home, optimisation, run_file, weights
+from tiny_runs import GRACE, log, optimisation, run_file, weights
 
 HELPER = Path(__file__).parents[2] / "helpers" / "killed_train.py"
 STEPS = optimisation(steps=9, checkpoint_every=2, micro_batch=2)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("experiment"))
 
 
 def train(home, folder, name, processes, at):
