@@ -154,7 +154,7 @@ def results() -> str:
         text = path.read_text()
         heading = re.match(r"((?:#.*\n)+)", text)
         lines.append(f"## `rules/{path.name}`\n")
-        lines += [line.removeprefix("#").strip() for line in heading[1].splitlines()] if heading else []
+        lines += _heading(heading[1]) if heading else []
         rows = []
         text = text.replace("{plan.folder}", "results/{experiment}")
         text = re.sub(
@@ -165,10 +165,17 @@ def results() -> str:
             called = re.search(r'"(?:torchrun[^"]*)?(grace [a-z]+(?: [a-z]+)?)"', body)
             calls = f"`{called[1]}`" if called else ""
             outputs = re.findall(r'"([^"]+)"', made[1]) if made else []
-            rows += [f"| `{_cell(output)}` | `{name}` | {calls} |" for output in outputs]
+            names = [re.sub(r"{(\w+),[^}]*}", r"{\1}", output) for output in outputs]  # without what a wildcard may be
+            rows += [f"| `{output}` | `{name}` | {calls} |" for output in names]
         lines += ["\n| made | by rule | which calls |\n|---|---|---|", *rows] if rows else []
         lines.append("")
     return "\n".join([*lines, *_tables()])
+
+
+def _heading(comment: str) -> list[str]:
+    """A file's opening comment as Markdown: what it needs and makes are paragraphs, and a `*` is no mark."""
+    text = re.sub(r"(?m)^# ?", "", comment).replace("*", r"\*")
+    return re.sub(r"\s*\b(Needs|Makes):", r"\n\n**\1:**", text).splitlines()
 
 
 def _tables() -> Iterator[str]:

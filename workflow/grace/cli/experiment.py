@@ -45,7 +45,7 @@ def config_schema() -> None:
 
 
 @config_commands.command("default")
-def config_default(file: Annotated[Path, typer.Argument()] = Path("config.yaml")) -> None:
+def config_default(file: Annotated[Path, typer.Argument(help="the experiment")] = Path("config.yaml")) -> None:
     """Print a configuration file with every key, its value and its explanation."""
     from grace.config.generate import explain_file
 
