@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from grace.cli import app
+from grace.config.load import load_files
 from grace.quant import card
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +167,18 @@ def test_the_plan_that_a_page_shows_is_what_is_printed():
     shown = [line.split() for line in block[1].splitlines() if line.strip(" ─…")]
     # the heading of a narrow terminal takes two lines
     assert len(shown) > 4 and not [line for line in shown[1:] if line not in map(str.split, printed)]
+
+
+def test_the_part_of_an_experiment_that_a_page_tries_is_one(tmp_path):
+    page = (ROOT / "docs/paper.md").read_text()
+    (part,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "try.yaml").write_text(part)
+    shipped = [ROOT / "workflow/experiments" / name for name in re.findall(r"(?m)^\| `(\w+\.yaml)` \|", page)]
+    assert len(shipped) == 4
+    whole, tried = load_files(shipped[:1]), load_files([shipped[0], tmp_path / "try.yaml"])
+    assert tried.experiment != whole.experiment
+    assert tried.data.sources[0].path == whole.data.sources[0].path
+    assert set(tried.evaluation.benchmarks) < set(whole.evaluation.benchmarks)
 
 
 def test_a_table_is_narrow():
