@@ -34,6 +34,7 @@ from grace.kernels.decode_ring import (
     QKV_BIAS,
     address,
     cached,
+    make_ring,
     meet,
     own_slots,
     pass_on,
@@ -307,18 +308,7 @@ def layers_kernel(
     STEPS: gl.constexpr = max(PADS[0], PADS[1], PADS[2]) // (128 * WAYS)
     x_s = gl.allocate_shared_memory(gl.float16, [STEPS, WAYS, 128], _ROWS)
     shift_s = gl.allocate_shared_memory(gl.float32, [STEPS, WAYS], PLAIN)
-    words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
-    pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=32)  # every lane of `stream`, once its copies are there
-        mbarrier.init(empty.index(i), count=1)
-    mbarrier.init(done, count=1)
-    mbarrier.init(go, count=1)
-    ring = (words_s, pairs_s, full, empty)
+    ring, done, go = make_ring(WAYS, STAGES)
     gl.warp_specialize(
         [
             (_compute, (

@@ -49,6 +49,23 @@ def cached(layer, head, LENGTH, D: gl.constexpr, DTYPE: gl.constexpr, CODES: gl.
 
 
 @gluon.jit
+def make_ring(WAYS: gl.constexpr, STAGES: gl.constexpr):
+    """An empty ring in shared memory; and the barriers by which `_compute` says that it is done, and `meet` lets it go."""
+    words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
+    pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=32)  # every lane of `stream`, once its copies are there
+        mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(done, count=1)
+    mbarrier.init(go, count=1)
+    return (words_s, pairs_s, full, empty), done, go
+
+
+@gluon.jit
 def pass_on(dealt, OUT: gl.constexpr, P: gl.constexpr):
     """A program's first unit of the next product: units are dealt on from the program where the last product ended."""
     return (dealt + P - OUT // 16 % P) % P
