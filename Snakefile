@@ -19,6 +19,7 @@ from grace.config.trials import Trials
 from grace.config.unapplied_trials import unapplied
 from grace.config.yaml_file import read_yaml
 from grace.errors import GraceError
+from grace.precision import INTEGER_PATTERN, PRECISION_PATTERN
 
 min_version("9.27")
 
@@ -119,7 +120,7 @@ onstart:
 
 wildcard_constraints:
     experiment=only.where(True),
-    precision=r"(bf16|int[2348])(-outliers)?",
+    precision=PRECISION_PATTERN,
     seed=r"\d+",
     shard=r"\d{5}",
     trial=r"\d+",

@@ -15,7 +15,7 @@ rule pack:
         "results/{experiment}/logs/students/{recipe}/{precision}/seed{seed}/pack.tsv"
     wildcard_constraints:
         recipe=only.made,
-        precision=r"int[2348](-outliers)?",
+        precision=INTEGER_PATTERN,
     priority: 40
     conda:
         "../envs/grace.yaml"

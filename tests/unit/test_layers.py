@@ -9,7 +9,7 @@ PACKAGE = Path(grace.__file__).parent
 # From the ground up; a room may import those before it and its neighbours on the same floor, never those after it.
 FLOORS = (
     ("errors", "arithmetic", "environment", "progress", "world", "first_order", "nested", "limits", "hashes", "git"),
-    ("workers",),
+    ("workers", "precision"),
     ("files",),
     ("kernels", "benchmarks", "families"),
     ("config", "distill"),

@@ -13,12 +13,13 @@ from stub_tree import CONFIG, ROOT
 
 from grace.config.frozen import Frozen
 from grace.config.generate import explain_file, schema
-from grace.config.job_parameters import QuantizeRun, TrainRun, split_precision, student_run, teacher_run
+from grace.config.job_parameters import QuantizeRun, TrainRun, student_run, teacher_run
 from grace.config.load import load_experiment
 from grace.config.plan import Plan
 from grace.config.schema import Experiment
 from grace.config.sections import DEMO_BENCHMARKS
 from grace.errors import GraceError
+from grace.precision import split_precision
 
 FILES = [ROOT / "config.yaml", *sorted((ROOT / "workflow/experiments").glob("*.yaml"))]
 REMOVED = object()

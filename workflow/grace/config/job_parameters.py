@@ -26,6 +26,7 @@ from grace.config.sections import PostTraining
 from grace.config.tuning import Tuning
 from grace.errors import GraceError, problem
 from grace.files import read_json
+from grace.precision import split_precision
 
 Run = TypeVar("Run", bound=Section)
 
@@ -112,12 +113,6 @@ class BenchRun(Section):
     family: str
     bench: Bench
     group_size: int
-
-
-def split_precision(precision: str) -> tuple[int | None, bool]:
-    """`int4-outliers` -> (4, True); `bf16` -> (None, False)."""
-    name, _, outliers = precision.partition("-")
-    return (None if name == "bf16" else int(name.removeprefix("int"))), bool(outliers)
 
 
 def student_run(config: Experiment, recipe: str, precision: str, seed: int) -> TrainRun | QuantizeRun:

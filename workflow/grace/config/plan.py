@@ -5,9 +5,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from grace.config.job_parameters import split_precision
 from grace.config.schema import Experiment, Model
 from grace.config.sections import Release
+from grace.precision import split_precision
 
 
 def student_folder(recipe: str, precision: str, seed: int | str) -> str:

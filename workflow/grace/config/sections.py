@@ -16,9 +16,11 @@ from pydantic import (
     model_validator,
 )
 
+from grace.precision import PRECISION_PATTERN
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$", max_length=64)]  # a folder's
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
-PrecisionName = Annotated[str, Field(pattern=r"^(bf16|int[2348])(-outliers)?$")]
+PrecisionName = Annotated[str, Field(pattern=f"^{PRECISION_PATTERN}$")]
 DEMO_BENCHMARKS = (
     "colour", "object", "position", "presence", "pairs", "digits", "reading", "options", "category", "count",
     "unanswerable",

@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from grace.config.job_parameters import split_precision
 from grace.errors import GraceError
 from grace.files import MANIFEST
+from grace.precision import split_precision
 
 QUICK = 60.0  # seconds: a model that takes longer is asked by a job of its own
 ALTOGETHER = 600.0  # seconds after which no further model is begun: a cluster ends jobs that run long

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grace.precision import code_range
+
 _TILE = 2048  # weights per program
 
 
@@ -93,8 +95,8 @@ def fake_quantize(weight: Tensor, scales: Tensor, bits: int, out: Tensor | None 
     groups, tile = _layout(weight, scales)
     if not out.is_contiguous() or out.shape != weight.shape:
         raise ValueError(f"the output must be contiguous and {list(weight.shape)}, not {list(out.shape)}")
-    limit = float(2 ** (bits - 1))
-    _quantize[(triton.cdiv(groups, tile["GROUPS"]),)](weight, scales, out, groups, -limit, limit - 1, **tile)
+    lowest, highest = map(float, code_range(bits))
+    _quantize[(triton.cdiv(groups, tile["GROUPS"]),)](weight, scales, out, groups, lowest, highest, **tile)
     return out
 
 
@@ -116,9 +118,9 @@ def lsq_gradient_(
     if not gradient.is_contiguous() or gradient.shape != weight.shape or theta.shape != scales.shape:
         raise ValueError(f"gradient {list(gradient.shape)} or theta {list(theta.shape)} does not fit the weight")
     theta_gradient = torch.empty(scales.shape, dtype=torch.float32, device=weight.device)
-    factor = (tile["GROUP"] * (2 ** (bits - 1) - 1)) ** -0.5 if gradient_scale else 1.0
-    limit = float(2 ** (bits - 1))
+    lowest, highest = map(float, code_range(bits))
+    factor = (tile["GROUP"] * highest) ** -0.5 if gradient_scale else 1.0
     _lsq_gradient[(triton.cdiv(groups, tile["GROUPS"]),)](
-        weight, scales, theta, gradient, theta_gradient, groups, -limit, limit - 1, factor, **tile
+        weight, scales, theta, gradient, theta_gradient, groups, lowest, highest, factor, **tile
     )
     return theta_gradient

@@ -8,6 +8,8 @@ fours. Little-endian machines only, like safetensors itself.
 
 import torch
 
+from grace.precision import code_range
+
 _OCTETS = 1 << 15  # eight codes each: a piece stays in the processor's cache
 # `bits` bytes at the start of eight, as the fewest elements: strided copies of single bytes are slow.
 _LANE = {2: torch.int16, 3: torch.uint8, 4: torch.int32, 8: torch.int64}
@@ -43,7 +45,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 [out, in], within the range of `bits`, to int32 [out, ceil(in * bits / 32)]; on the CPU."""
     rows, columns = codes.shape
     if columns % 32:
-        codes = torch.nn.functional.pad(codes, (0, -columns % 32), value=-(2 ** (bits - 1)))
+        codes = torch.nn.functional.pad(codes, (0, -columns % 32), value=code_range(bits)[0])
     octets = codes.contiguous().view(torch.int64).flatten()
     lane = _LANE[bits]
     packed = torch.empty(len(octets), bits // lane.itemsize, dtype=lane)
@@ -65,5 +67,5 @@ def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         octets = torch.zeros(len(piece), dtype=torch.int64)
         octets.view(lane).view(-1, 8 // lane.itemsize)[:, : piece.shape[1]] = piece
         stored = _spread(octets, bits).view(torch.int8).view(-1, 8)
-        torch.add(stored, -(2 ** (bits - 1)), out=codes[begin : begin + _OCTETS])
+        torch.add(stored, code_range(bits)[0], out=codes[begin : begin + _OCTETS])
     return codes.view(rows, -1)[:, :columns].contiguous()

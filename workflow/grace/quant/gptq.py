@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from grace.errors import GraceError
+from grace.precision import code_range
 from grace.quant.calibration import INPUTS, Moments
-from grace.quant.grid import best_scales, code_range, dequantize, group_count
+from grace.quant.grid import best_scales, dequantize, group_count
 
 DAMPING = 0.01
 

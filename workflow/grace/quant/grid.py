@@ -10,20 +10,13 @@ from collections.abc import Callable
 import torch
 
 from grace.errors import GraceError
+from grace.precision import code_range
 
-BITS = (2, 3, 4, 8)
 # Largest magnitudes are tried as `factor * max|w| / Qp`: the paper's K = 20 factors in [0.3, 1.2].
 FACTORS = torch.linspace(0.3, 1.2, 20).tolist()
 _PIECE = 1 << 18  # weights
 SMALLEST = torch.finfo(torch.bfloat16).tiny
 LARGEST = torch.finfo(torch.bfloat16).max
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """(-Qn, Qp) of signed codes of this width; a `GraceError` for any width but 2, 3, 4 and 8."""
-    if bits not in BITS:
-        raise GraceError(f"bits: {bits} is not a width that can be quantised to; use 2, 3, 4 or 8")
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def group_count(in_features: int, group_size: int, name: str = "weight") -> int:
@@ -96,7 +89,8 @@ def format_scales(weight: torch.Tensor, bits: int, group_size: int, name: str = 
 
     The largest weight lies half a step beyond the largest positive code, so that positive ones are clipped a little.
     """
-    return on_bf16_grid(_largest(weight, group_size, name) / ((2**bits - 1) / 2))
+    lowest, highest = code_range(bits)
+    return on_bf16_grid(_largest(weight, group_size, name) / ((highest - lowest) / 2))
 
 
 def best_scales(weight: torch.Tensor, bits: int, group_size: int, name: str = "weight") -> torch.Tensor:

@@ -20,12 +20,12 @@ from grace.errors import GraceError
 from grace.families import family_of_folder
 from grace.families.files import read_config
 from grace.files import MANIFEST, read_json, sha256, whole_folder, write_json
+from grace.precision import code_range
 from grace.progress import progress
 from grace.quant.awq_gemm import unpack_gemm
 from grace.quant.bits import pack_codes, unpack_codes, words_per_row
 from grace.quant.card import ABOUT, write_card
 from grace.quant.checkpoint import Checkpoint, TensorSpec, copy_companions, plain_config, write_checkpoint
-from grace.quant.grid import code_range
 from grace.quant.names import quantised_module
 from grace.quant.pack import quantization_config
 

@@ -8,9 +8,9 @@ import torch
 
 from grace.errors import GraceError
 from grace.families.files import read_config
+from grace.precision import code_range
 from grace.quant.bits import unpack_codes, words_per_row
 from grace.quant.checkpoint import Checkpoint
-from grace.quant.grid import code_range
 from grace.quant.names import quantised_module
 
 OUTSIDE = ("vision_tower", "multi_modal_projector", "visual")  # in the names of what is not the language model

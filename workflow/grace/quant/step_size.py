@@ -17,7 +17,8 @@ from torch import nn
 
 from grace.errors import GraceError
 from grace.first_order import first_order
-from grace.quant.grid import best_scales, code_range, dequantize, group_count, on_bf16_grid, quantize
+from grace.precision import code_range
+from grace.quant.grid import best_scales, dequantize, group_count, on_bf16_grid, quantize
 
 __all__ = ["LearnedStepSize", "dequantize", "lsq_gradients", "quantize"]
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grace.errors import GraceError, problem
 from grace.files import read_json, write_json
+from grace.precision import code_range
 from grace.quant.checkpoint import Checkpoint, TensorSpec, write_tensors
-from grace.quant.grid import code_range, group_count
+from grace.quant.grid import group_count
 
 TENSORS = "quantization.safetensors"
 DESCRIPTION = "quantization.json"

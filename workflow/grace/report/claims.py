@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from grace.precision import INTEGERS
 from grace.report.comparisons import Family
 from grace.report.decoding import DECODE, decode_rows, dense_beside
 from grace.report.entropy import entropy_files, entropy_numbers
@@ -10,7 +11,7 @@ from grace.report.verdicts import LEAST_SEEDS, METHOD_SEEDS, Decision, decide, f
 from grace.results.paired import Comparison, holm
 from grace.results.read import BASELINE, TEACHER, Results, Row
 
-QUANTISED = ("int8", "int4", "int3", "int2", "int4-outliers")
+QUANTISED = (*INTEGERS, "int4-outliers")
 GROUND, METHOD, PARTS_GROUP = "What GRACE starts from", "GRACE", "GRACE's parts"
 _PARTS = {"gdkd": "Gated decoupled KD", "rcka": "Relational CKA", "ib": "The controller"}
 _PAIRS = {"gdkd+rcka": "without the controller", "gdkd+ib": "without relational CKA", "rcka+ib": "without GDKD"}

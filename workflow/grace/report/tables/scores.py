@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import get_args
 
 from grace.config.sections import PostTraining
+from grace.precision import INTEGERS
 from grace.report.comparisons import Family, files_compared, files_of, has, parts_of
 from grace.report.paper import (
     AVERAGE,
@@ -25,7 +26,6 @@ from grace.results.read import BASELINE, TEACHER, Results, Row
 from grace.results.statistics import ALPHA, Estimate, estimate
 
 ROUNDINGS: tuple[str, ...] = get_args(PostTraining)
-PRECISIONS = ("int8", "int4", "int3", "int2")
 ABLATION = ("none", *PARTS, "gdkd+rcka", "gdkd+ib", "rcka+ib", GRACE)
 
 
@@ -203,10 +203,10 @@ def groups_of(results: Results) -> dict[str, list[Group]]:
         "1": [Group("", full, base)],
         "3": [Group("", ablation, plain or base)] if len(ablation) > len(first) else [],
     }
-    tables["2"] = _blocks(experiment, {p: pick((*ROUNDINGS, "none", GRACE, "variant"), p) for p in PRECISIONS}, base)
+    tables["2"] = _blocks(experiment, {p: pick((*ROUNDINGS, "none", GRACE, "variant"), p) for p in INTEGERS}, base)
     if tables["2"] and base:
         tables["2"].insert(0, Group("bf16, where they start", [base], base, (base,)))
-    tables["4"] = _blocks(experiment, {p: pick(("none", "kd", GRACE), p) for p in PRECISIONS}, None)
+    tables["4"] = _blocks(experiment, {p: pick(("none", "kd", GRACE), p) for p in INTEGERS}, None)
     outliers = sorted({row.precision for row in results.rows() if row.precision.endswith("-outliers")}, reverse=True)
     everything = (*ROUNDINGS, "none", "kd", *ABLATION[1:], "variant")
     tables["outliers"] = _blocks(experiment, {p: pick(everything, p) for p in outliers}, base)
