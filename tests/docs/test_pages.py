@@ -144,6 +144,21 @@ def test_a_subcommand_that_a_page_names_is_there():
     assert not lost
 
 
+def test_a_name_of_the_package_that_a_page_gives_is_there():
+    """`grace.part.module.name` by the text of the files, which imports nothing."""
+    named = {(page.name, name) for page in PAGES for name in re.findall(r"`grace\.([\w.]+)", page.read_text())}
+    assert len(named) > 10 and not sorted(pair for pair in named if not _defined(pair[1].split(".")))
+
+
+def _defined(parts: list[str]) -> bool:
+    for count in range(len(parts), 0, -1):
+        path = PACKAGE.joinpath(*parts[:count])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if file.is_file():
+            return count == len(parts) or bool(re.search(rf"\b{parts[count]}\b", file.read_text()))
+    return False
+
+
 def test_a_flag_that_a_page_gives_to_a_subcommand_is_one_of_it():
     top = typer.main.get_command(app)
     checked, lost = 0, []
