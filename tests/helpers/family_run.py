@@ -1,31 +1,24 @@
 """A shipped experiment with small models and data of the same form in place of its own, through Snakemake."""
 
-import atexit
 import json
 import math
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import started
 import yaml
 from hub_snapshots import snapshot
 from user_data import write_benchmarks, write_conversations
 
-from grace.arithmetic import SETTINGS, THREADS
 from grace.config.load import load_experiment
 from grace.files import check_manifest, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-WARM = Path(__file__).with_name("warm.py")
 EXPERIMENTS = ROOT / "workflow/experiments"
 ROWS = 4
-CONVERSATIONS = 12
+CONVERSATIONS = 8
 RUNS = [{"recipes": ["finetune", "kd", "grace", "rtn", "awq", "gptq"], "precisions": ["int4"], "seeds": [0]}]
 # One process for many on a machine without GPUs, and as little of each stage as shows that it works.
 # bf16 takes a processor a hundred times as long as fp32: one family trains in it.
@@ -33,6 +26,7 @@ SMALL = {
     "compute_dtype": "float32",
     "cache": {"shards": 1, "audit": 0.1},
     "quantization": {"calibration": 8},
+    "finetune": {"epochs": 1},
     "runs": RUNS,
     "bench": {"rows": [1], "batches": [1], "new_tokens": 4, "repeats": 1},
     "resources": {
@@ -54,30 +48,13 @@ def swapped(folder: Path, family: str, benchmarks: list[str]) -> dict:
     }
 
 
-@cache
-def _server() -> Path:
-    """The socket of the process that this test process's subcommands are forked from; it ends with this one."""
-    path = Path(tempfile.mkdtemp()) / "grace"
-    command = [sys.executable, WARM, "serve", path]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
-    assert server.stdout.readline() == b"ready\n"
-    atexit.register(lambda: (server.stdin.close(), server.wait(), shutil.rmtree(path.parent)))
-    return path
-
-
-def environment() -> dict[str, str]:
-    """A user's: what the tests fix of the arithmetic, each subcommand fixes for itself, but for `grace bench`."""
-    mine = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, THREADS)}
-    return {**mine, "PYTHONPATH": os.pathsep.join([str(ROOT / "workflow"), os.environ.get("PYTHONPATH", "")])}
-
-
 def snakemake(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The repository's workflow, with everything that it writes below `folder`."""
-    command = [
-        sys.executable, WARM, "snakemake", _server(), "--snakefile", str(ROOT / "Snakefile"),
-        "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *arguments,
-    ]  # fmt: skip
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    profile = ROOT / "workflow/profiles/default"
+    command = started.snakemake(
+        "--snakefile", ROOT / "Snakefile", "--workflow-profile", profile, "--cores", "2", *arguments
+    )
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=started.environment())
 
 
 def run(folder: Path, name: str, model: str, **more: Any) -> Path:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import started
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,7 +142,14 @@ class Tree:
         return Tree(folder)
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command in the tree, with its own copy of the package first."""
+        """Run a command in the tree, with its own copy of the package first.
+
+        Snakemake's jobs start as a user's do, for they import next to nothing.
+        """
+        if command[0] == "snakemake":
+            command = tuple(started.python("-m", *command))
+        elif command[0] == "grace":
+            command = tuple(started.grace(*command[1:]))
         here = {
             "PYTHONPATH": str(self.folder / "workflow"),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -150,7 +158,7 @@ class Tree:
         }
         done = subprocess.run(command, cwd=self.folder, env={**os.environ, **here}, capture_output=True, text=True)
         if check and done.returncode:
-            raise AssertionError(f"{' '.join(command)} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            raise AssertionError(f"{' '.join(command[-9:])} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

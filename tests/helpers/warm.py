@@ -1,11 +1,14 @@
-"""Subcommands that start at once: each is forked from a process that has imported what all of them import.
+"""Python processes that start at once: each is forked from one that has imported torch, transformers, lm-eval, Snakemake.
 
-Importing torch, transformers and lm-eval is most of what a job of a tiny experiment costs. The shrunken experiment, the
-demo and the kills start every subcommand as users do; the families' experiments start theirs here.
+These imports are most of what a process of a tiny experiment costs. The demo and the kills start every process as users
+do; tests that are about what a process does, not about how it starts, put `python(...)` in place of `sys.executable`.
 
-    python warm.py serve SOCKET         fork for whoever connects, until standard input closes
-    python warm.py grace SOCKET WORDS   be the subcommand `grace WORDS`: its output, working directory, exit status
-    python warm.py snakemake SOCKET ARGUMENTS   Snakemake whose jobs start so
+    python warm.py serve SOCKET                fork for whoever connects, until standard input closes
+    python warm.py python SOCKET ARGUMENTS     be `python ARGUMENTS`: its output, working directory, exit status
+    python warm.py grace SOCKET WORDS          be the subcommand `grace WORDS`
+    python warm.py snakemake SOCKET ARGUMENTS  Snakemake whose jobs start so
+
+A signal to the process that asked ends the forked one by SIGKILL, whatever the signal.
 """
 
 import json
@@ -14,7 +17,12 @@ import socket
 import struct
 import sys
 
+HERE = os.path.abspath(__file__)
 LENGTH = struct.Struct("!Q")
+F_SETSIG = 10  # Linux's; `fcntl` has no name for it
+
+
+# In the process that asks, which imports next to nothing.
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
@@ -28,20 +36,25 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def ask(path: str, words: list[str]) -> int:
-    """Have the server run `grace` with these words as if it were this process; its exit status."""
+    """Have the server run these words as if it were this process; its exit status."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         told = json.dumps({"words": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
         socket.send_fds(connection, [LENGTH.pack(len(told))], [0, 1, 2])
         connection.sendall(told)
         status = _exactly(connection, 1)
-    return status[0] if status else 137  # a signal ended it, before it could say how
+    if not status:  # a signal ended it, before it could say how
+        os.kill(os.getpid(), 9)
+    return status[0]
 
 
-def _become(connection: socket.socket) -> None:
-    """In the forked process: run the subcommand that was asked for, and end with it."""
+# In the forked process.
+
+
+def _become(connection: socket.socket, path: str) -> None:
+    """Run what was asked for, and end with it."""
+    import fcntl
     import signal
-    import threading
 
     head, outputs, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
     asked = json.loads(_exactly(connection, *LENGTH.unpack(head)))
@@ -49,22 +62,21 @@ def _become(connection: socket.socket) -> None:
         os.dup2(given, here)
         os.close(given)
     os.chdir(asked["cwd"])
-    os.environ.clear()
-    os.environ.update(asked["env"])
-    sys.argv = ["grace", *asked["words"]]
+    # for processes that torchrun starts
+    _take({**asked["env"], "PYTHON_EXEC": os.path.join(os.path.dirname(path), "python")})
 
-    def end_with_whoever_asked() -> None:
-        if not connection.recv(1):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=end_with_whoever_asked, daemon=True).start()
+    # the system kills this process as soon as the other end is closed
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, F_SETSIG, signal.SIGKILL)
+    alone = fcntl.fcntl(connection, fcntl.F_GETFL)
+    fcntl.fcntl(connection, fcntl.F_SETFL, alone | fcntl.FASYNC)
     status = 1
     try:
-        from grace.cli import main
-
-        main()
+        _run(*asked["words"])
         status = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         import traceback
@@ -73,8 +85,51 @@ def _become(connection: socket.socket) -> None:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        connection.sendall(bytes([status]))
+        fcntl.fcntl(connection, fcntl.F_SETFL, alone)
+        connection.sendall(bytes([status % 256]))
         os._exit(status)
+
+
+def _take(environment: dict[str, str]) -> None:
+    """Of the environment also what Python reads when it starts: the search path, and how it writes."""
+    import importlib.util
+
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [entry for entry in sys.path[1:] if entry not in before]
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    importlib.invalidate_caches()
+    sys.modules.pop("sitecustomize", None)
+    if importlib.util.find_spec("sitecustomize"):
+        importlib.import_module("sitecustomize")
+    for number, name in enumerate(("stdin", "stdout", "stderr")):  # the server's would hold what it read and wrote
+        mode = "r" if number == 0 else "w"
+        setattr(sys, name, open(number, mode, buffering=-1 if number != 2 else 1, closefd=False))  # noqa: SIM115
+
+
+def _run(what: str, *words: str) -> None:
+    import runpy
+
+    if what == "grace":
+        sys.argv = ["grace", *words]
+        from grace.cli import main
+
+        return main()
+    words = [word for word in words if word != "-u"] if words[0] == "-u" else list(words)
+    if words[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    else:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
+    return None
 
 
 def serve(path: str) -> None:
@@ -91,13 +146,18 @@ def serve(path: str) -> None:
     import lm_eval.tasks  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import pandas  # noqa: F401
-    import torch
+    import snakemake.cli
+    import snakemake.dag
+    import snakemake.workflow  # noqa: F401
+    import torch.distributed.run
     import transformers
 
     for name in ("LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "AutoProcessor"):
         getattr(transformers, name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "grace"]:
+        del sys.modules[name]  # whoever asks may have a copy of its own
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a subcommand; it says how it ended itself
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a process; it says how it ended itself
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -106,32 +166,40 @@ def serve(path: str) -> None:
         while True:
             ready, _, _ = select.select([listener, 0], [], [])
             if 0 in ready:
-                return
+                os._exit(0)  # some libraries say at the end what they leak
             connection, _ = listener.accept()
             with connection:
                 if os.fork() == 0:
                     listener.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    _become(connection)
+                    _become(connection, path)
 
 
-def snakemake(path: str, arguments: list[str]) -> None:
+SNAKEMAKE = """
+from snakemake.cli import main
+from snakemake.shell import shell
+
+# braces would be Snakemake's
+shell.prefix('grace() ( exec {command} "$@" ); ')
+main()
+"""
+
+
+def snakemake(path: str, arguments: list[str]) -> int:
     """Snakemake, in whose shell commands `grace` is the server's."""
     import shlex
 
-    from snakemake.cli import main
-    from snakemake.shell import shell
-
-    command = shlex.join([sys.executable, "-S", "-E", os.path.abspath(__file__), "grace", path])
-    shell.prefix(f'grace() ( exec {command} "$@" ); ')  # braces would be Snakemake's
-    sys.argv = ["snakemake", *arguments]
-    sys.exit(main())
+    command = shlex.join([sys.executable, "-S", "-E", HERE, "grace", path])
+    return ask(path, ["python", "-c", SNAKEMAKE.replace("{command}", command), *arguments])
 
 
 if __name__ == "__main__":
     what, where, *rest = sys.argv[1:]
-    if what == "grace" and rest[:1] == ["bench"]:  # which measures with every instruction that the machine has
+    if what == "serve":
+        serve(where)
+    elif what == "snakemake":
+        sys.exit(snakemake(where, rest))
+    elif what == "grace" and rest[:1] == ["bench"]:  # which measures with every instruction that the machine has
         os.execv(sys.executable, [sys.executable, "-m", "grace.cli", *rest])
-    if what == "grace":
-        sys.exit(ask(where, rest))
-    serve(where) if what == "serve" else snakemake(where, rest)
+    else:
+        sys.exit(ask(where, [what, *rest]))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from family_run import environment
+import started
 
 from grace.files import MANIFEST, check_manifest, read_json, sha256
 
@@ -22,17 +22,22 @@ STUDENTS = [
 ]  # fmt: skip
 
 
-def _command(*arguments: str) -> list[str]:
-    """Snakemake on the repository's own Snakefile, with everything that it writes in the working directory."""
+def _arguments(*more: str) -> list[str]:
+    """Of Snakemake on the repository's own Snakefile, with everything that it writes in the working directory."""
     return [
-        str(Path(sys.executable).with_name("snakemake")), "--snakefile", str(ROOT / "Snakefile"),
-        "--configfile", str(ROOT / "tests/workflow/config.yaml"),
-        "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *arguments,
+        "--snakefile", str(ROOT / "Snakefile"), "--configfile", str(ROOT / "tests/workflow/config.yaml"),
+        "--workflow-profile", str(ROOT / "workflow/profiles/default"), "--cores", "2", *more,
     ]  # fmt: skip
 
 
 def _snakemake(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(_command(*arguments), cwd=folder, capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        started.snakemake(*_arguments(*arguments)),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=started.environment(),
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout + done.stderr
 
@@ -87,8 +92,8 @@ def test_a_killed_job_goes_on_from_its_checkpoint(built: Path) -> None:
     goal = str(RESULTS / "students/finetune/int4/seed0/model/manifest.json")
     checkpoints = built / RESULTS / ".checkpoints/students/finetune/int4/seed0"
     running = subprocess.Popen(
-        _command("--force", goal), cwd=built, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, env=environment(),
+        [Path(sys.executable).with_name("snakemake"), *_arguments("--force", goal)], cwd=built,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=started.environment(),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 300

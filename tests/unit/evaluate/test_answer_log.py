@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import started
 from evaluate_models import rows, write_benchmark, write_model
 
 from grace.benchmarks.extraction import Answer
@@ -33,11 +33,11 @@ def folder(tmp_path_factory):
 
 def _evaluate(folder: Path, out: str, batches: int, *more: str) -> subprocess.CompletedProcess[str]:
     arguments = ["--run", "run.json", "--model", "model", "--data", "data", "--out", out, *more]
-    launcher = [sys.executable]
+    launcher = []
     if "--processes" in more:  # as the command line would, but with the counting process
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", more[-1], "--"]
     return subprocess.run(
-        [*launcher, str(PROCESS), str(batches), "evaluate", *arguments], cwd=folder, capture_output=True, text=True,
+        started.python(*launcher, PROCESS, batches, "evaluate", *arguments), cwd=folder, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 

@@ -238,9 +238,9 @@ def test_a_real_difference_is_found_with_the_promised_power():
     random = np.random.default_rng(7)
     found = 0
     for _ in range(300):
-        x = random.normal(0, 10, 400)
-        difference = minimum_detectable_difference(10 / 20)
-        found += compare([scores(x + difference)], [scores(np.zeros(400))]).p < 0.05
+        x = random.normal(0, 10, 100)
+        difference = minimum_detectable_difference(10 / 10)
+        found += compare([scores(x + difference)], [scores(np.zeros(100))]).p < 0.05
     assert 0.73 < found / 300 < 0.87
 
 

@@ -2,11 +2,11 @@
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import started
 import torch
 from tiny_cache import FORMATS, IMAGE, run_file
 from tiny_models import make_llava
@@ -57,7 +57,7 @@ write(*map(Path, sys.argv[1:]))
 def test_a_killed_writer_resumes_at_the_first_missing_shard(home, tmp_path):
     out = tmp_path / "cache"
     arguments = (run_file(home), home / "teacher", home / "data", out)
-    writer = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(started.python("-c", KILLED, *arguments), stdout=subprocess.PIPE, text=True)
     assert writer.stdout.readline() == "half\n"
     writer.send_signal(signal.SIGKILL)
     writer.wait()

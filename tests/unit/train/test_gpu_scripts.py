@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 
 SCRIPTS = Path(__file__).parents[2] / "gpu"
 COMMANDS = {
@@ -18,7 +18,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_to_its_end(tmp_path, name):
     script, *flags = COMMANDS[name].split()
-    command = [sys.executable, str(SCRIPTS / script), "--out", "found.json", *flags]
+    command = started.python(SCRIPTS / script, "--out", "found.json", *flags)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import started
 import torch
 from safetensors.torch import load_file
 from tiny_runs import GRACE, log, optimisation, run_file, student, weights
@@ -23,21 +24,9 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     steps = optimisation(steps=60, checkpoint_every=3)
     whole = student(home, tmp_path, "whole", **GRACE, optimisation=steps)
     run = run_file(tmp_path, "killed", **GRACE, optimisation=steps)
-    command = [
-        sys.executable,
-        "-m",
-        "grace.cli",
-        "train",
-        "--run",
-        run,
-        "--data",
-        home / "data",
-        "--out",
-        tmp_path / "killed",
-    ]
-    command += ["--log", tmp_path / "killed.jsonl", "--checkpoints", tmp_path / ".killed", "--init", home / "baseline"]
-    command += ["--cache", home / "cache"]
-    job = subprocess.Popen(list(map(str, command)))
+    words = ["--run", run, "--data", home / "data", "--out", tmp_path / "killed", "--log", tmp_path / "killed.jsonl"]
+    words += ["--checkpoints", tmp_path / ".killed", "--init", home / "baseline", "--cache", home / "cache"]
+    job = subprocess.Popen(started.grace("train", *words))
     while not list((tmp_path / ".killed").glob("step-*/checkpoint.json")):
         assert job.poll() is None
         time.sleep(0.01)
@@ -134,8 +123,8 @@ def test_out_of_memory_on_one_of_two_processes_starts_both_again_with_smaller_pa
         "log": tmp_path / "two.jsonl",
     }
     flags |= {"checkpoints": tmp_path / ".two", "init": home / "baseline", "cache": home / "cache", "processes": 2}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    done = subprocess.run([sys.executable, "-m", "grace.cli", "train", *words], capture_output=True, text=True)
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    done = subprocess.run(started.grace("train", *words), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "step 3: out of memory with micro_batch 3 (CUDA out of memory); all 2 processes have to start" in done.stderr
     assert done.stderr.count("all processes start again") == 1

@@ -2,10 +2,10 @@
 
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+import started
 import torch
 from safetensors.torch import load_file
 from tiny_runs import GRACE, RECIPES, log, optimisation, run_file, student, weights
@@ -104,7 +104,7 @@ def test_a_run_that_skips_ends_with_the_same_bits_however_often_it_is_killed(hom
     paths = [run, home / "data", tmp_path / "killed", tmp_path / "killed.jsonl", tmp_path / ".killed"]
     paths += [home / "baseline", home / "cache"]
     for at, status in ((4, -signal.SIGKILL), (11, -signal.SIGKILL), (-1, 0)):
-        assert subprocess.run([sys.executable, "-c", KILLED, *map(str, paths), str(at)]).returncode == status
+        assert subprocess.run(started.python("-c", KILLED, *paths, at)).returncode == status
     before, after = weights(whole), weights(tmp_path / "killed")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     kept = ("step", "loss", "beta", "skipped", "ids")

@@ -1,9 +1,9 @@
 """One loop for every recipe: each logs its parts, and however the batch is cut the loss is the same."""
 
 import subprocess
-import sys
 
 import pytest
+import started
 import torch
 from safetensors.torch import load_file
 from tiny_runs import GRACE, RECIPES, STEPS, log, optimisation, run_file, student, weights
@@ -92,19 +92,10 @@ def test_captions_come_first_and_never_again(home, tmp_path, monkeypatch):
 def test_two_processes_equal_one(home, tmp_path):
     steps = optimisation(micro_batch=2, batch=6)
     one = student(home, tmp_path, "one", **GRACE, optimisation=steps)
-    command = [sys.executable, "-m", "grace.cli", "train", "--processes", "2"]
-    command += [
-        "--run",
-        tmp_path / "one.json",
-        "--data",
-        home / "data",
-        "--out",
-        tmp_path / "two",
-        "--log",
-        tmp_path / "two.jsonl",
-    ]
-    command += ["--checkpoints", tmp_path / ".two", "--init", home / "baseline", "--cache", home / "cache"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    words = ["--processes", 2, "--run", tmp_path / "one.json", "--data", home / "data", "--out", tmp_path / "two"]
+    words += ["--log", tmp_path / "two.jsonl", "--checkpoints", tmp_path / ".two"]
+    words += ["--init", home / "baseline", "--cache", home / "cache"]
+    done = subprocess.run(started.grace("train", *words), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_manifest(tmp_path / "two")
     for a, b in zip(log(tmp_path, "one"), log(tmp_path, "two"), strict=True):

@@ -1,10 +1,10 @@
 """A run that is killed goes on with another number of processes, from the step where it was and not from the first."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 import torch
 from tiny_runs import GRACE, log, optimisation, run_file, weights
 
@@ -18,8 +18,8 @@ def train(home, folder, name, processes, at):
     paths = [run, home / "data", folder / name, folder / f"{name}.jsonl", folder / f".{name}"]
     paths += [home / "baseline", home / "cache"]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, HELPER, at, *paths]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = started.python(*launch, HELPER, at, *paths)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode == 0) == (at < 0), done.stderr[-3000:]
     return done.stderr
 

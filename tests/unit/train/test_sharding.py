@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import started
 
 HELPER = Path(__file__).parents[2] / "helpers" / "sharded_steps.py"
 
@@ -13,8 +13,8 @@ HELPER = Path(__file__).parents[2] / "helpers" / "sharded_steps.py"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded") / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HELPER, out]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = started.python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HELPER, out)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "view tensor" not in done.stderr
     return json.loads(out.read_text())
