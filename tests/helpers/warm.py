@@ -1,4 +1,4 @@
-"""Python processes that start at once: each is forked from one that has imported torch, transformers, lm-eval, Snakemake.
+"""Python processes that start at once, forked from one that has imported torch, transformers, lm-eval and Snakemake.
 
 These imports are most of what a process of a tiny experiment costs. The demo and the kills start every process as users
 do; tests that are about what a process does, not about how it starts, put `python(...)` in place of `sys.executable`.
