@@ -110,6 +110,14 @@ WRONG_VALUES = {
     "a name no folder can have": ("experiment", "a" * 300, "`experiment` is 'aaa"),
     "an objective of thousands of letters": ("recipes.grace.kd", "gat" + "9" * 5000, "no objective `gat999"),
     "an objective that clears the screen": ("recipes.grace.kd", "\x1b[2J", "no objective `\\x1b[2J`"),
+    "a label of two lines": (
+        "recipes.grace.label",
+        "GRACE\n| a",
+        "`recipes.grace.label`: a label is one line of letters",
+    ),
+    "a label that clears the screen": ("recipes.grace.label", "\x1b[2J", "`recipes.grace.label`: a label is one line"),
+    "a label of nothing": ("recipes.grace.label", "", "`recipes.grace.label` is '': string should have at least 1"),
+    "more parts than names": ("cache.shards", 10**5, "`cache.shards` is 100000: input should be less than or equal to"),
     "a recipe no folder can be named after": ("recipes." + "a" * 300, {}, "string should have at most 64 characters"),
 }
 
@@ -121,6 +129,30 @@ def test_a_wrong_value_is_named_with_its_key(name: str) -> None:
         load_experiment(_edited(path, value), "config.yaml")
     said = str(error.value)
     assert wanted in said and len(said) < 400 and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "section, value, key",
+    [
+        ("teacher", {"pretrained": "models/{seed}"}, "teacher.pretrained"),
+        ("student", {"pretrained": "s", "revision": "{seed}"}, "student.revision"),
+        ("recipes.x", {"released": {"int4": {"pretrained": "{x}"}}}, "recipes.x.released.int4.pretrained"),
+        ("data", {"source": "files", "sources": [{"path": "a {b}.json"}]}, "data.sources[0].path"),
+        ("data", {"source": "files", "benchmarks": "bench-{experiment}"}, "data.benchmarks"),
+        ("evaluation.language", ["{x}.yaml"], "evaluation.language[0]"),
+    ],
+)
+def test_a_path_with_a_wildcard_is_refused(section: str, value: Any, key: str) -> None:
+    """Snakemake would read another folder in its place, or stop in words of its own."""
+    with pytest.raises(GraceError) as error:
+        load_experiment(_edited(section, value), "config.yaml")
+    assert f"`{key}`: " in str(error.value) and "Snakemake takes braces for wildcards; rename it" in str(error.value)
+
+
+def test_a_device_is_no_configuration() -> None:
+    """It has no size that could be looked at first, and no end."""
+    with pytest.raises(GraceError, match="/dev/zero: is larger than 1 MiB"):
+        load_experiment("/dev/zero")
 
 
 @pytest.mark.parametrize("old", RENAMED)

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from grace.benchmarks.protocols import PROTOCOLS, chosen, unknown
-from grace.config.sections import Name, PositiveInt, PrecisionName, Section
+from grace.config.sections import Name, PathName, PositiveInt, PrecisionName, Section
 
 
 class Evaluation(Section):
@@ -30,7 +30,7 @@ class Evaluation(Section):
         default="grace",
         description="what computes the answers: grace (this package), or vllm where that is installed, with harness grace",
     )
-    language: list[str] = Field(
+    language: list[PathName] = Field(
         default=[], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"
     )
     vlmeval_checkout: str | None = Field(

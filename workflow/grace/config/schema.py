@@ -17,6 +17,7 @@ from grace.config.sections import (
     Cache,
     DemoData,
     FilesData,
+    Label,
     Method,
     MethodChanges,
     Model,
@@ -73,7 +74,7 @@ class Recipe(Section):
         default_factory=dict,
         description="fetch students instead of making them: by precision a checkpoint in a format of GRACE's release",
     )
-    label: str | None = Field(default=None, description="name in tables; null: the recipe's own name")
+    label: Label | None = Field(default=None, description="name in tables; null: the recipe's own name")
     method: MethodChanges = Field(default=MethodChanges(), description="constants of `method` that this recipe changes")
     train: OptimisationChanges = Field(
         default=OptimisationChanges(), description="keys of `finetune` that this recipe changes"

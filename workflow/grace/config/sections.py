@@ -6,6 +6,7 @@ No torch and no transformers in here: Snakemake imports it for every dry run.
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,8 +19,26 @@ from pydantic import (
 
 from grace.precision import PRECISION_PATTERN
 
+
+def _without_braces(path: str) -> str:
+    """Snakemake puts a wildcard's value in the place of its name in braces, or stops."""
+    if "{" in path or "}" in path:
+        raise ValueError(f"{path}: Snakemake takes braces for wildcards; rename it, or give a link without them")
+    return path
+
+
+def _one_line(label: str) -> str:
+    """Text that no table, page or terminal acts upon."""
+    if not label.isprintable():
+        raise ValueError("a label is one line of letters that can be printed")
+    return label
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_+.-]*[a-z0-9])?$", max_length=64)]  # a folder's
 PositiveInt = Annotated[int, Field(gt=0, lt=2**53)]
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
+PathName = Annotated[str, AfterValidator(_without_braces)]  # of what rules name
+Pretrained = Annotated[str, Field(pattern=r"^[^-]"), AfterValidator(_without_braces)]
 PrecisionName = Annotated[str, Field(pattern=f"^{PRECISION_PATTERN}$")]
 DEMO_BENCHMARKS = (
     "colour", "object", "position", "presence", "pairs", "digits", "reading", "options", "category", "count",
@@ -67,7 +86,7 @@ class DemoData(Section):
 class Source(Section):
     """One file, or folder of files, with conversations."""
 
-    path: str = Field(description="JSON, JSONL or Parquet file, or folder of Parquet or of `datasets`")
+    path: PathName = Field(description="JSON, JSONL or Parquet file, or folder of Parquet or of `datasets`")
     images: str | None = Field(default=None, description="folder that the records' image paths start from")
     format: Literal["auto", "llava", "sharegpt4v", "openai", "cauldron"] = Field(
         default="auto", description="how a record holds its conversation; auto: seen from its keys"
@@ -100,7 +119,7 @@ class FilesData(Section):
     )
     max_bad: Fraction = Field(default=0.01, description="largest share of bad records; they are left out and listed")
     seed: Seed = Field(default=0, description="seed of the mix's order")
-    benchmarks: str | None = Field(
+    benchmarks: PathName | None = Field(
         default=None, description="folder of benchmark files, Parquet or VLMEvalKit's TSV, if any"
     )
 
@@ -204,10 +223,10 @@ class Optimisation(Section):
 class Model(Section):
     """A model: either made here (`architecture` and `train`) or fetched (`pretrained`)."""
 
-    pretrained: str | None = Field(
-        default=None, pattern=r"^[^-]", description="folder or hub id of a pretrained model; null: train one here"
+    pretrained: Pretrained | None = Field(
+        default=None, description="folder or hub id of a pretrained model; null: train one here"
     )
-    revision: str | None = Field(default=None, description="hub revision of `pretrained`")
+    revision: PathName | None = Field(default=None, description="hub revision of `pretrained`")
     architecture: Architecture | None = Field(default=None, description="shape of the model made here")
     train: Optimisation | None = Field(default=None, description="training of the model made here")
 
@@ -228,8 +247,8 @@ class Teacher(Model):
 class Release(Section):
     """A checkpoint that the authors of GRACE released: dense with its codes beside it, packed for AWQ, or bf16."""
 
-    pretrained: str = Field(pattern=r"^[^-]", description="folder or hub id of the checkpoint")
-    revision: str | None = Field(default=None, description="hub revision of `pretrained`")
+    pretrained: Pretrained = Field(description="folder or hub id of the checkpoint")
+    revision: PathName | None = Field(default=None, description="hub revision of `pretrained`")
 
 
 class Cache(Section):
@@ -238,7 +257,7 @@ class Cache(Section):
     format: Literal["hidden", "hidden-int8", "sampled"] = Field(
         default="hidden", description="how the teacher's logits are kept"
     )
-    shards: PositiveInt = Field(default=2, description="independent parts, each a job of its own")
+    shards: int = Field(default=2, ge=1, le=9999, description="independent parts, each a job of its own")
     pass_tokens: PositiveInt | None = Field(
         default=None,
         description="tokens of one forward pass of the teacher over conversations laid end to end, by layers that are "

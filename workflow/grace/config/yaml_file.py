@@ -62,9 +62,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             deeper values than any configuration has, or not a mapping.
     """
     try:
-        if Path(path).stat().st_size > LARGEST_FILE:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LARGEST_FILE + 1)  # a device has no size, and no end
+        if len(text) > LARGEST_FILE:
             raise GraceError(f"{path}: is larger than {LARGEST_FILE >> 20} MiB; give a configuration file")
-        values = _read(Path(path).read_text(encoding="utf-8"))
+        values = _read(text)
     except OSError as error:
         raise GraceError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except RecursionError:
