@@ -93,9 +93,20 @@ def no_weights(model):
     (model / "model.safetensors").unlink()
 
 
+def device(model):
+    """What an archive may hold; a copy of it would fill the disk."""
+    (model / "vocab.json").symlink_to("/dev/zero")
+
+
+def pipe(model):
+    os.mkfifo(model / "vocab.json")
+
+
 @pytest.mark.parametrize(
     "fault, sentence",
     [
+        (device, "vocab.json: a pipe or a device, and no file"),
+        (pipe, "vocab.json: a pipe or a device, and no file"),
         (dangling, "model.safetensors: a link to .*, which is not there"),
         (code_of_its_own, r"config.json asks for code of its own \(auto_map\), which is never run"),
         (processor_s_code, r"processor_config.json asks for code of its own \(auto_map\), which is never run"),

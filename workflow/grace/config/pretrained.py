@@ -17,7 +17,7 @@ def source_files(model: Path) -> Iterator[tuple[str, Path]]:
     A snapshot in the hub's cache is a folder of links into another one.
 
     Raises:
-        GraceError: a link leads nowhere.
+        GraceError: a link leads nowhere, or to what is no file.
     """
     for path in sorted(model.rglob("*")):
         name = path.relative_to(model).as_posix()
@@ -25,6 +25,8 @@ def source_files(model: Path) -> Iterator[tuple[str, Path]]:
             continue
         if not path.exists():
             raise GraceError(f"{path}: a link to {path.readlink()}, which is not there; download the model again")
+        if not path.is_file():
+            raise GraceError(f"{path}: a pipe or a device, and no file; download the model again")
         yield name, path.resolve()
 
 
