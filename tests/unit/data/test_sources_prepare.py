@@ -244,6 +244,22 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, processor, monkeyp
         prepare(tmp_path, processor)
 
 
+def test_a_source_that_changes_while_the_parts_are_mixed_is_noticed(tmp_path, processor, monkeypatch):
+    """Snakemake would record the new file as what the data was made from."""
+    path = write_source(tmp_path, records(3))
+
+    def meanwhile(*given, real=prepare_module.write_mix):
+        path.write_text(json.dumps(records(4)))
+        return real(*given)
+
+    monkeypatch.setattr(prepare_module, "write_mix", meanwhile)
+    with pytest.raises(GraceError, match="changed while it was read"):
+        prepare(tmp_path, processor)
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+    assert len(rows(prepare(tmp_path, processor))) == 4
+
+
 def test_a_missing_image_folder_is_said_at_once(tmp_path, processor):
     write_source(tmp_path, records(3))
     source = {"path": str(tmp_path / "conversations.json"), "images": str(tmp_path / "nowhere")}

@@ -59,8 +59,7 @@ def prepare_files(
     before = _stamps(opened)
     _keep_only(parts, data, processor, before)
     written = _write_parts(data, opened, processor, parts, workers)
-    if _stamps(opened) != before:
-        raise GraceError("a file of data.sources changed while it was read; run again")
+    _check_unchanged(opened, before)
 
     summary = summarise(data, written)
     bad = sum(summary["bad"].values())
@@ -84,6 +83,7 @@ def prepare_files(
         write_report(folder, data, written, summary, len(order.rows))
         write_json(folder / FOLDERS, {str(n): s.images for n, s in enumerate(data.sources) if s.images is not None})
         _copy_asked(folder, processor, benchmarks)
+        _check_unchanged(opened, before)  # Snakemake records the sources as they are at the job's end
     shutil.rmtree(parts)
 
 
@@ -109,6 +109,11 @@ def _stamps(opened: list[Files]) -> list[tuple[str, int, int]]:
     """Path, bytes and modification time (ns) of every file of the sources."""
     found = [(str(path), path.stat()) for source in opened for path in source.files]
     return [(path, about.st_size, about.st_mtime_ns) for path, about in found]
+
+
+def _check_unchanged(opened: list[Files], before: list[tuple[str, int, int]]) -> None:
+    if _stamps(opened) != before:
+        raise GraceError("a file of data.sources changed while it was read; run again")
 
 
 def _keep_only(parts: Path, data: FilesData, processor: Path, stamps: list[tuple[str, int, int]]) -> None:
