@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fake_results import make_results
-from stub_tree import Tree
+from stub_tree import ROOT, Tree
 
 from grace.cluster.estimate import left_to_do, plan
 from grace.cluster.lock import lock_path, one_writer
-from grace.config.accepted import accepted, read_fingerprint
+from grace.config.accepted import accepted, accepted_file, read_fingerprint
 from grace.environment import environment
 from grace.errors import GraceError
 from grace.files import check_manifest, read_json, sha256, whole_folder, write_json, write_manifest
 from grace.provenance.cell import cell
-from grace.provenance.snakemake_records import FORMAT, benchmark, read_record, write_rows
+from grace.provenance.snakemake_records import FORMAT, benchmark, read_record, read_rows, write_rows
 from grace.provenance.tree import provenance
 from grace.provenance.verify import check, verify
 from grace.report.tables.write import write_tables
@@ -286,6 +286,16 @@ def test_damaged_records_are_a_sentence(reported: Path, tmp_path: Path, damaged:
         check(store.parent)
 
 
+@pytest.mark.parametrize("output", ["/etc/manifest.json", "results/demo/../../../home/manifest.json"])
+def test_records_of_others_name_no_output_outside(tmp_path: Path, output: str) -> None:
+    """`grace merge` puts the other branch's folder in the place of such an output."""
+    record = {"rule": "x", "input": [], "input_checksums": {}, "starttime": 1.0, "endtime": 2.0, "log": None}
+    row = {"output": output, "bytes": 1, "sha256": None, "measured": None, "record": record}
+    write_rows(tmp_path / "provenance.jsonl", {output: row})
+    with pytest.raises(GraceError, match=r"damaged \(`output`: lies outside the folder that Snakemake runs in\)"):
+        read_rows(tmp_path / "provenance.jsonl")
+
+
 @pytest.mark.parametrize("damaged", [{"rule": []}, {"starttime": "early"}, {"endtime": 1e300}, {"input": "x"}])
 def test_a_damaged_record_of_snakemake_is_a_sentence(tmp_path: Path, damaged: dict) -> None:
     whole = {"rule": "evaluate", "input": ["x"], "input_checksums": {}, "starttime": 1.0, "endtime": 2.0}
@@ -311,6 +321,35 @@ def test_damaged_changes_of_code_are_a_sentence(tmp_path: Path, line: str) -> No
     path.with_name("evaluate.json").write_text(line)
     with pytest.raises(GraceError, match=r"evaluate\.json: (damaged|not valid JSON)"):
         read_fingerprint(path.with_name("evaluate.json"))
+
+
+def test_a_merge_keeps_what_both_branches_accepted(tmp_path: Path) -> None:
+    """Otherwise what one of them accepted would be trained again."""
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    def accept(reason: str) -> None:
+        code = {"subcommand": "train", "chosen": [], "code": {"a": reason}, "data": {}}
+        about = {"changed": ["a"], "by": "x", "at": "now", "reason": reason}
+        with path.open("a") as file:
+            file.write(json.dumps({"subcommand": "train", "frozen": code, "accepted": code, **about}) + "\n")
+
+    path = accepted_file(tmp_path / "results/demo")
+    path.parent.mkdir(parents=True)
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    accept("before")
+    git("init", "-q", "-b", "main")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    for branch in ("ours", "theirs"):
+        git("checkout", "-q", "-b", branch, "main")
+        accept(branch)
+        git("commit", "-q", "-a", "-m", branch)
+    git("merge", "-q", "-m", "both", "ours")
+    reasons = [change["reason"] for change in accepted(tmp_path / "results/demo")]
+    assert sorted(reasons) == ["before", "ours", "theirs"]
 
 
 def test_single_files_are_held_against_the_saved_records(tree: Tree) -> None:

@@ -41,7 +41,14 @@ def _path(name: str) -> str:
     return name
 
 
+def _inside(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError("lies outside the folder that Snakemake runs in")
+    return name
+
+
 _Path = Annotated[str, AfterValidator(_path)]
+_Output = Annotated[_Path, AfterValidator(_inside)]  # what `grace merge` may replace
 _Time = Annotated[float, Field(ge=0, le=250_000_000_000)]  # seconds; the year 9892
 
 
@@ -64,7 +71,7 @@ class _Row(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    output: _Path
+    output: _Output
     bytes: int
     sha256: str | None
     measured: dict[str, float] | None = None
