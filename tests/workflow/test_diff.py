@@ -12,7 +12,7 @@ import pytest
 from fake_results import results_folder
 
 from grace.diff.compare import compare_folders, diff
-from grace.diff.render import to_html, to_markdown
+from grace.diff.render import to_html, to_markdown, to_terminal
 from grace.errors import GraceError
 from grace.files import sha256, write_manifest
 from grace.results.read import Row
@@ -91,6 +91,26 @@ def test_one_flip_is_noise(results_folder, version, capsys):
     found = diff(results_folder, version, fail_on_regression=True)
     assert not found.regressions and len(found.flips) == 1
     assert "noise" in capsys.readouterr().out
+
+
+def test_answers_are_no_markup(results_folder, version, capsys):
+    """A model may say anything; a reader of the pull request sees what it said."""
+    answer = "</details> | **[a](http://x)** `b`\r\n$c$"
+
+    def say(frame):
+        right = frame.index[frame["score"] == 1][:1]
+        frame.loc[right, ["score", "prediction"]] = [0.0, answer]
+        return frame
+
+    edit(version, say)
+    found = diff(results_folder, version)
+    assert found.flips[0].after == answer
+    text = to_markdown(found)
+    assert r"| &lt;/details> \| \*\*\[a](http://x)\*\* \`b\` \$c\$ |" in text and text.count("</details>") == 1
+    found.only["benchmarks only in [/b]"] = ["[/b]"]
+    found.changes[0].benchmark = "[/b]"
+    to_terminal(found)
+    assert "Benchmarks only in [/b]" in capsys.readouterr().out
 
 
 def test_an_edited_file_is_seen_without_its_manifest(results_folder, version):

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from grace.diff.model import Change, Difference
-from grace.report.formatting import number, p_text
+from grace.report.formatting import markdown_text, number, p_text
 from grace.report.tables.scores import AVERAGE
 from grace.results.statistics import ALPHA
 
@@ -79,6 +79,7 @@ def to_terminal(found: Difference) -> None:
     """Print the difference with rich."""
     from rich.box import SIMPLE
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else WIDE)
@@ -93,14 +94,16 @@ def to_terminal(found: Difference) -> None:
         style = {"drop": "bold red", "gain": "green", "noise": "", "same scores": "dim"}
         for line in shown:
             line = {**line, "p": line["p"].removeprefix("p = ").removeprefix("p ")}
-            table.add_row(*(line[head] for head in heads), style=style[line["verdict"]])
+            table.add_row(*(escape(line[head]) for head in heads), style=style[line["verdict"]])
         console.print(table)
         console.print(NOTES, style="dim", highlight=False)
         for line in shown:
             if "," in line["questions"].partition(" shared")[2]:
-                console.print(f"{line['model']}, {line['benchmark']}: {line['questions']}", highlight=False)
+                console.print(
+                    f"{line['model']}, {line['benchmark']}: {line['questions']}", highlight=False, markup=False
+                )
     for title, rows in _lists(found):
-        console.print(f"[bold]{title}[/]")
+        console.print(f"[bold]{escape(title)}[/]")
         for row in rows:
             console.print("  " + " | ".join(map(str, row)), highlight=False, markup=False)
 
@@ -164,7 +167,9 @@ def to_markdown(found: Difference) -> str:
         text += ["| " + " | ".join(HEADS) + " |", "| " + " | ".join("---" for _ in HEADS) + " |"]
         for line in shown:
             bold = "**" if line["verdict"] in ("drop", "gain") else ""
-            text.append("| " + " | ".join(f"{bold}{_pipe(line[h])}{bold}" if line[h] else "" for h in HEADS) + " |")
+            text.append(
+                "| " + " | ".join(f"{bold}{markdown_text(line[h])}{bold}" if line[h] else "" for h in HEADS) + " |"
+            )
         text += ["", NOTES, ""]
     if found.flips:
         text += [f"<details><summary>{found.flipped:,} flipped answers</summary>", ""]
@@ -172,17 +177,13 @@ def to_markdown(found: Difference) -> str:
         for flip in found.flips[:FLIPS_IN_MARKDOWN]:
             question = found.questions.get((flip.benchmark, flip.sample), (flip.sample, b""))[0]
             cells = (f"{flip.row} seed {flip.seed}", flip.benchmark, question, flip.target, flip.before, flip.after)
-            text.append("| " + " | ".join(map(_pipe, cells)) + " |")
+            text.append("| " + " | ".join(map(markdown_text, cells)) + " |")
         if found.flipped > FLIPS_IN_MARKDOWN:
             text.append(f"\n{FLIPS_IN_MARKDOWN} of {found.flipped:,}; `--page` shows more, with their images.")
         text += ["", "</details>", ""]
     for title, rows in _lists(found):
-        text += [f"## {title}", "", *(f"- {_pipe(' | '.join(map(str, row)))}" for row in rows), ""]
+        text += [f"## {title}", "", *(f"- {markdown_text(' | '.join(map(str, row)))}" for row in rows), ""]
     return "\n".join(text).rstrip() + "\n"
-
-
-def _pipe(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
 
 
 def to_html(found: Difference) -> str:

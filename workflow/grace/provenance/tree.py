@@ -128,7 +128,7 @@ class _Drawing:
             parts.append(f"{step.files} files, {_bytes(step.size)}")
         if step.rule is None:
             return ", ".join(parts) + "  [yellow]no record of its making[/]"
-        made = f"by [cyan]{step.rule}[/] at {step.ended}"
+        made = f"by [cyan]{escape(step.rule)}[/] at {step.ended}"
         if step.seconds is not None:
             made += f" in {_seconds(step.seconds)}"
         if step.peak_mib is not None:
@@ -159,12 +159,12 @@ class _Drawing:
             self.environment = about
             code, hardware = step.environment["code"], step.environment["hardware"]
             changes = " and changes" if code["modified"] else ""
-            branch.add(f"code revision  {code['revision']}{changes}, {_short(code['sha256'])}")
+            branch.add(f"code revision  {escape(str(code['revision']))}{changes}, {_short(code['sha256'])}")
             packages = ", ".join(f"{name} {found}" for name, found in step.environment["packages"].items())
             branch.add(f"packages  {escape(packages)}")
             gpus = ", ".join(hardware["gpus"]) or "no GPU"
             machine = f"{hardware['processor']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB, {gpus}"
-            branch.add(f"machine  {escape(machine)}, Python {step.environment['python']}")
+            branch.add(f"machine  {escape(machine)}, Python {escape(step.environment['python'])}")
             return
         keys = sorted(about.keys() | self.environment.keys())
         other = [f"{key} {about.get(key)}" for key in keys if about.get(key) != self.environment.get(key)]

@@ -3,10 +3,9 @@
 import csv
 import io
 import math
-import re
 from dataclasses import dataclass, field, replace
 
-from grace.report.formatting import number
+from grace.report.formatting import MARKUP, markdown_text, number
 
 WIDE = 8  # with more columns than that, errors stand under the numbers
 
@@ -101,28 +100,18 @@ def aligned(table: Table) -> list[list[Texts]]:
 
 def markdown(table: Table) -> str:
     """GitHub's Markdown, title and footnotes included."""
-    header = [*map(_md, [*table.heads, *table.columns]), "Run"]
+    header = [*map(markdown_text, [*table.heads, *table.columns]), "Run"]
     lines = [f"# {table.title}", ""]
     if table.lines:
         lines += [_md_line(header), _md_line(["---"] * len(table.heads) + ["---:"] * len(table.columns) + ["---"])]
     group = ""
     for line in table.lines:
         if line.group and line.group != group:
-            lines.append(_md_line([f"*{_md(line.group)}*"] + [""] * (len(header) - 1)))
+            lines.append(_md_line([f"*{markdown_text(line.group)}*"] + [""] * (len(header) - 1)))
         group = line.group
-        lines.append(_md_line([*map(_md, line.heads), *map(_md_cell, line.cells), _md(line.run)]))
-    lines += ["", *(f"{place}. {_md(note, _MARKUP)}" for place, note in enumerate(table.notes, 1))]
+        lines.append(_md_line([*map(markdown_text, line.heads), *map(_md_cell, line.cells), markdown_text(line.run)]))
+    lines += ["", *(f"{place}. {markdown_text(note, MARKUP)}" for place, note in enumerate(table.notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
-
-
-_MARKUP = {"<": "&lt;", "[": "\\[", "$": "\\$"}  # HTML, links and formulas: never meant in a name
-_SIGNS = _MARKUP | {sign: f"\\{sign}" for sign in "\\`*_|"}
-
-
-def _md(text: str, signs: dict[str, str] = _SIGNS) -> str:
-    """Text as Markdown shows it, whatever a label holds; in notes, backticks and stars are ours."""
-    shown = "".join(signs.get(character, character) for character in text)
-    return re.sub(r"(?<=[A-Za-z0-9])\\_(?=[A-Za-z0-9])", "_", shown)  # within a word it means itself
 
 
 def _md_line(texts: list[str]) -> str:
@@ -131,7 +120,7 @@ def _md_line(texts: list[str]) -> str:
 
 def _md_cell(cell: Cell) -> str:
     text = cell_texts(cell)
-    number_ = _md(text.number)
+    number_ = markdown_text(text.number)
     shown = {"best": f"**{number_}**", "second": f"<u>{number_}</u>"}.get(cell.mark, number_)
     error = f" ± {text.error}" if text.error else ""
     return f"{shown}{error}{text.star}" + (f"<br>paper {text.paper}" if text.paper else "")
