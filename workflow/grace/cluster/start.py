@@ -12,16 +12,14 @@ import os
 import platform
 import shutil
 import time
-from base64 import urlsafe_b64decode
 from contextlib import suppress
 from pathlib import Path
 
 from grace.cluster.lock import lock_path
 from grace.errors import GraceError
 from grace.files import MANIFEST
-from grace.provenance.snakemake_records import record_path, restore
+from grace.provenance.snakemake_records import METADATA, STATE, record_path, recorded_output, restore
 
-STATE = Path(".snakemake")
 UNFINISHED = '{"external_jobid": null}'  # Snakemake's mark of an unfinished output, which it makes again
 DOUBTED = '{"external_jobid": null, "doubted": true}'  # the same to Snakemake, and ours
 _held: list[int] = []  # open for as long as this process lives
@@ -92,13 +90,12 @@ def _left() -> list[Path]:
 
 def mend_records() -> None:
     """Remove records that a kill or a full disk cut, and have their outputs built again."""
-    folder = STATE / "metadata"
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(METADATA.rglob("*")):
         if path.is_dir() or _readable(path):
             continue
         path.unlink()
         with suppress(ValueError):  # no name of a record: somebody else's file
-            urlsafe_b64decode("".join(part.removeprefix("@") for part in path.relative_to(folder).parts))
+            recorded_output(path)
             _put(_mark(path), UNFINISHED)
     for path in (STATE / "incomplete").rglob("*"):
         if path.is_file() and not _readable(path):
@@ -122,7 +119,7 @@ def doubt_frozen(results: str | Path) -> None:
 
 def _mark(record: Path) -> Path:
     """Where Snakemake marks an output as unfinished, by where it keeps the output's record."""
-    return STATE / "incomplete" / record.relative_to(STATE / "metadata")
+    return STATE / "incomplete" / record.relative_to(METADATA)
 
 
 def _put(mark: Path, text: str) -> None:

@@ -29,6 +29,8 @@ from grace.files import ENVIRONMENT, MANIFEST, read_json, read_manifest, sha256,
 from grace.hashes import known_hashes
 
 RECORDS = "provenance.jsonl"
+STATE = Path(".snakemake")  # Snakemake's own folder, and `grace` in it ours
+METADATA = STATE / "metadata"
 FORMAT = 6  # snakemake.persistence.RECORD_FORMAT_VERSION of the pinned version
 HASHED_UP_TO = 64 * 2**20
 _NAME_MAX = 255
@@ -180,27 +182,29 @@ def _store(results: Path) -> Path:
 
 
 def _stamp(results: Path) -> Path:
-    return Path(".snakemake", "grace", f"{results.name}.sha256")
+    return STATE / "grace" / f"{results.name}.sha256"
 
 
 def record_path(output: str) -> Path:
     """Where Snakemake keeps an output's record: base64 of its path, cut into folders where too long for a name."""
     encoded = urlsafe_b64encode(output.encode()).decode()
     parts = [encoded[i : i + _NAME_MAX - 1] for i in range(0, len(encoded), _NAME_MAX - 1)]
-    return Path(".snakemake", "metadata", *(f"@{part}" for part in parts[:-1]), parts[-1])
+    return METADATA.joinpath(*(f"@{part}" for part in parts[:-1]), parts[-1])
+
+
+def recorded_output(record: Path) -> str:
+    """The output that a record is of; a `ValueError` where the file has no name of a record."""
+    return urlsafe_b64decode("".join(part.removeprefix("@") for part in record.relative_to(METADATA).parts)).decode()
 
 
 def _recorded() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every whole record of this machine, with its output's path."""
-    folder = Path(".snakemake", "metadata")
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            encoded = "".join(part.removeprefix("@") for part in path.relative_to(folder).parts)
-            if record := read_record(path):
-                kept = {key: record.get(key) for key in _KEPT}
-                kept["input"] = [str(name) for name in record["input"] or []]
-                kept["input_checksums"] = record["input_checksums"] or {}
-                yield urlsafe_b64decode(encoded).decode(), kept
+    for path in sorted(METADATA.rglob("*")):
+        if path.is_file() and (record := read_record(path)):
+            kept = {key: record.get(key) for key in _KEPT}
+            kept["input"] = [str(name) for name in record["input"] or []]
+            kept["input_checksums"] = record["input_checksums"] or {}
+            yield recorded_output(path), kept
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
