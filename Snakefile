@@ -32,15 +32,14 @@ if not workflow.overwrite_configfiles:
 
 try:
     for file in workflow.configfiles:
-        read_yaml(
-            file
-        )  # Snakemake's own reading is silent about a key that is given twice
+        # Snakemake's own reading is silent about a key that is given twice.
+        read_yaml(file)
     plan = Plan(load_experiment(config, " + ".join(map(str, workflow.configfiles))))
 except GraceError as error:
     raise WorkflowError(str(error)) from None
 
-# What the rules ask of an experiment: which file feeds which job, for what alone a rule is there, what is frozen for the
-# jobs, what they may use, and the trials of `tuning`.
+# What the rules ask of an experiment: which file feeds which job, for what alone a rule is there, what is frozen for
+# the jobs, what they may use, and the trials of `tuning`.
 only = Constraints(plan.experiment)
 frozen = Frozen(plan)
 jobs = JobRequests(plan.experiment.resources)
@@ -75,30 +74,29 @@ for sentence in unapplied(plan.experiment) if workflow.is_main_process else []:
 
 # What Slurm would refuse, or would keep Snakemake waiting for ever, is said before anything is submitted.
 onstart:
-    begun = {job.rule.name for job in workflow.dag.needrun_jobs()}
-    if stops := [problem.sentence for problem in lacking if problem.rule in begun]:
+    waiting = list(workflow.dag.needrun_jobs())
+    kinds = {job.rule.name: job.resources.get("kind") for job in waiting}  # by rule
+    if stops := [problem.sentence for problem in lacking if problem.rule in kinds]:
         raise WorkflowError(
             "nothing was started, for this is missing:\n" + "\n".join(stops)
         )
     if workflow.executor_plugin.name == "local":
-        # Snakemake's limit of jobs per second looks at every waiting job once a second, and once more for each that ended.
+        # Snakemake's limit of jobs per second looks at every waiting job once a second, and once more for each that
+        # ended.
         workflow.scheduler.job_rate_limiter = None
-    cores = workflow.resource_settings.cores
-    if workflow.executor_plugin.name == "local" and cores:
         # Snakemake would lower a job's threads to the cores there are, and a CPU's sums depend on its threads.
-        kinds = {job.resources.get("kind") for job in workflow.dag.needrun_jobs()}
-        if short := jobs.short_of_cores(kinds, cores):
+        cores = workflow.resource_settings.cores
+        if cores and (short := jobs.short_of_cores(kinds.values(), cores)):
             raise WorkflowError("\n".join(short))
     if workflow.executor_plugin.name == "slurm":
         from collections import Counter
-        from grace.cluster.retry import retry_request
+        from grace.cluster.retry import retry_by_kind
         from grace.cluster.slurm import check_arrays, check_submission
 
-        waiting = list(workflow.dag.needrun_jobs())
         settings = workflow.executor_settings
         try:
             check_submission(
-                {job.resources.get("kind") for job in waiting},
+                kinds.values(),
                 plan.experiment.resources,
                 settings.status_command or "sacct",
             )
@@ -109,13 +107,7 @@ onstart:
             )
         except GraceError as error:
             raise WorkflowError(str(error)) from None
-        kinds = {job.rule.name: job.resources.get("kind") for job in waiting}
-        jobs.retry_request = lambda asked, attempt, kind, wildcards: retry_request(
-            asked,
-            attempt,
-            [name for name in kinds if kinds[name] == kind],
-            wildcards,
-        )
+        jobs.retry_request = retry_by_kind(kinds)
 
 
 wildcard_constraints:

@@ -1,6 +1,6 @@
 # The folder that ships.
-# Needs: a student's model/ with its quantization.safetensors, or a released one with its codes. Makes: results/{experiment}/students/.../packed/, which
-# transformers and vLLM load with no code of ours.
+# Needs: a student's model/ with its quantization.safetensors, or a released one with its codes. Makes:
+# results/{experiment}/students/.../packed/, which transformers and vLLM load with no code of ours.
 
 
 rule pack:

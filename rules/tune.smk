@@ -1,6 +1,7 @@
 # Trials of recipes' constants on the development split, with the same budget for each recipe: `snakemake tune`.
-# Needs: the experiment's `tuning` section, results/{experiment}/data/, baselines, the teacher's cache where a recipe learns from it.
-# Makes: tuning/trials.json and trials.md, and below .trials/ the students that were tried, which may be deleted.
+# Needs: the experiment's `tuning` section, results/{experiment}/data/, baselines, the teacher's cache where a recipe
+# learns from it. Makes: tuning/trials.json and trials.md, and below .trials/ the students that were tried, which may be
+# deleted.
 
 
 rule freeze_trial:

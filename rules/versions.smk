@@ -1,6 +1,6 @@
 # What changed since the last commit: `snakemake diff`.
-# Needs: results of this experiment here and in git or DVC. Makes: results/{experiment}/logs/diff.txt, diff.md and diff.html.
-# For other versions: `grace diff REV_A REV_B`.
+# Needs: results of this experiment here and in git or DVC. Makes: results/{experiment}/logs/diff.txt, diff.md and
+# diff.html. For other versions: `grace diff REV_A REV_B`.
 
 
 rule diff:

@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +77,19 @@ def retry_request(asked: Resources, attempt: int, rules: Iterable[str], wildcard
     mem_mb = max(asked.mem_mb, min(mem_mb, limit.mem_mb or mem_mb))
     runtime = max(asked.runtime, min(runtime, limit.runtime or runtime))
     return asked.model_copy(update={"mem_mb": mem_mb, "runtime": runtime})
+
+
+def retry_by_kind(kinds: Mapping[str, str | None]) -> Callable[[Resources, int, str, Iterable[str]], Resources]:
+    """`retry_request` for a job of which the kind is known and not the rule: (asked, attempt, kind, wildcards) -> request.
+
+    Args:
+        kinds: the kind of each rule's jobs.
+    """
+
+    def request(asked: Resources, attempt: int, kind: str, wildcards: Iterable[str]) -> Resources:
+        return retry_request(asked, attempt, [rule for rule in kinds if kinds[rule] == kind], wildcards)
+
+    return request
 
 
 def last_end(rules: Iterable[str], wildcards: Iterable[str]) -> str | None:

@@ -36,12 +36,13 @@ def summary(found: Difference) -> str:
 
 def lines(found: Difference) -> list[dict[str, str]]:
     """The changed comparisons as texts, averages first, drops before gains."""
-    changed = [change for change in found.changes if change.comparison is not None or _moved(change)]
+    changed = [change for change in found.changes if change.comparison is not None or _asked_otherwise(change)]
     changed.sort(key=lambda c: (c.benchmark != AVERAGE, c.p, c.comparison.difference if c.comparison else 0.0))
     return [_line(change) for change in changed]
 
 
-def _moved(change: Change) -> bool:
+def _asked_otherwise(change: Change) -> bool:
+    """Whether the two versions do not ask the same questions."""
     return bool(change.added or change.removed or change.redefined or change.reworded)
 
 

@@ -16,13 +16,11 @@ from grace.errors import GraceError
 from grace.files import MANIFEST, read_manifest
 from grace.hashes import known_sha256
 from grace.provenance.chain import Input, Results, Step
+from grace.provenance.tree import WIDE
 from grace.report.tables.cells import Number, find_cells, read_cells
 
-WIDE = 2000  # columns of a file or pipe, where nothing is wrapped
-
-
 @dataclass(frozen=True)
-class Part:
+class Source:
     """A file that a number is computed from, and what made it; what is not known is None.
 
     Attributes:
@@ -56,7 +54,7 @@ def cell(path: str | Path, row: str, column: str, as_json: bool = False) -> dict
 
     Returns:
         `cells` (table, group, heads, column, value and stderr of each that was found; all are made of the same files)
-        and `files`, one `Part` each.
+        and `files`, one `Source` each.
 
     Raises:
         GraceError: no such table, row, column, or several that are made of different files.
@@ -76,20 +74,20 @@ def cell(path: str | Path, row: str, column: str, as_json: bool = False) -> dict
             f"{path}: no table with numbers; there are {', '.join(sorted({n.table for n in read_cells(tables)}))}"
         )
     found = find_cells(numbers, row, column, path)
-    parts = [_part(results, f"{results.name(results.folder)}/{file}") for file in found[0].files]
+    sources = [_source(results, f"{results.name(results.folder)}/{file}") for file in found[0].files]
     shown = ("table", "group", "column", "value", "stderr")
     cells = [{"heads": list(n.heads), **{name: getattr(n, name) for name in shown}} for n in found]
-    told = {"cells": cells, "files": [asdict(part) for part in parts]}
+    told = {"cells": cells, "files": [asdict(source) for source in sources]}
     if as_json:
         json.dump(told, sys.stdout, indent=2)
         print()
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDE)
-        console.print(_tree(found, parts))
+        console.print(_tree(found, sources))
     return told
 
 
-def _part(results: Results, file: str) -> Part:
+def _source(results: Results, file: str) -> Source:
     """What is known of one file below the results folder."""
     path = results.root / file
     manifest = f"{file.rpartition('/')[0]}/{MANIFEST}"
@@ -105,7 +103,7 @@ def _part(results: Results, file: str) -> Part:
             state = state if entry else "not listed in the manifest of its folder"
     wanted = (f"/model/{MANIFEST}", f"/packed/{MANIFEST}")
     models = tuple(_model(results, given) for given in step.inputs if given.path.endswith(wanted))
-    return Part(file, state, now or recorded, _questions(path), models, _about(step), _revision(step))
+    return Source(file, state, now or recorded, _questions(path), models, _about(step), _revision(step))
 
 
 def _model(results: Results, given: Input) -> dict[str, Any]:
@@ -135,7 +133,7 @@ def _questions(path: Path) -> int | None:
         return None
 
 
-def _tree(found: list[Number], parts: list[Part]) -> Tree:
+def _tree(found: list[Number], sources: list[Source]) -> Tree:
     """What people read: equal lines of several files stand once, above them."""
     heads = [
         f"[bold]{escape(f'{n.table}: {n.group} {n.row}' if n.group else f'{n.table}: {n.row}')}, {escape(n.column)}[/]  "
@@ -144,31 +142,31 @@ def _tree(found: list[Number], parts: list[Part]) -> Tree:
     ]
     tree = Tree("\n".join(heads))
     branches: dict[str, Tree] = {}
-    for part in parts:
-        lines = _lines(part)
+    for source in sources:
+        lines = _lines(source)
         key = "\n".join(lines)
         if key not in branches:
             branches[key] = tree.add(key) if lines else tree
-        asked = f", {part.questions:,} questions" if part.questions is not None else ""
-        colour = "" if part.state in ("as its manifest says", "here") else "[red]"
-        state = f"{colour}{part.state}{'[/]' if colour else ''}"
-        fetch = f"; dvc pull {escape(part.file)}" if part.state == "missing" else ""
-        branches[key].add(f"{escape(part.file)}  [dim]{(part.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}")
+        asked = f", {source.questions:,} questions" if source.questions is not None else ""
+        colour = "" if source.state in ("as its manifest says", "here") else "[red]"
+        state = f"{colour}{source.state}{'[/]' if colour else ''}"
+        fetch = f"; dvc pull {escape(source.file)}" if source.state == "missing" else ""
+        branches[key].add(f"{escape(source.file)}  [dim]{(source.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}")
     return tree
 
 
-def _lines(part: Part) -> list[str]:
+def _lines(source: Source) -> list[str]:
     """The models of a file and what they and it were made with, one fact a line."""
     of_models = [
         line
-        for model in part.models
+        for model in source.models
         for line in (
             _fact("model", model),
             _fact("made with", model["parameters"]),
             _commit("model", model["revision"]),
         )
     ]
-    lines = [*of_models, _fact("asked with", part.parameters), _commit("file", part.revision)]
+    lines = [*of_models, _fact("asked with", source.parameters), _commit("file", source.revision)]
     return [line for line in lines if line]
 
 

@@ -11,7 +11,7 @@ from grace.report.tables.table import Cell, Table
 from grace.results.read import Results, Row
 
 FOLDS = 10
-# of imitations, whose points are the mean score, and of the paper's own, whose points are `points.SAID`
+# of imitations, whose points are the mean score, and of the paper's own, whose points are counted as `question_points.SAID` says
 IMITATED = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
 OWN = {
     "pope": ("f1",),
@@ -30,7 +30,7 @@ def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], f
     `seeds`: the same questions in the same order, `image_id` a number. These measures are no means of single questions, so
     that the clustered formula does not apply to them. Images are dealt to the groups by their number. With v the jackknife variance
     (k-1)/k sum (value without group - mean of these)^2: C is v of the mean over seeds, I = (mean of single seeds' v - C) /
-    (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in `stats`.
+    (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in `results.statistics`.
     """
     values = np.array([measure(rows) for rows in seeds])
     dealt = seeds[0]["image_id"].to_numpy() % FOLDS
