@@ -1,10 +1,10 @@
 """The same bits on every x86-64 processor: with which instructions a CPU computes, and on how many threads.
 
-PyTorch, oneDNN, MKL and OpenBLAS choose their code by the processor that they run on, and sums in another order differ in
-their last digits, which a training turns into other weights. Environment variables fix the choice: AVX2, which every
+PyTorch, oneDNN, MKL and OpenBLAS choose their code by the processor that they run on, and sums in another order differ
+in their last digits, which a training turns into other weights. Environment variables fix the choice: AVX2, which every
 x86-64 processor of the last ten years has, and of MKL its compatible code, the only one that it gives to every maker's
-processors. `MKL_CBWR=AVX2,STRICT` would be 1.4 to 1.7 times as fast in training and is not enough: between an AMD and an Intel
-processor products of few rows, attention of odd lengths, exp and log differ.
+processors. `MKL_CBWR=AVX2,STRICT` would be 1.4 to 1.7 times as fast in training and is not enough: between an AMD and
+an Intel processor products of few rows, attention of odd lengths, exp and log differ.
 """
 
 import os

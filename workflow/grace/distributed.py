@@ -42,11 +42,13 @@ class Sharding:
     """How decoder layers are put together and their gradients summed.
 
     Attributes:
-        gathered: how long a layer stays whole on a process: `layer`, for its own forward and again for its own backward;
-            `pass`, from its forward to its backward; `step`, for all micro-batches of an optimiser step. Longer costs the
-            decoder's bf16 weights in memory and saves one of two gatherings per micro-batch, or nearly both.
+        gathered: how long a layer stays whole on a process: `layer`, for its own forward and again for its own
+            backward; `pass`, from its forward to its backward; `step`, for all micro-batches of an optimiser step.
+            Longer costs the decoder's bf16 weights in memory and saves one of two gatherings per micro-batch, or nearly
+            both.
         fp32_sums: sum gradients over the processes in fp32, twice the traffic of bf16; the sum is then rounded once.
-        prefetch: layers gathered ahead of the one that computes; 0 leaves it to the host, which runs ahead of the device.
+        prefetch: layers gathered ahead of the one that computes; 0 leaves it to the host, which runs ahead of the
+            device.
     """
 
     gathered: Literal["layer", "pass", "step"] = "layer"
@@ -57,9 +59,9 @@ class Sharding:
 def shard(model: nn.Module, world: World, sharding: Sharding = Sharding()) -> None:
     """Shard the decoder's layers over the processes, by rows, so that no quantisation group is cut.
 
-    The model around them is wrapped too, though nothing else of it is sharded: layers under one root share their streams,
-    so that one is gathered while another computes. Each on its own, they would wait for each other. It is not the decoder
-    that is wrapped, whose class transformers asks when it records hidden states.
+    The model around them is wrapped too, though nothing else of it is sharded: layers under one root share their
+    streams, so that one is gathered while another computes. Each on its own, they would wait for each other. It is not
+    the decoder that is wrapped, whose class transformers asks when it records hidden states.
     """
     if world.size == 1:
         return

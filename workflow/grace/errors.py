@@ -26,7 +26,9 @@ def shortened(sentence: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What another package's exception says, as part of a sentence: its first line, or its kind where it says nothing."""
+    """What another package's exception says, as part of a sentence: its first line,
+    or its kind where it says nothing.
+    """
     lines = str(error).strip().splitlines()
     return printable(lines[0]) if lines else type(error).__name__
 

@@ -111,7 +111,8 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
 
 
 def _put(part: Path, target: Path) -> None:
-    """Rename a folder over another one. A kill in between leaves no `target`; of two writers the last one's stays whole.
+    """Rename a folder over another one. A kill in between leaves no `target`; of two writers the last one's stays
+    whole.
 
     The old folder is renamed before it is deleted: killed half-way through, a deletion in place would leave a folder
     that still has its manifest.

@@ -88,7 +88,9 @@ class World:
             self._group().barrier()
 
     def _group(self) -> Any:
-        """torch.distributed; through gloo where nobody joined before, for what is exchanged lies in the host's memory."""
+        """torch.distributed; through gloo where nobody joined before,
+        for what is exchanged lies in the host's memory.
+        """
         import torch.distributed as dist
 
         if not dist.is_initialized():

@@ -4,7 +4,8 @@
 
 All candidates are compiled first, by one process per core. Then each is checked against a reference and timed with
 weights that miss the L2 cache; the fastest few are measured again side by side, and the fastest of these is kept. Copy
-the result over `grace/kernels/w4a16_table/configs.json` to ship it: entries of other GPUs and shapes are left as they are.
+the result over `grace/kernels/w4a16_table/configs.json` to ship it: entries of other GPUs and shapes are left as they
+are.
 """
 
 from collections.abc import Iterable, Iterator

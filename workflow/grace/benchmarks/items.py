@@ -18,7 +18,8 @@ class Item:
 
     Attributes:
         id: its own among the benchmark's rows.
-        images: encoded images (JPEG, PNG, ...) by the number that the text calls them by, from 1; none for a text question.
+        images: encoded images (JPEG, PNG, ...) by the number that the text calls them by, from 1; none for a text
+            question.
         image_id: what questions are clustered by; empty without an image.
         question, hint: as the data set has them; `hint` may be empty.
         options: the choices' texts by letter; empty where none are given.

@@ -98,7 +98,9 @@ _MMBENCH_FORMS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":
 
 
 def lmms_mmbench(text: str, options: Options) -> str:
-    """One letter as a word of its own, or in one of twelve forms; else the one option whose text is said; else ranked."""
+    """One letter as a word of its own, or in one of twelve forms; else the one option whose text is said;
+    else ranked.
+    """
     words = text.split()
 
     def lone(form: str) -> str:

@@ -14,7 +14,9 @@ import pandas as pd
 
 
 def all_right(scores: pd.Series, groups: pd.Series) -> pd.Series:
-    """Of each group, by its label, whether its questions are all answered fully: pairs, circular shifts, question sets."""
+    """Of each group, by its label, whether its questions are all answered fully: pairs, circular shifts,
+    question sets.
+    """
     return (scores == 1).groupby(groups).all()
 
 
@@ -106,7 +108,9 @@ def mme(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def circular(rows: pd.DataFrame) -> dict[str, float]:
-    """Accuracy, and MMBench's circular accuracy: a question counts when it is right under every order of its options."""
+    """Accuracy, and MMBench's circular accuracy: a question counts when it is right under every order of
+    its options.
+    """
     return {**accuracy(rows), "circular": _share_right(rows["score"], circular_questions(rows))}
 
 

@@ -26,7 +26,9 @@ def _number(text: str) -> float | None:
 
 
 def _normal(text: str) -> list[Claim]:
-    """A number rounded to two places; a lone character with a blank before and one behind, so that words don't match."""
+    """A number rounded to two places; a lone character with a blank before and one behind,
+    so that words don't match.
+    """
     text = text.strip()
     number = _number(text)
     if number is not None:
@@ -62,7 +64,9 @@ def holds(made: list[Claim], golds: list[str]) -> bool:
 
 
 def grace_open(text: str, gold: str) -> bool:
-    """The first number within 1e-4 of a gold number; else equal without case and punctuation, or gold is one word of it."""
+    """The first number within 1e-4 of a gold number; else equal without case and punctuation,
+    or gold is one word of it.
+    """
 
     def bare(value: str) -> str:
         return " ".join(value.lower().strip().translate(_NO_PUNCTUATION).split())

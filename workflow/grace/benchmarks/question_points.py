@@ -23,7 +23,9 @@ UNLIKE_PERCENT = ("mme",)  # not on the scale of 0 to 100, so left out of averag
 
 
 def _right_values(score: pd.Series, groups: pd.Series) -> np.ndarray:
-    """Values [questions] whose mean is the share of groups that are all right; 0 or 1 where groups are equally large."""
+    """Values [questions] whose mean is the share of groups that are all right;
+    0 or 1 where groups are equally large.
+    """
     right = all_right(score, groups)
     share = float(right.mean())
     weight = len(groups) / len(right) / groups.map(groups.value_counts()).to_numpy()

@@ -50,8 +50,8 @@ class Benchmark:
         size: its questions in that split.
         tasks: task id per harness that has it.
         revision: per harness, which copy of the data its tasks were read with.
-        paper: the protocol that printed numbers were made with, by where they are printed (`paper`, `release`), where it
-            is known.
+        paper: the protocol that printed numbers were made with, by where they are printed (`paper`, `release`), where
+            it is known.
         unverified: names of fields above whose values were not checked at the source.
         mirrors: for the demo, the paper's benchmark that this one imitates; the fields below are the demo's alone.
         prompt: what is asked; `<image>` is where the image goes.

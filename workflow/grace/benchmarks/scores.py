@@ -1,8 +1,8 @@
 """A question's score in 0..1 from what was extracted and the target alone, under each protocol's rule.
 
 A predictions file keeps both, so that every score can be made again from it. Sources: as in `letters`, `vqa` and
-`open_answers`; OCRBench: lmms-eval 0.7.3 `tasks/ocrbench/utils.py`, VLMEvalKit e8e78f05 `vlmeval/dataset/image_vqa.py`, GRACE
-b73fa9b `evaluation/OCRBench/eval_ocrbench.py`.
+`open_answers`; OCRBench: lmms-eval 0.7.3 `tasks/ocrbench/utils.py`, VLMEvalKit e8e78f05 `vlmeval/dataset/image_vqa.py`,
+GRACE b73fa9b `evaluation/OCRBench/eval_ocrbench.py`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Normalisation of short answers as the VQA challenge does it (Antol et al. 2015), and its two dialects.
 
-Sources: the VQA challenge's evaluation, as restated by lmms-eval 0.7.3 `tasks/_task_utils/vqa_eval_metric.py` and VLMEvalKit
-e8e78f05 `vlmeval/smp/misc.py`, `vlmeval/dataset/utils/vqa_eval.py`.
+Sources: the VQA challenge's evaluation, as restated by lmms-eval 0.7.3 `tasks/_task_utils/vqa_eval_metric.py` and
+VLMEvalKit e8e78f05 `vlmeval/smp/misc.py`, `vlmeval/dataset/utils/vqa_eval.py`.
 """
 
 import re

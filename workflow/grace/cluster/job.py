@@ -37,8 +37,8 @@ def job(
         wait_s: seconds to wait for who writes an output now; None waits for ever.
 
     Raises:
-        GraceError: another still writes an output after `wait_s`; a folder is damaged; or, at the first rename after it,
-            an input was edited, replaced or removed.
+        GraceError: another still writes an output after `wait_s`; a folder is damaged; or, at the first rename after
+            it, an input was edited, replaced or removed.
     """
     with ExitStack() as held:
         targets = sorted({target for target in outputs if target is not None})

@@ -6,8 +6,9 @@
                   while a layer's backward pass runs, all that it computes
     FLOPs         6 per trained weight of a matrix and token, 2 per decoder weight and token of the teacher
 
-A layer computes 8 d + 3 m numbers a token (projections, attention, both norms, residuals; gate, up and their product), d and m being
-its widths. What share of the GPU's bf16 rate is reached was measured (`MFU`, by the width of the model); how it scales was not.
+A layer computes 8 d + 3 m numbers a token (projections, attention, both norms, residuals; gate, up and their product),
+d and m being its widths. What share of the GPU's bf16 rate is reached was measured (`MFU`, by the width of the model);
+how it scales was not.
 """
 
 from dataclasses import dataclass

@@ -80,7 +80,8 @@ def retry_request(asked: Resources, attempt: int, rules: Iterable[str], wildcard
 
 
 def retry_by_kind(kinds: Mapping[str, str | None]) -> Callable[[Resources, int, str, Iterable[str]], Resources]:
-    """`retry_request` for a job of which the kind is known and not the rule: (asked, attempt, kind, wildcards) -> request.
+    """`retry_request` for a job of which the kind is known and not the rule: (asked, attempt, kind, wildcards) ->
+    request.
 
     Args:
         kinds: the kind of each rule's jobs.
@@ -111,7 +112,9 @@ def last_end(rules: Iterable[str], wildcards: Iterable[str]) -> str | None:
 
 
 def _says_out_of_memory(log: Path) -> bool:
-    """Whether a job's own words say so, where Slurm calls it failed: Snakemake in it outlives the step that was killed."""
+    """Whether a job's own words say so, where Slurm calls it failed:
+    Snakemake in it outlives the step that was killed.
+    """
     try:
         words = log.read_text(errors="replace")[-20000:]
     except OSError:

@@ -1,4 +1,6 @@
-"""`grace size`: memory, tokens, FLOPs, hours and bytes of an experiment's trainings and cache, beside what runs have shown."""
+"""`grace size`: memory, tokens, FLOPs, hours and bytes of an experiment's trainings and cache,
+beside what runs have shown.
+"""
 
 import json
 import sys

@@ -95,7 +95,9 @@ def _refusal(request: Resources) -> str | None:
 
 
 def _some_node_is_away(partition: str | None) -> bool:
-    """Whether a node of a partition (of the default one, which sinfo marks by `*`, without a name) takes no jobs now."""
+    """Whether a node of a partition (of the default one, which sinfo marks by `*`,
+    without a name) takes no jobs now.
+    """
     _, said = _run("sinfo", "--noheader", "--format", "%P %T")
     rows = [line.split() for line in said.splitlines()]
     states = [state for name, state in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))]

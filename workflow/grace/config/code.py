@@ -17,8 +17,8 @@ from grace.config.definitions import COMMANDS, PACKAGE, Module, read_package
 # A job's frozen parameters hold whatever these decide, or they decide no output at all; a change re-runs nothing.
 WITHOUT_EFFECT = ("grace.config", "grace.cluster", "grace.environment", "grace.errors", "grace.progress")
 
-# Of these a job reaches the ones that its parameters choose (`grace.config.job_modules`): a string, a loop over the folder
-# and an `if` of one of CHOOSERS do not count.
+# Of these a job reaches the ones that its parameters choose (`grace.config.job_modules`): a string, a loop over the
+# folder and an `if` of one of CHOOSERS do not count.
 CHOSEN = (
     "grace.data.prepare", "grace.demo.prepare", "grace.distill.objectives", "grace.evaluate.ask", "grace.evaluate.harness_",
     "grace.models.pair", "grace.train.distillation",

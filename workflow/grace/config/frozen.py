@@ -1,7 +1,7 @@
 """What is frozen for the jobs before they run: the content of each file below results/{experiment}/config/.
 
-Parameters are one JSON string per job, because Snakemake compares a rule's parameters as a nameless set of `repr()`. The
-code of a job is one small file per subcommand, compared by content.
+Parameters are one JSON string per job, because Snakemake compares a rule's parameters as a nameless set of `repr()`.
+The code of a job is one small file per subcommand, compared by content.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""What is written from the models: the JSON schema, and a config file in which every key is explained where it stands."""
+"""What is written from the models: the JSON schema, and a config file in which every key is explained
+where it stands.
+"""
 
 import json
 import textwrap

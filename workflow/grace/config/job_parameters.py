@@ -101,7 +101,9 @@ class EvaluateRun(Section):
 
 
 class TuneRun(Section):
-    """`grace tune`: the trials that are compared, each in a folder `{recipe}/trial{number}/seed{seed}`, counted from 1."""
+    """`grace tune`: the trials that are compared, each in a folder `{recipe}/trial{number}/seed{seed}`,
+    counted from 1.
+    """
 
     tuning: Tuning
     benchmarks: list[str]

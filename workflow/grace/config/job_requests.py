@@ -23,8 +23,8 @@ class JobRequests:
 
         What a job that is sent again (`retries` in the Slurm profile) asks for, `retry_request` says.
         The plugin counts `gpu` over all machines of a job and `gres` on each. Without GPUs it asks for `tasks`, one if
-        nothing is said. `grace train` starts a process for each `gpu`, which a machine limits to those it has, or on each
-        machine `processes`, which is ours.
+        nothing is said. `grace train` starts a process for each `gpu`, which a machine limits to those it has, or on
+        each machine `processes`, which is ours.
         """
         asked = self._request(job)
         named: dict[str, Any] = {
@@ -51,7 +51,9 @@ class JobRequests:
         return asked.model_copy(update={"mem_mb": attempt * asked.mem_mb, "runtime": attempt * asked.runtime})
 
     def short_of_cores(self, jobs: Iterable[str], cores: int) -> list[str]:
-        """A sentence for each of these kinds of jobs whose numbers fewer threads would change; GPUs do not ask for threads."""
+        """A sentence for each of these kinds of jobs whose numbers fewer threads would change;
+        GPUs do not ask for threads.
+        """
         return [
             f"resources.{job}.cpus is {asked.cpus} and --cores {cores}: on fewer threads a CPU's results differ in their last "
             "digits; give --cores at least that, or lower cpus, which makes it another result"

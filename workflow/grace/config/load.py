@@ -48,7 +48,9 @@ def load_experiment(source: str | Path | dict[str, Any], name: str = "config") -
 
 
 def load_files(paths: list[Path]) -> Experiment:
-    """The experiment of several YAML files, as Snakemake reads them after --configfile: later keys stand, lists are whole."""
+    """The experiment of several YAML files, as Snakemake reads them after --configfile: later keys stand,
+    lists are whole.
+    """
     merged: dict[str, Any] = {}
     for path in paths:
         merged = _merged(merged, read_yaml(path))

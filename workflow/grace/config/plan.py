@@ -76,7 +76,9 @@ class Plan:
         return self.experiment.data.source != "demo" and self.experiment.teacher.pretrained is not None
 
     def fetched_teacher(self, wildcards: Any) -> list[str]:
-        """The teacher that is fetched, with which `prepare` compares the student; none where it is trained on the data."""
+        """The teacher that is fetched, with which `prepare` compares the student;
+        none where it is trained on the data.
+        """
         return [f"{self.folder}/teacher/model/manifest.json"] if self._own_teacher else []
 
     @property
@@ -103,7 +105,9 @@ class Plan:
         return f"{self.folder}/{student_folder(recipe, precision, seed)}"
 
     def start(self, wildcards: Any) -> str:
-        """What a student starts from: another recipe's bf16 student, the baseline of its seed, or the one that was fetched."""
+        """What a student starts from: another recipe's bf16 student, the baseline of its seed,
+        or the one that was fetched.
+        """
         start = self.experiment.recipes[wildcards.recipe].start
         if start:
             recipe, precision = start.split("/")

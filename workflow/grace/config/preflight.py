@@ -1,7 +1,7 @@
 """What can be known of an experiment before its first job: whether everything that it names is in place and fits.
 
-Each thing that is missing is one sentence, and all are said at once. Only names, sizes and headers are read, and neither
-torch nor transformers is imported: a dry run asks all of this.
+Each thing that is missing is one sentence, and all are said at once. Only names, sizes and headers are read, and
+neither torch nor transformers is imported: a dry run asks all of this.
 """
 
 import importlib.util

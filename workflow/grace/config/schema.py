@@ -139,7 +139,9 @@ STANDARD = {
     "awq": Recipe(post_training="awq"),
     "gptq": Recipe(post_training="gptq"),
 }
-"""Recipes that every experiment has: the paper's, each part of GRACE alone and in pairs, and rounding without training."""
+"""Recipes that every experiment has: the paper's, each part of GRACE alone and in pairs,
+and rounding without training.
+"""
 
 
 class Runs(Section):
@@ -301,7 +303,9 @@ class Experiment(Section):
             )
 
     def _check_tuning(self) -> None:
-        """Trials are of recipes that are trained here, as many and as long for each, on data with a development split."""
+        """Trials are of recipes that are trained here, as many and as long for each,
+        on data with a development split.
+        """
         if self.tuning is None:
             return
         if not isinstance(self.data, DemoData):

@@ -44,7 +44,9 @@ DEMO_BENCHMARKS = (
     "colour", "object", "position", "presence", "pairs", "digits", "reading", "options", "category", "count",
     "unanswerable",
 )  # fmt: skip
-"""What the demo's data can be asked; all are made, so that adding one to `evaluation.benchmarks` trains nothing again."""
+"""What the demo's data can be asked; all are made, so that adding one to `evaluation.benchmarks` trains
+nothing again.
+"""
 
 PostTraining = Literal["rtn", "awq", "gptq"]  # roundings without training, by the names of their modules in grace.quant
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

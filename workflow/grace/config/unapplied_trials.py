@@ -1,4 +1,6 @@
-"""Whether the recipes are as `grace tune` chose them: the record of an experiment's trials against its configuration."""
+"""Whether the recipes are as `grace tune` chose them: the record of an experiment's trials against its
+configuration.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -128,9 +128,9 @@ def collate_prompts(
 def plan_batches(lengths: Sequence[int] | np.ndarray, batch: int, seed: int, alike: bool = True) -> Iterator[list[int]]:
     """Yield the indices of each optimiser step's conversations, for ever.
 
-    Every epoch is a new permutation. With `alike`, for padded batches, conversations of like length come together within
-    a window of some steps, and the steps of a window are shuffled again; rows are packed better from all lengths. The
-    order depends on `seed` alone, so a resumed run skips to its step.
+    Every epoch is a new permutation. With `alike`, for padded batches, conversations of like length come together
+    within a window of some steps, and the steps of a window are shuffled again; rows are packed better from all
+    lengths. The order depends on `seed` alone, so a resumed run skips to its step.
     """
     epoch = 0
     while True:

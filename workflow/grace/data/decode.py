@@ -107,7 +107,9 @@ def _header(image: Image.Image, min_pixels: int, max_pixels: int) -> Header:
 
 
 def read_header(data: bytes, min_pixels: int = 1, max_pixels: int = MOST_PIXELS) -> Header:
-    """Format and size of an encoded image, without decoding its pixels (a PNG's EXIF takes that); raises `Unreadable`."""
+    """Format and size of an encoded image, without decoding its pixels (a PNG's EXIF takes that);
+    raises `Unreadable`.
+    """
     with _open(data) as image:
         return _header(image, min_pixels, max_pixels)
 

@@ -94,7 +94,9 @@ def read_ids(parts: Sequence[Path]) -> np.ndarray:
 
 
 def write_mix(parts: Sequence[Path], order: Order, ids: np.ndarray, folder: Path, work: Path) -> None:
-    """Write `folder`/train.parquet, examples.safetensors and index.arrow from the parts' rows in `order`; `work` is for piles."""
+    """Write `folder`/train.parquet, examples.safetensors and index.arrow from the parts' rows in `order`;
+    `work` is for piles.
+    """
     mixed = len(order.rows)
     mean = sum(part.stat().st_size for part in parts) // max(len(ids), 1) + 1
     per_pile = max(1, min(PILE_ROWS, PILE_BYTES // mean), -(-mixed // MOST_PILES))

@@ -14,8 +14,8 @@ def prepare_packed(model: nn.Module, kept_activations: float, device: torch.devi
     """Make a model take packed rows and, on a GPU, compile its decoder's layers, each once for all of them.
 
     Args:
-        kept_activations: share (0 to 1) of a compiled layer's activations that its backward pass finds in memory; the rest
-            is computed again, the cheapest first. At 0 only the layers' inputs are kept.
+        kept_activations: share (0 to 1) of a compiled layer's activations that its backward pass finds in memory; the
+            rest is computed again, the cheapest first. At 0 only the layers' inputs are kept.
     """
     use_packed_attention(model)
     if device.type != "cuda":
@@ -29,7 +29,9 @@ def prepare_packed(model: nn.Module, kept_activations: float, device: torch.devi
 
 
 def packed_row(model: nn.Module, batch: Batch, capacity: int) -> PackedRow:
-    """The batch's tokens laid end to end in a row of `capacity`, with the positions that the model's family gives them."""
+    """The batch's tokens laid end to end in a row of `capacity`,
+    with the positions that the model's family gives them.
+    """
     positions = family_of(model).positions(model, batch.input_ids, batch.attention_mask, batch.pixels)
     pad = int(image_token_id(model) == 0)  # any token but an image's: the padding is never read
     return pack_row(batch.input_ids, batch.attention_mask, positions, pad, capacity)

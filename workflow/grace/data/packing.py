@@ -1,7 +1,7 @@
 """Conversations laid end to end in rows of a fixed length, so that no padding between them is computed.
 
-A row of `capacity` tokens holds whole conversations and then one run of padding, which attends to itself alone. Its length
-and the length of its table of offsets are the same for every row, so that compiled layers see one shape.
+A row of `capacity` tokens holds whole conversations and then one run of padding, which attends to itself alone. Its
+length and the length of its table of offsets are the same for every row, so that compiled layers see one shape.
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ def pack_row(
 def fill_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of conversations that share a row: the longest first, each into the first row with room.
 
-    A conversation longer than `capacity` has a row of its own. Indices in a row and rows among each other are in the order
-    of the conversations, so that equal batches are cut equally.
+    A conversation longer than `capacity` has a row of its own. Indices in a row and rows among each other are in the
+    order of the conversations, so that equal batches are cut equally.
     """
     rows: list[list[int]] = []
     room: list[int] = []

@@ -30,8 +30,8 @@ from grace.workers import submitting
 def prepare_files(
     data: FilesData, processor: Path, benchmarks: Path | None, out: Path, parts: Path, workers: int = 1
 ) -> None:
-    """Write `out`: train.parquet, examples.safetensors, report.json and .md, processor/ and benchmarks/; without sources
-    the last two alone.
+    """Write `out`: train.parquet, examples.safetensors, report.json and .md, processor/ and benchmarks/; without
+    sources the last two alone.
 
     Images that lie in files stay where they are; `train.parquet` names them by the number of their source and their
     path inside its image folder, with their SHA-256. Where these folders lie stands in image_folders.json, which is

@@ -1,1 +1,3 @@
-"""The demo experiment's world: real garments, handwriting and photographs, composed into small images with questions."""
+"""The demo experiment's world: real garments, handwriting and photographs,
+composed into small images with questions.
+"""

@@ -138,7 +138,8 @@ def _make(part: Part) -> int:
 
 
 def prepare(data: DemoData, benchmarks: list[str], out: Path, workers: int = 1) -> None:
-    """Write the data folder `out`; its content depends on `data` and `benchmarks` alone, not on how many `workers` make it.
+    """Write the data folder `out`; its content depends on `data` and `benchmarks` alone, not on how many `workers` make
+    it.
 
     It holds what the students are trained on (train.parquet, with examples.safetensors and index.arrow, which training
     reads), processor/, vision_tower/, the test questions in benchmarks/ and the development questions in

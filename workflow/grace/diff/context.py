@@ -83,7 +83,9 @@ def artifacts(a: Path, b: Path) -> list[tuple[str, str]]:
 
 
 def speed(a: Path, b: Path) -> pd.DataFrame | None:
-    """Ratios B / A of every measurement that both have: what, measure, A, B, ratio, better (or None: nothing shared)."""
+    """Ratios B / A of every measurement that both have: what, measure, A, B, ratio, better (or None:
+    nothing shared).
+    """
     rows = []
     for name, (keys, measures) in _MEASURED.items():
         old_frame, new_frame = (read_bench(side, name) for side in (a, b))

@@ -73,7 +73,9 @@ def _from_git(top: Path, commit: str, below: str, target: Path) -> None:
 
 
 def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -> None:
-    """What DVC and git have of the revision; without the images of flipped questions, or times, that were never pushed."""
+    """What DVC and git have of the revision; without the images of flipped questions, or times,
+    that were never pushed.
+    """
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError

@@ -7,8 +7,8 @@ from two quantities per token, both differences of logits:
   log p = logsigmoid(l) and log(1 - p) = logsigmoid(-l) to full relative precision at either end;
 - the log-probabilities of the other classes among themselves, log p^_j = x_j / T - logsumexp over k != y of x_k / T.
 
-Logits are shifted by their largest (or largest non-label) entry before they are divided by T, so that large logits keep the
-digits in which classes differ.
+Logits are shifted by their largest (or largest non-label) entry before they are divided by T, so that large logits keep
+the digits in which classes differ.
 """
 
 import torch

@@ -144,7 +144,9 @@ def _check_pair(student_tokens: Tensor, teacher_gram: Tensor) -> None:
 
 
 def _losses(student_tokens: Tensor, teacher_grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of images of one size and which of them count, both [images]; tokens [images, n, d], Grams [images, n, n]."""
+    """Losses of images of one size and which of them count, both [images]; tokens [images, n, d], Grams [images, n,
+    n].
+    """
     return _GramAlignment.apply(student_tokens, teacher_grams.detach())
 
 

@@ -1,4 +1,5 @@
-"""Answers of a benchmark that is being asked, kept on disk as they come, so that a kill loses less than a minute of them.
+"""Answers of a benchmark that is being asked, kept on disk as they come, so that a kill loses less than a minute of
+them.
 
 Answers do not depend on the harness: it scores them anew, which is quick, and the file of predictions that comes out
 is the one that an undisturbed run writes. A part is a JSON file that is written whole, named after the questions that

@@ -1,7 +1,7 @@
 """A benchmark under a protocol: rows are streamed from the file, asked in chunks through the runner, read and scored.
 
-Nothing here belongs to one protocol: what is asked, of which rows and how it counts is all in its `Spec`. Memory is that
-of a chunk of encoded images and of the answers, however large the benchmark.
+Nothing here belongs to one protocol: what is asked, of which rows and how it counts is all in its `Spec`. Memory is
+that of a chunk of encoded images and of the answers, however large the benchmark.
 """
 
 from collections.abc import Callable, Iterator

@@ -96,9 +96,9 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     """Ask a model every question of every benchmark; write `out/{benchmark}.parquet` and, last, `out/manifest.json`.
 
     A benchmark whose predictions are there and were made by the same model, questions, settings, harness, code and
-    instructions is not asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark are kept as they
-    come, so that a killed job goes on in the middle of one. A benchmark that fails, by whatever exception, does not stop
-    the others: their predictions are kept, and a `GraceError` at the end names what failed.
+    instructions is not asked again; with none left, neither the model nor the harness is loaded. Answers to a benchmark
+    are kept as they come, so that a killed job goes on in the middle of one. A benchmark that fails, by whatever
+    exception, does not stop the others: their predictions are kept, and a `GraceError` at the end names what failed.
 
     Started by torchrun, all processes call it: they share the questions, and the first one writes.
 
@@ -190,7 +190,9 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
 
 
 def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:
-    """The code that asks and scores, or the code that `grace accept` took it as equal to in the results that `run` is of."""
+    """The code that asks and scores, or the code that `grace accept` took it as equal to in the results that
+    `run` is of.
+    """
     return resolved(run.parent.parent, CodeIndex().fingerprint("evaluate", *modules_of(parameters)))
 
 

@@ -1,9 +1,9 @@
 """The engine `vllm`: vLLM computes the answers; what is asked, of which rows and how it counts stays this package's.
 
-vLLM is given training's own tokens with one visual token for each image, which it expands itself, and the decoded images. Its
-expanded prompt comes back with every answer and is held against this package's, so that another geometry of the image
-processor, a template of vLLM's own or a lost BOS stops the evaluation instead of changing it. It opens the folder with its
-own processor class, whose fast image processor may change pixels by a level of 255.
+vLLM is given training's own tokens with one visual token for each image, which it expands itself, and the decoded
+images. Its expanded prompt comes back with every answer and is held against this package's, so that another geometry of
+the image processor, a template of vLLM's own or a lost BOS stops the evaluation instead of changing it. It opens the
+folder with its own processor class, whose fast image processor may change pixels by a level of 255.
 """
 
 import gc
@@ -31,7 +31,8 @@ LONGEST = (
     32_768  # tokens of prompt and answer; a model's own limit, where it is larger, would take the memory of its cache
 )
 IMAGES = 8  # in one prompt
-# Set, not left out: its processes import what started them, and `grace.arithmetic` fills what is not set. torch ignores `auto`.
+# Set, not left out: its processes import what started them, and `grace.arithmetic` fills what is not set. torch ignores
+# `auto`.
 UNLIMITED = {"ONEDNN_MAX_CPU_ISA": "DEFAULT", "ATEN_CPU_CAPABILITY": "auto", "MKL_CBWR": "AUTO"}
 
 
@@ -116,7 +117,9 @@ class VllmRunner(Runner):
 
 @contextmanager
 def _every_instruction() -> Iterator[None]:
-    """Without this package's limits on a CPU's instructions: vLLM's 16-bit products need more; its processes start within."""
+    """Without this package's limits on a CPU's instructions: vLLM's 16-bit products need more;
+    its processes start within.
+    """
     limits = {name: os.environ.get(name) for name in UNLIMITED}
     os.environ.update(UNLIMITED)
     try:

@@ -1,10 +1,10 @@
 """lmms-eval asks and scores: its official tasks on local copies of their data, around our batched runner.
 
-A task of the paper is lmms-eval's own YAML (prompt, image, scoring) with its data set replaced by `benchmarks/{name}.parquet`,
-a local copy in that data set's columns, of which only the rows at hand are in memory. The demo's tasks are written here in
-the same terms. Rows are kept as the protocol `lmms-eval` of this package reads and scores them, and every score is held
-against lmms-eval's own. Installed without its dependencies (`envs/lmms-eval.txt`), lmms-eval runs in the environment of
-the rest.
+A task of the paper is lmms-eval's own YAML (prompt, image, scoring) with its data set replaced by
+`benchmarks/{name}.parquet`, a local copy in that data set's columns, of which only the rows at hand are in memory. The
+demo's tasks are written here in the same terms. Rows are kept as the protocol `lmms-eval` of this package reads and
+scores them, and every score is held against lmms-eval's own. Installed without its dependencies (`envs/lmms-eval.txt`),
+lmms-eval runs in the environment of the rest.
 """
 
 import io

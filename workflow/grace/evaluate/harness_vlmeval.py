@@ -75,7 +75,9 @@ def _model_class(base: type) -> type:
             self.answers: dict[tuple, str] = {}  # message -> answer
 
         def answer_all(self, messages: list[list[dict]]) -> list[tuple[Answer, str]]:
-            """Answer all messages and remember them; also the key of what each asked. Images are held a chunk at a time."""
+            """Answer all messages and remember them; also the key of what each asked.
+            Images are held a chunk at a time.
+            """
             found = []
             for start in range(0, len(messages), CHUNK):
                 questions = [self._question(message) for message in messages[start : start + CHUNK]]
@@ -165,7 +167,9 @@ def _items(path: Path, benchmark: Benchmark, spec: Spec, limit: int | None) -> l
 
 
 def _official_dataset(path: Path, name: str, root: Path) -> Any:
-    """VLMEvalKit's own data set on a local copy of its TSV; another copy than the pinned one would be downloaded over."""
+    """VLMEvalKit's own data set on a local copy of its TSV;
+    another copy than the pinned one would be downloaded over.
+    """
     from vlmeval.dataset import SUPPORTED_DATASETS, build_dataset
     from vlmeval.dataset.image_base import ImageBaseDataset
     from vlmeval.smp import md5

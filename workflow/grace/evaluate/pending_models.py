@@ -32,7 +32,8 @@ def pending(results: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def ask_pending(results: Path, since: float, ask: Callable[[Path, Path], None]) -> None:
-    """Call `ask(model, predictions)` for each waiting model while that is quick; what one raises is said and stops no other.
+    """Call `ask(model, predictions)` for each waiting model while that is quick; what one raises is said and stops no
+    other.
 
     Args:
         since: `time.monotonic()` when this process began with its own model.

@@ -23,7 +23,9 @@ def shards(path: Path) -> list[Path]:
 
 
 def raw_rows(path: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Rows as dictionaries of those of `columns` that there are; a `GraceError` where a file has no readable questions."""
+    """Rows as dictionaries of those of `columns` that there are;
+    a `GraceError` where a file has no readable questions.
+    """
     for file in shards(path):
         try:
             yield from (_tsv if file.suffix == ".tsv" else _parquet)(file, columns)

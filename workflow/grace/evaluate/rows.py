@@ -1,5 +1,5 @@
-"""Benchmark files as found in the wild, read row by row into `Item`s: Parquet in the columns of lmms-lab's copies on the
-hub (one file, or a folder of shards), and VLMEvalKit's TSV. Nothing but the rows at hand is held in memory.
+"""Benchmark files as found in the wild, read row by row into `Item`s: Parquet in the columns of lmms-lab's copies on
+the hub (one file, or a folder of shards), and VLMEvalKit's TSV. Nothing but the rows at hand is held in memory.
 
 A row that cannot be asked does not stop the others: it comes out as a reason.
 """

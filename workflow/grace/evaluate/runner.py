@@ -1,9 +1,9 @@
 """Answering many questions about images, greedily and in batches.
 
 A question costs a few tokens of prefill and a few decoding steps. What would cost more is done once: an image is
-decoded, preprocessed and sent through the vision tower once however many questions it serves, questions about it share a
-batch and what their prompts begin with, and batches hold questions of like length, so that little padding is computed.
-Decoding is `grace.infer`'s, for every family and for packed weights as they ship.
+decoded, preprocessed and sent through the vision tower once however many questions it serves, questions about it share
+a batch and what their prompts begin with, and batches hold questions of like length, so that little padding is
+computed. Decoding is `grace.infer`'s, for every family and for packed weights as they ship.
 """
 
 import hashlib
@@ -226,7 +226,9 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """For (context, continuation) token ids: log-probability (nats) of the continuation, and whether it is greedy."""
+        """For (context, continuation) token ids: log-probability (nats) of the continuation,
+        and whether it is greedy.
+        """
         order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + len(pairs[i][1]), i))
         batches = self._batches(order, [None] * len(pairs))
         scores = self._together(batches, lambda rows: self._score([pairs[i] for i in rows]), {})

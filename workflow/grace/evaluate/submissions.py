@@ -1,8 +1,8 @@
 """Answers for the servers that keep a benchmark's right ones, in the formats that they take.
 
-Formats: EvalAI's VQA challenge takes a JSON list of `question_id` and `answer`, VizWiz's one of `image` and `answer` (LLaVA
-c121f04, scripts/convert_{vqav2,vizwiz}_for_submission.py); MMBench's server takes a sheet of each question's columns and
-`prediction` (scripts/convert_mmbench_for_submission.py).
+Formats: EvalAI's VQA challenge takes a JSON list of `question_id` and `answer`, VizWiz's one of `image` and `answer`
+(LLaVA c121f04, scripts/convert_{vqav2,vizwiz}_for_submission.py); MMBench's server takes a sheet of each question's
+columns and `prediction` (scripts/convert_mmbench_for_submission.py).
 """
 
 import re

@@ -36,7 +36,9 @@ def family_of(thing: Any) -> Family:
 
 
 def family_of_folder(folder: Path) -> Family:
-    """The family of a model's or a processor's folder: by config.json, or by the processor's class where there is none."""
+    """The family of a model's or a processor's folder: by config.json,
+    or by the processor's class where there is none.
+    """
     if (folder / "config.json").is_file():
         return family_named(read_config(folder).get("model_type"), folder / "config.json")
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):

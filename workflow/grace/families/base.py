@@ -36,7 +36,8 @@ class Family:
         template: the training template in Jinja. Each answer and its end token stand between {% generation %} marks,
             and an image is `image_token` once; it ships as chat_template.jinja.
         image_token: what stands for one visual token.
-        controls: the other control tokens that the template writes by name; a tokenizer without them would read them as text.
+        controls: the other control tokens that the template writes by name; a tokenizer without them would read them as
+            text.
         tower: module of the vision side, in memory.
         trained: parts of the tower that are trained, because they project into the decoder.
         disk: (pattern, replacement) pairs from names that transformers writes to those of published checkpoints.

@@ -1,4 +1,5 @@
-"""The JSON files of a model folder that others wrote: read in one place, held against what the pipeline takes from them.
+"""The JSON files of a model folder that others wrote: read in one place, held against what the pipeline takes from
+them.
 
 Nothing here imports torch: a dry run reads them too.
 """

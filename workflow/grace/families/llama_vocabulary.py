@@ -1,10 +1,11 @@
-"""The tokenizer of a folder that has SentencePiece's own tokenizer.model and no tokenizer.json, as Llama's first folders do.
+"""The tokenizer of a folder that has SentencePiece's own tokenizer.model and no tokenizer.json, as Llama's first
+folders do.
 
-transformers (5.20 to 5.23) reads such a folder in two ways that give other tokens than SentencePiece. Where config.json says
-llava it takes a class that puts no space before a text. And it orders merges by the pieces' ids, where SentencePiece joins the
-pair whose piece has the highest score: Llama's runs of spaces come early in the vocabulary and last in the merges, so that
-"A  dog" would become other tokens. So the class is named here, the merges are put into their own order, and whether a space
-comes before a text is read from the model.
+transformers (5.20 to 5.23) reads such a folder in two ways that give other tokens than SentencePiece. Where config.json
+says llava it takes a class that puts no space before a text. And it orders merges by the pieces' ids, where
+SentencePiece joins the pair whose piece has the highest score: Llama's runs of spaces come early in the vocabulary and
+last in the merges, so that "A  dog" would become other tokens. So the class is named here, the merges are put into
+their own order, and whether a space comes before a text is read from the model.
 """
 
 from pathlib import Path

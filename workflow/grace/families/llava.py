@@ -109,8 +109,8 @@ class Llava(Family):
 def _as_read(tokenizer: Any) -> Any:
     """The tokenizer in a class that saves and reads its rules as they are.
 
-    LlamaTokenizer does not save `legacy`, which decides where SentencePiece's leading spaces go: read back, it would give
-    other tokens.
+    LlamaTokenizer does not save `legacy`, which decides where SentencePiece's leading spaces go: read back, it would
+    give other tokens.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -38,8 +38,8 @@ def load_for_inference(
         fuse: whether to join q, k and v, and gate and up, into one GEMM each.
 
     Raises:
-        GraceError: a folder that is no checkpoint, a damaged file, weights that are missing or unknown, or a GPU that is
-            too old or too small.
+        GraceError: a folder that is no checkpoint, a damaged file, weights that are missing or unknown, or a GPU that
+            is too old or too small.
     """
     folder = Path(folder)
     config = model_folder(folder)

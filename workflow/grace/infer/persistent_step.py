@@ -106,8 +106,9 @@ def prepare(
 def serves(decoder: Any, embedding: torch.Tensor, cache: Any, unmeasured: bool = False) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its GPU, over this cache.
 
-    It takes a Hopper GPU, bf16, one sequence in 16 bits, at most 16 heads for each key-value head, and INT4 linears in groups of
-    128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and shared memory.
+    It takes a Hopper GPU, bf16, one sequence in 16 bits, at most 16 heads for each key-value head, and INT4 linears in
+    groups of 128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and
+    shared memory.
 
     Args:
         unmeasured: accept what no GPU has run yet too: a cache of 8 bits, and up to 8 sequences.

@@ -1,4 +1,6 @@
-"""The INT4 GEMM (W4A16) on a CPU: torch's own int4 kernel, which multiplies packed weights without unpacking them first."""
+"""The INT4 GEMM (W4A16) on a CPU: torch's own int4 kernel,
+which multiplies packed weights without unpacking them first.
+"""
 
 import torch
 

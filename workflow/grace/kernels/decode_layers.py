@@ -160,7 +160,8 @@ def gated(total, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _put(x_s, shift_s, x, top):
-    """x [128 C], fp32, its largest `top`: leave it as `_product` takes it, and return what its results are to be scaled by.
+    """x [128 C], fp32, its largest `top`: leave it as `_product` takes it, and return what its results are to be scaled
+    by.
 
     Within a chunk, input 64 a + 32 b + 8 t + 2 j + e lies at 64 a + 16 t + 4 j + 2 b + e, so that a thread t of the
     tensor core's right operand reads 16 bytes at a time that two registers in a row take.

@@ -78,7 +78,9 @@ def _fetched(
     source, part_top, gain, tile, N: gl.constexpr, WHICH: gl.constexpr, ROWS: gl.constexpr, HEADS: gl.constexpr,
     D: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """A tile [ROWS, inputs] of what a product starts from, N of which there are, and of the norm's gain; zeros past N."""
+    """A tile [ROWS, inputs] of what a product starts from, N of which there are, and of the norm's gain;
+    zeros past N.
+    """
     L: gl.constexpr = tile_layout(ROWS)
     WIDTH: gl.constexpr = tile_chunks(ROWS) * 128
     row = gl.arange(0, ROWS, gl.SliceLayout(1, L))[:, None]

@@ -1,4 +1,5 @@
-"""The warps of `decode_layers` that do not compute: one that loads ahead of all others, one that waits for all programs.
+"""The warps of `decode_layers` that do not compute: one that loads ahead of all others, one that waits for all
+programs.
 
 The ring is (words_s, pairs_s, full, empty): int16 [STAGES, WAYS, 16, 32] for words of weights, or keys or values,
 int32 [STAGES, 2 WAYS, 8] for pairs of scales, and a barrier per stage that says it is full, or empty again. Where keys
@@ -50,7 +51,9 @@ def cached(layer, head, LENGTH, D: gl.constexpr, DTYPE: gl.constexpr, CODES: gl.
 
 @gluon.jit
 def make_ring(WAYS: gl.constexpr, STAGES: gl.constexpr):
-    """An empty ring in shared memory; and the barriers by which `_compute` says that it is done, and `meet` lets it go."""
+    """An empty ring in shared memory; and the barriers by which `_compute` says that it is done,
+    and `meet` lets it go.
+    """
     words_s = gl.allocate_shared_memory(gl.int16, [STAGES, WAYS, 16, 32], gl.SwizzledSharedLayout(8, 1, 1, [2, 1, 0]))
     pairs_s = gl.allocate_shared_memory(gl.int32, [STAGES, 2 * WAYS, 8], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -87,7 +90,9 @@ def own_slots(slot, first, KV: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def task_slots(task, slot, first, KV: gl.constexpr, SPLIT: gl.constexpr):
-    """Of one of a batch's pieces of attention: sequence * KV + head, part, new token's slot, the part's begin and end."""
+    """Of one of a batch's pieces of attention: sequence * KV + head, part, new token's slot,
+    the part's begin and end.
+    """
     part, pair = task % SPLIT, task // SPLIT
     now, start = gl.load(slot).to(gl.int32), gl.load(first + pair // KV).to(gl.int32)
     each = (now - start + SPLIT - 1) // SPLIT
@@ -158,7 +163,9 @@ def _stream_product(
 def _stream_slots(
     cache, steps, ring, stage, phase, begin, stop, D: gl.constexpr, STAGES: gl.constexpr, CODES: gl.constexpr
 ):
-    """Bring a stage full of keys or values [slots, D] from slot `begin` on; with CODES also their scales, from `steps`."""
+    """Bring a stage full of keys or values [slots, D] from slot `begin` on; with CODES also their scales,
+    from `steps`.
+    """
     words_s, pairs_s, full, empty = ring
     COUNT: gl.constexpr = words_s.shape[1] * (1024 if CODES else 512) // D
     AT_ONCE: gl.constexpr = 16 if CODES else 8

@@ -209,7 +209,8 @@ def loss_rows_(
     beta_dkd: float,
     gates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `grace.distill.chunk_loss.loss_rows_`, in fp32 whatever the dtype of the logits, without waiting for the device.
+    """As `grace.distill.chunk_loss.loss_rows_`, in fp32 whatever the dtype of the logits, without waiting for the
+    device.
 
     Rows must be contiguous along the vocabulary. A label outside it, or a NaN among the logits, makes the row's
     losses and gradient NaN.

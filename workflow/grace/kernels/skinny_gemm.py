@@ -1,7 +1,7 @@
 """y = x W^T + b for a few rows and dense 16-bit weights on Hopper: what a bf16 model decodes with.
 
-The time is that of reading W once, so the kernels keep many asynchronous copies of it in flight and let nothing wait for
-anything else. No sum is split over programs: a result does not depend on timing.
+The time is that of reading W once, so the kernels keep many asynchronous copies of it in flight and let nothing wait
+for anything else. No sum is split over programs: a result does not depend on timing.
 
 `row_kernel`   one row: fp32 products on ordinary cores, which keep up. The copies of a program's first weights go ahead
                of the wait for the kernel before (programmatic dependent launch): they are under way while that one ends.
@@ -117,7 +117,9 @@ def choose(rows: int, outs: int, inputs: int) -> Tile | None:
 
 
 def linear(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x) for x [rows, in]: by the kernels here where `module` is a dense linear layer that they are faster at."""
+    """module(x) for x [rows, in]: by the kernels here where `module` is a dense linear layer that they
+    are faster at.
+    """
     if type(module) is not torch.nn.Linear or not serves(x, module.weight):
         return module(x)
     tile = choose(len(x), *module.weight.shape)

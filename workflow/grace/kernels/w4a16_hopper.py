@@ -1,4 +1,5 @@
-"""The INT4 GEMM (W4A16) for many rows on Hopper, in Gluon: a warp that loads, and two warpgroups that unpack and multiply.
+"""The INT4 GEMM (W4A16) for many rows on Hopper, in Gluon: a warp that loads, and two warpgroups that unpack and
+multiply.
 
 y^T = W x^T as in `w4a16_triton`, weights rounded to 16 bits as they are unpacked. A program stays on its multiprocessor
 and works on item after item: a tile of 128 outputs and BLOCK_M rows, or a part of the inputs of one where the last wave
@@ -49,8 +50,8 @@ def _place(item, plan, BLOCK_M: gl.constexpr):
     """Item -> its tile, the tile's place in rows and outputs, its part of the inputs, first and last chunk; next item.
 
     Tiles go band by band of row tiles, so that programs of a wave share activations and weights in L2. After the whole
-    tiles come the first parts of those that are cut, a program each, then their other parts, which the programs that are
-    left share.
+    tiles come the first parts of those that are cut, a program each, then their other parts, which the programs that
+    are left share.
     """
     WHOLE, CUT, SPLIT, FIRST, CHUNKS, m_tiles, n_tiles = plan
     BAND: gl.constexpr = ROWS_SHARED // BLOCK_M
@@ -312,7 +313,9 @@ def gemm(
     multiprocessors: int,
     locks: torch.Tensor,
 ) -> torch.Tensor:
-    """y [M, N] for x [M, 128 chunks] and what `w4a16.pack` made, if `takes_hopper`; two of `locks` for each split tile."""
+    """y [M, N] for x [M, 128 chunks] and what `w4a16.pack` made, if `takes_hopper`;
+    two of `locks` for each split tile.
+    """
     (chunks, outs, _), rows = words.shape, len(x)
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
     tile = replace(tile, block_n=128, split=min(tile.split, chunks))

@@ -60,7 +60,9 @@ def shuffle(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pair_steps(scales: torch.Tensor) -> torch.Tensor:
-    """Step sizes [out, groups] in 16 bits -> [groups, out rounded up to 128], padded with 0, each 16 outputs in pairs."""
+    """Step sizes [out, groups] in 16 bits -> [groups, out rounded up to 128], padded with 0,
+    each 16 outputs in pairs.
+    """
     padded = torch.nn.functional.pad(scales, (0, 0, 0, -scales.shape[0] % TILE)).t()
     return padded.reshape(scales.shape[1], -1, 2, 8).transpose(2, 3).reshape(scales.shape[1], -1).contiguous()
 

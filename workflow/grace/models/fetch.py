@@ -75,7 +75,8 @@ def _check(model: str, folder: Path) -> None:
 
 
 def _end_where_training_ends(folder: Path) -> None:
-    """Let generation stop at the token that ends an answer in training, where generation_config.json names others alone.
+    """Let generation stop at the token that ends an answer in training, where generation_config.json names others
+    alone.
 
     A student would write it and go on. What the file names stays, but for ids that no row of the head stands for.
     """

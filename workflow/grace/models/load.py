@@ -16,7 +16,9 @@ TESTED = ((5, 20), (5, 24))  # of transformers: from, and below
 
 
 def check_transformers() -> None:
-    """Refuse a transformers that this code was not tested with: an older one swallows arguments that it does not know."""
+    """Refuse a transformers that this code was not tested with:
+    an older one swallows arguments that it does not know.
+    """
     version = importlib.metadata.version("transformers")
     least, below = TESTED
     if not least <= tuple(int(part) for part in version.split(".")[:2]) < below:
@@ -49,8 +51,8 @@ def _no_code(folder: Path) -> None:
 def check_size(folder: str | Path) -> None:
     """Refuse a config.json of a far larger model than the weight files can hold, before memory is taken for it.
 
-    A config that lost its sizes describes transformers' default, of billions of weights; a file stores at least two bits of
-    each.
+    A config that lost its sizes describes transformers' default, of billions of weights; a file stores at least two
+    bits of each.
 
     Raises:
         GraceError: so it is, or transformers makes no model of the config.

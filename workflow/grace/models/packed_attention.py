@@ -59,7 +59,9 @@ def packed_attention(
 
 
 def use_packed_attention(model: Any) -> None:
-    """Let the decoder of a vision-language model attend within the sequences of packed rows; its tower stays as it is."""
+    """Let the decoder of a vision-language model attend within the sequences of packed rows;
+    its tower stays as it is.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

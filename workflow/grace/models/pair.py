@@ -28,8 +28,8 @@ def check_pair(teacher: Path, student: Path) -> None:
     """Refuse a teacher and a student between which no logit and no visual token corresponds.
 
     Both read what the student's processor makes. So the same id must be the same token, that of an image the one that
-    config.json names, both heads must have a row for each, and an image must be cut and normalised alike; rows that only
-    pad a head do not matter.
+    config.json names, both heads must have a row for each, and an image must be cut and normalised alike; rows that
+    only pad a head do not matter.
 
     Raises:
         GraceError: one sentence that names the first difference.

@@ -1,11 +1,10 @@
 """From messages to token ids through a chat template, so that text stays text.
 
 The template is rendered once for every form of conversation (roles, and images and texts in their order), with a mark
-in the place of each text. What it writes itself is read for control tokens; texts are put in afterwards and are not: one
-that spells `</s>` or `<image>` becomes the characters' tokens (in a tokenizer of whole words, which has none, the unknown
-word). Between two control tokens lies a run of text, which is
-tokenised at once as the tokenizer does it inside the whole string, so a SentencePiece tokenizer puts its leading space
-where it always does.
+in the place of each text. What it writes itself is read for control tokens; texts are put in afterwards and are not:
+one that spells `</s>` or `<image>` becomes the characters' tokens (in a tokenizer of whole words, which has none, the
+unknown word). Between two control tokens lies a run of text, which is tokenised at once as the tokenizer does it inside
+the whole string, so a SentencePiece tokenizer puts its leading space where it always does.
 
 Each answer with its end token stands between {% generation %} marks. Only these tokens are asked for. A token that
 would join the prompt's end with the answer's beginning is never made: the model is asked after the prompt's tokens.

@@ -1,4 +1,6 @@
-"""`grace provenance TABLE --cell ROW COLUMN`: from one number to the predictions, models, parameters and commits behind it."""
+"""`grace provenance TABLE --cell ROW COLUMN`: from one number to the predictions, models,
+parameters and commits behind it.
+"""
 
 import json
 import sys
@@ -19,6 +21,7 @@ from grace.provenance.chain import Input, Results, Step
 from grace.provenance.tree import WIDE
 from grace.report.tables.cells import Number, find_cells, read_cells
 
+
 @dataclass(frozen=True)
 class Source:
     """A file that a number is computed from, and what made it; what is not known is None.
@@ -28,8 +31,8 @@ class Source:
         state: as its manifest says, differs from its manifest, not listed in the manifest, missing.
         sha256: of the file as it is, or as its manifest lists it where it is missing.
         questions: rows of a Parquet file.
-        models: the manifests of the models that were asked or timed for it, each with its hash then, whether it is still
-            that (`state`), the frozen parameters that it was made with (`parameters`), and the commit of the code
+        models: the manifests of the models that were asked or timed for it, each with its hash then, whether it is
+            still that (`state`), the frozen parameters that it was made with (`parameters`), and the commit of the code
             (`revision`, with `+` where files had been changed).
         parameters: the frozen parameters of the asking or timing itself, with their hash.
         revision: the commit of its code.
@@ -151,7 +154,9 @@ def _tree(found: list[Number], sources: list[Source]) -> Tree:
         colour = "" if source.state in ("as its manifest says", "here") else "[red]"
         state = f"{colour}{source.state}{'[/]' if colour else ''}"
         fetch = f"; dvc pull {escape(source.file)}" if source.state == "missing" else ""
-        branches[key].add(f"{escape(source.file)}  [dim]{(source.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}")
+        branches[key].add(
+            f"{escape(source.file)}  [dim]{(source.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}"
+        )
     return tree
 
 

@@ -22,7 +22,9 @@ from grace.provenance.snakemake_records import HASHED_UP_TO, benchmark, read_rec
 
 @dataclass(frozen=True)
 class Input:
-    """A file that an output was made from; `state` is unchanged, changed, missing, or unknown (too large, no record)."""
+    """A file that an output was made from; `state` is unchanged, changed, missing, or unknown (too large,
+    no record).
+    """
 
     path: str
     sha256: str | None

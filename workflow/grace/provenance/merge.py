@@ -1,8 +1,8 @@
 """`grace merge BRANCH`: a git merge of two branches that both built results, after which nothing is built twice.
 
 Each output is taken from the branch that built it anew, by what `provenance.jsonl` says on the branches and where they
-parted. Records and files come from DVC's cache or remote, or from git. What both built anew (tables, metrics) is kept as
-it is here; the next `dvc repro` builds it from the merged inputs, and DVC's lock file follows.
+parted. Records and files come from DVC's cache or remote, or from git. What both built anew (tables, metrics) is kept
+as it is here; the next `dvc repro` builds it from the merged inputs, and DVC's lock file follows.
 """
 
 import json
@@ -113,7 +113,8 @@ def _bring(top: Path, output: str, revision: str) -> None:
 
 
 def _fetch(top: Path, place: str, revision: str, folder: Path) -> list[str]:
-    """Copy a file or folder as git or DVC has it at a revision into `folder`; its files' paths, none where it is not there.
+    """Copy a file or folder as git or DVC has it at a revision into `folder`; its files' paths, none where it is not
+    there.
 
     Raises:
         GraceError: DVC lists it and has no copy.

@@ -124,7 +124,8 @@ def restore(results: str | Path) -> int:
     """Put back the records of outputs that are as `results/provenance.jsonl` knows them; return how many.
 
     An output that differs is left alone, and so is a record of this machine that fits the inputs as they are now. When
-    the file of records has not changed since the last time, only outputs that are newer than their record are looked at.
+    the file of records has not changed since the last time, only outputs that are newer than their record are looked
+    at.
     """
     results = Path(results)
     store = _store(results)

@@ -1,4 +1,5 @@
-"""Model cards of packed folders and exports: what it is, how to ask it about an image, how it was made, how well it does.
+"""Model cards of packed folders and exports: what it is, how to ask it about an image, how it was made, how well it
+does.
 
 Packing keeps what a card says in `card.json`, so that the card of an export, and the one written after an evaluation
 (`grace card`), tell the same.

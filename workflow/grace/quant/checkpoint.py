@@ -170,7 +170,9 @@ def plain_config(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 
 def copy_config(source: Path, target: Path, dtype: str | None = None, **changes: Any) -> None:
-    """Copy a model's config.json with some keys replaced, the dtype under its present name and the same in all parts."""
+    """Copy a model's config.json with some keys replaced,
+    the dtype under its present name and the same in all parts.
+    """
     config = plain_config(read_config(source), dtype)
     write_json(target / "config.json", {**config, **changes})
 

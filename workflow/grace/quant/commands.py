@@ -16,12 +16,13 @@ def quantize(run: Path, init: Path, data: Path | None, out: Path) -> None:
     Args:
         run: a frozen `QuantizeRun`.
         init: the model folder to start from.
-        data: the data folder; AWQ and GPTQ look at its first `quantization.calibration` training conversations, RTN at none.
+        data: the data folder; AWQ and GPTQ look at its first `quantization.calibration` training conversations, RTN at
+            none.
         out: the model folder to make.
 
     Raises:
-        GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration data are
-            unusable or not given.
+        GraceError: `init` is no checkpoint or of another family, a group does not divide a layer, or the calibration
+            data are unusable or not given.
     """
     parameters = read_run(run, QuantizeRun)
     check_family(init, parameters.family)

@@ -1,11 +1,12 @@
 """The authors' released checkpoints as a packed folder of ours: the codes as they are, and checked one by one.
 
-Two of their formats hold codes. An AWQ folder holds them packed (`awq_gemm`), with fp16 scales and a list of its modules in
-`awq_quantized_modules.json`. A dense folder holds `bf16(code * scale)`, and beside it `qat_quantized_weights.bin` the same
-weights with `log_scale`, the logarithm of every group's scale: `[out * in / group]`, row by row, bf16 or fp32; its codes
-are `round(weight / exp(log_scale))`, and each must give its weight again, bit for bit. The packed folder of a dense one
-has fp32 scales, so that it is the same function as the dense weights; that of an AWQ folder has its fp16 scales. The
-two differ by up to 0.4% in a weight: a table says which of them it evaluated by the `imported` in the manifest.
+Two of their formats hold codes. An AWQ folder holds them packed (`awq_gemm`), with fp16 scales and a list of its
+modules in `awq_quantized_modules.json`. A dense folder holds `bf16(code * scale)`, and beside it
+`qat_quantized_weights.bin` the same weights with `log_scale`, the logarithm of every group's scale:
+`[out * in / group]`, row by row, bf16 or fp32; its codes are `round(weight / exp(log_scale))`, and each must give its
+weight again, bit for bit. The packed folder of a dense one has fp32 scales, so that it is the same function as the
+dense weights; that of an AWQ folder has its fp16 scales. The two differ by up to 0.4% in a weight: a table says which
+of them it evaluated by the `imported` in the manifest.
 """
 
 from collections.abc import Callable, Iterable

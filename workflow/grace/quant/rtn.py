@@ -1,8 +1,8 @@
 """Round-to-nearest: the baseline that looks at nothing but the weights.
 
-The scale of a group is a convention, one of `SCALES`: max|w| / Qp clips nothing; compressed-tensors, whose format ships,
-divides by half the code range; the best of 20 by squared error is where quantisation-aware training starts and what AWQ
-and GPTQ round with. Needs neither transformers nor data, and holds one tensor at a time.
+The scale of a group is a convention, one of `SCALES`: max|w| / Qp clips nothing; compressed-tensors, whose format
+ships, divides by half the code range; the best of 20 by squared error is where quantisation-aware training starts and
+what AWQ and GPTQ round with. Needs neither transformers nor data, and holds one tensor at a time.
 """
 
 from pathlib import Path

@@ -27,8 +27,8 @@ _CANONICAL = {
 
 
 def role(recipe: Recipe) -> str:
-    """What a recipe is in the paper: rtn, awq, gptq, none, kd, one of GRACE's parts joined by +, or grace; `variant` for
-    an objective that the paper lacks.
+    """What a recipe is in the paper: rtn, awq, gptq, none, kd, one of GRACE's parts joined by +, or grace; `variant`
+    for an objective that the paper lacks.
 
     `none` is plain training: fine-tuning at bf16, QAT at a quantised precision. The controller alone sets the weight of
     a plain distillation loss, which is the paper's "IB" row.
@@ -102,7 +102,9 @@ def canonical(benchmark: str) -> str:
 
 @cache
 def paper_numbers() -> pd.DataFrame:
-    """source, table, model, row, role, precision, benchmark, value: the paper's tables and the authors' released run."""
+    """source, table, model, row, role, precision, benchmark, value:
+    the paper's tables and the authors' released run.
+    """
     return pd.read_csv(Path(__file__).with_name("paper_tables.csv"), dtype={"table": str}, keep_default_na=False)
 
 
@@ -115,7 +117,8 @@ def _values() -> dict[tuple[str, ...], float]:
 def paper_family(experiment: Experiment) -> str | None:
     """The model of the paper (or of the authors' release) that this experiment is about, by its hub ids.
 
-    None for models made here, and for any others of the same family: numbers of a model stand beside that model's alone.
+    None for models made here, and for any others of the same family: numbers of a model stand beside that model's
+    alone.
     """
     setup = setup_of(experiment)
     return setup.name if setup else None
@@ -125,8 +128,8 @@ def paper_beside(experiment: Experiment, table: str, role: str, precision: str, 
     """The paper's number for one cell where it is about what this experiment's is about, else None.
 
     That is: the same models, all of the protocol's questions, and a student made by what the source states
-    (`grace.report.paper_setup`). The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a number
-    is known and not ours, it is left out.
+    (`grace.report.paper_setup`). The teacher and the baseline of Table 2 are those of Table 1. Where the protocol of a
+    number is known and not ours, it is left out.
     """
     family = paper_family(experiment)
     if not family or not role or unlike(experiment, role, precision):
@@ -173,7 +176,9 @@ def paper_average(experiment: Experiment, table: str) -> list[str]:
 
 
 def what_was_run(experiment: Experiment, seeds: tuple[int, ...] = ()) -> str:
-    """The column that keeps a reader from taking one model, or its data, for another; seeds only where some are given."""
+    """The column that keeps a reader from taking one model, or its data, for another;
+    seeds only where some are given.
+    """
     if experiment.data.source == "demo":
         what = f"{DEMO}, on demo images"
     else:

@@ -1,4 +1,6 @@
-"""The folder `speed/`: all that is made from what was timed, apart from what another machine computes again bit for bit."""
+"""The folder `speed/`: all that is made from what was timed,
+apart from what another machine computes again bit for bit.
+"""
 
 from pathlib import Path
 from typing import Any, cast

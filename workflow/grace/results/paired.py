@@ -1,4 +1,6 @@
-"""Paired tests of two models on the same questions, and their correction; `statistics` has the formula of the errors."""
+"""Paired tests of two models on the same questions, and their correction;
+`statistics` has the formula of the errors.
+"""
 
 import math
 from collections.abc import Sequence
@@ -209,7 +211,9 @@ def compare(a: Sequence[Scores], b: Sequence[Scores], seed: int = 0) -> Comparis
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Holm's step-down adjustment [tests] (1979): compare the result with alpha and the family's error stays below it."""
+    """Holm's step-down adjustment [tests] (1979): compare the result with alpha and the family's error
+    stays below it.
+    """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])

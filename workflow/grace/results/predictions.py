@@ -1,9 +1,9 @@
 """The predictions of one model: a Parquet file per benchmark, each written whole, and a manifest that sums them up.
 
 A file carries in its metadata the protocol it was made under, the key of what made it (model, questions, settings,
-protocol, code, instructions) and the key of its answers alone. A benchmark whose file has the key that is asked for is not asked
-again, so that a suite that was stopped goes on where it was; answers of the same key are scored again under another
-protocol that asks the same.
+protocol, code, instructions) and the key of its answers alone. A benchmark whose file has the key that is asked for is
+not asked again, so that a suite that was stopped goes on where it was; answers of the same key are scored again under
+another protocol that asks the same.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ SCHEMA = pa.schema(
 )
 """One row per question.
 
-`prompt_hash` names all that the model was shown, `prediction` is the raw answer, `extracted` what the protocol takes of it,
-`target` the right answer (a JSON list where several count), `score` in 0..1 what the protocol makes of these two.
+`prompt_hash` names all that the model was shown, `prediction` is the raw answer, `extracted` what the protocol takes of
+it, `target` the right answer (a JSON list where several count), `score` in 0..1 what the protocol makes of these two.
 `logprob` and `entropy` are in nats, null where the harness hides them.
 """
 
@@ -68,7 +68,9 @@ def model_hash(folder: Path) -> str:
 
 
 def answers_key(model: str, settings: dict, harness: dict, made_with: dict) -> str:
-    """What answers to equal questions depend on, as one SHA-256 (hex); `made_with`: code, and how a processor computes."""
+    """What answers to equal questions depend on, as one SHA-256 (hex); `made_with`: code,
+    and how a processor computes.
+    """
     parts = {"model": model, "settings": settings, "harness": harness, "made_with": made_with}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -309,7 +309,9 @@ class _Manifest(_Strict):
 
 
 def read_predictions_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of predictions; a `GraceError` where it is missing, or a value is not what it has to be."""
+    """The manifest of a folder of predictions; a `GraceError` where it is missing,
+    or a value is not what it has to be.
+    """
     value = read_manifest(folder / MANIFEST)
     try:
         _Manifest.model_validate(value)

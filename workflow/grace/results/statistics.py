@@ -18,8 +18,8 @@ and Miller 2011), kept from falling below C. Its degrees of freedom are Satterth
 Where seeds matter much and a few of them agree by luck, B is small, Satterthwaite's degrees jump into the hundreds, and
 that test alone would reject far too often at the small levels that Holm's correction asks for. So a second one stands
 beside it: Student's t over the seeds, sqrt(B) on S - 1 degrees (Welch's where two sides have seeds of their own). The
-larger p and the wider interval count. Simulated, equal methods are then rejected at most 1.2 times as often as the level
-says, from 5% down to 0.1%, with three and with five seeds (tests/benchmarks/false_positives.py).
+larger p and the wider interval count. Simulated, equal methods are then rejected at most 1.2 times as often as the
+level says, from 5% down to 0.1%, with three and with five seeds (tests/benchmarks/false_positives.py).
 
 A mean over benchmarks is handled alike: u then sums (x - m) / (K Q_k) over all K benchmarks, and m[s] is a seed's mean
 over benchmarks, because a good seed is good on all of them.

@@ -83,7 +83,8 @@ def processor_pins(folder: str | Path) -> dict[str, str]:
 def expected(
     data: str | Path, temperature: float | None = None, teacher: str | Path | None = None
 ) -> dict[str, str | float]:
-    """What to pass as `TeacherCache.open(..., expect=...)`: the pins of a data folder and, if given, of T and a teacher.
+    """What to pass as `TeacherCache.open(..., expect=...)`: the pins of a data folder and, if given, of T and a
+    teacher.
 
     A reader compares T with a `sampled` cache only: the other formats serve every temperature.
     """

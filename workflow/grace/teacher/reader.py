@@ -98,8 +98,8 @@ class TeacherCache:
 
         Args:
             folder: the cache's folder.
-            expect: pins that the manifest must share, as from `grace.teacher.identity.expected`; `temperature` counts for
-                a `sampled` cache alone.
+            expect: pins that the manifest must share, as from `grace.teacher.identity.expected`; `temperature` counts
+                for a `sampled` cache alone.
             verify: check every shard's checksum now instead of on first use.
 
         Raises:

@@ -80,7 +80,9 @@ class ShardBuilder:
     def put_audit(
         self, record: int, labels: torch.Tensor, states: torch.Tensor, matrices: Sequence[torch.Tensor]
     ) -> None:
-        """Keep a record in full precision too: labels [tokens], states fp32 [tokens, d_T], Gram fp32 [n, n] per image."""
+        """Keep a record in full precision too: labels [tokens], states fp32 [tokens, d_T], Gram fp32 [n,
+        n] per image.
+        """
         grams = torch.cat([torch.zeros(0), *(matrix.float().flatten().cpu() for matrix in matrices)])
         self.audit[record] = (labels.cpu(), states.float().cpu(), grams)
 
@@ -132,7 +134,9 @@ def write_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor], **abo
 
 
 def damage(folder: Path, entry: dict[str, Any], hashed: Callable[[Path], str] | None = sha256) -> str | None:
-    """What is wrong with a file that a sidecar or manifest `entry` describes, or None; without `hashed`, by size alone."""
+    """What is wrong with a file that a sidecar or manifest `entry` describes, or None; without `hashed`,
+    by size alone.
+    """
     path = folder / entry["file"]
     if not path.is_file():
         return f"{entry['file']} is missing"
@@ -148,7 +152,9 @@ class Shard:
     """A written shard, memory-mapped: tensors are read from the disk when they are looked at."""
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
-        """`entry` is the shard's sidecar or its part of the manifest. Neither checks the file's bytes nor reads records."""
+        """`entry` is the shard's sidecar or its part of the manifest.
+        Neither checks the file's bytes nor reads records.
+        """
         self.folder, self.entry = folder, entry
         self.verified = False
         path = folder / entry["file"]

@@ -129,7 +129,8 @@ def record(
 
 
 def audited_records(keys: Sequence[str], share: float, most: int = 2**31) -> set[int]:
-    """Indices of the records kept in full precision: `share` of them, at least one unless `share` is 0, and at most `most`.
+    """Indices of the records kept in full precision: `share` of them, at least one unless `share` is 0, and at most
+    `most`.
 
     Keys are hashes, so the smallest are a random sample, and the same one whenever a shard is written again.
     """

@@ -1,11 +1,11 @@
 """Checkpoints of a running job: whole or absent, complete, checked when read, and outside the rule's outputs.
 
 A run that is killed at any step and started again continues from its last checkpoint and ends with the same bits on as
-many processes, because the order of the data depends on the seed and the step alone and nothing else is random; on another
-number of processes sums come in another order, and nothing else differs. torch.distributed.checkpoint writes tensors: every
-process its rows of what is sharded, one of them what all have in full. They are written in the background, from a copy,
-while training goes on. A checkpoint counts once its `checkpoint.json` is there, which is written after all files are. The
-two newest are kept: where one is damaged, the run goes on from the one before.
+many processes, because the order of the data depends on the seed and the step alone and nothing else is random; on
+another number of processes sums come in another order, and nothing else differs. torch.distributed.checkpoint writes
+tensors: every process its rows of what is sharded, one of them what all have in full. They are written in the
+background, from a copy, while training goes on. A checkpoint counts once its `checkpoint.json` is there, which is
+written after all files are. The two newest are kept: where one is damaged, the run goes on from the one before.
 """
 
 import hashlib

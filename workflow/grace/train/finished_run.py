@@ -1,8 +1,8 @@
 """A finished training beside its checkpoints, from which its outputs are made as often as they are needed.
 
-The model stays there, as hard links that cost no room, until a later start of Snakemake has accepted the output: Snakemake
-deletes outputs that it does not believe in, such as one that a clock set back makes older than its inputs, and the training
-must not be lost with them.
+The model stays there, as hard links that cost no room, until a later start of Snakemake has accepted the output:
+Snakemake deletes outputs that it does not believe in, such as one that a clock set back makes older than its inputs,
+and the training must not be lost with them.
 """
 
 import json

@@ -183,7 +183,9 @@ class Trainer:
         return ([self.examples[index] for index in indices] for indices in islice(self._numbers(), done, None))
 
     def _numbers(self) -> Iterator[list[int]]:
-        """The numbers of each step's conversations, for ever: captions in the first steps, then those with questions."""
+        """The numbers of each step's conversations, for ever: captions in the first steps,
+        then those with questions.
+        """
         captions, asked = np.flatnonzero(self.captions), np.flatnonzero(~self.captions)
         for numbers, steps in ((captions, self.run.optimisation.caption_steps), (asked, None)):
             lengths = self.lengths[numbers]

@@ -1,9 +1,9 @@
 """AdamW on fp32 masters, with quantisation once per optimiser step.
 
 The model holds what its ordinary layers multiply with: weights on bf16's grid, dequantised where the recipe
-quantises. The optimiser holds the fp32 masters and the scales' theta. Each micro-batch's gradient of the dequantised weights
-is added to an fp32 sum as soon as it is made; once a step the LSQ rule is applied to the sum. The rule is linear in that
-gradient, so this equals quantising in every micro-batch at a fraction of the cost.
+quantises. The optimiser holds the fp32 masters and the scales' theta. Each micro-batch's gradient of the dequantised
+weights is added to an fp32 sum as soon as it is made; once a step the LSQ rule is applied to the sum. The rule is
+linear in that gradient, so this equals quantising in every micro-batch at a fraction of the cost.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""Distillation objectives, one file each: `NAME.py` defines the function `NAME`, and a recipe's `kd: NAME` trains with it.
+"""Distillation objectives, one file each: `NAME.py` defines the function `NAME`, and a recipe's `kd: NAME` trains with
+it.
 
     NAME(student_logits, teacher_logits, labels, *, ...) -> losses
 

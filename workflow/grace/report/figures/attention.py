@@ -65,7 +65,9 @@ def _lacking(results: Results) -> str | None:
 
 
 def questions(results: Results) -> pd.DataFrame:
-    """The first questions, each about another image: id, question, answer, image bytes; first one the teacher has right."""
+    """The first questions, each about another image: id, question, answer, image bytes;
+    first one the teacher has right.
+    """
     benchmark = results.benchmarks[0]
     path = results.benchmark_path(benchmark)
     try:
@@ -161,7 +163,8 @@ def _image(asked: pd.DataFrame):
 
 
 def spotlight(image, values: np.ndarray, most: float = 1.0) -> np.ndarray:
-    """The image in grey [height, width] 0 to 1, as bright as `values` [visual tokens] are of `most`; needs a square of tokens.
+    """The image in grey [height, width] 0 to 1, as bright as `values` [visual tokens] are of `most`; needs a square of
+    tokens.
 
     Maps that stand side by side are drawn with the same `most`, so that equal brightness is equal attention.
     """

@@ -12,7 +12,9 @@ LARGEST = 26  # radius of the largest bubble, in points
 
 
 def pareto(results: Results, plt):
-    """At the largest batch that was measured, keys and values in 16 bits; the line joins the models that no other beats on both axes."""
+    """At the largest batch that was measured, keys and values in 16 bits;
+    the line joins the models that no other beats on both axes.
+    """
     measured = [
         (row, record) for row, record in decode_rows(results) if results.has_average(row) and record["cache"] == 16
     ]

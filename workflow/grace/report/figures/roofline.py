@@ -11,7 +11,9 @@ BYTES = 2  # of an activation, and of a scale
 
 
 def work(kernel: pd.DataFrame) -> pd.DataFrame:
-    """Adds to bench/kernel.csv: intensity (FLOP per byte) and rates of the INT4 and the dense GEMM and the roof (GFLOP/s)."""
+    """Adds to bench/kernel.csv: intensity (FLOP per byte) and rates of the INT4 and the dense GEMM and the
+    roof (GFLOP/s).
+    """
     n, k, m = kernel["out_features"], kernel["in_features"], kernel["m"]
     flops = 2.0 * m * n * k
     moved = n * k / 2 + BYTES * n * k / kernel["group_size"] + BYTES * m * (k + n)

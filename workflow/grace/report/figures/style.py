@@ -90,7 +90,9 @@ _SIDES = (
 
 
 def place_labels(axis, points: Sequence[tuple[float, float]], texts: Sequence[str], radii: Sequence[float]) -> None:
-    """Write `texts` beside points (in data units), each where it covers no bubble (`radii` in points) and no other text."""
+    """Write `texts` beside points (in data units), each where it covers no bubble (`radii` in points) and no
+    other text.
+    """
     figure = axis.figure
     figure.canvas.draw()
     scale = figure.dpi / 72

@@ -1,4 +1,6 @@
-"""Every figure of an experiment but those of what was timed (`grace.report.speed`): drawn one by one, written as a whole."""
+"""Every figure of an experiment but those of what was timed (`grace.report.speed`): drawn one by one,
+written as a whole.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +22,9 @@ NAMES = tuple(DRAWN)
 
 
 def write_figures(results: Results, out: Path) -> None:
-    """Write NAMES.{svg,png} into the folder `out`, as a whole; attention and similarity run three models on an image."""
+    """Write NAMES.{svg,png} into the folder `out`, as a whole;
+    attention and similarity run three models on an image.
+    """
     with whole_folder(out, kind="figures") as part:
         draw(DRAWN, results, part)
 

@@ -1,4 +1,6 @@
-"""The literature's own measures beside accuracy: POPE's F1, MME's score, MMBench's circular accuracy, HallusionBench's."""
+"""The literature's own measures beside accuracy: POPE's F1, MME's score, MMBench's circular accuracy,
+HallusionBench's.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +13,8 @@ from grace.report.tables.table import Cell, Table
 from grace.results.read import Results, Row
 
 FOLDS = 10
-# of imitations, whose points are the mean score, and of the paper's own, whose points are counted as `question_points.SAID` says
+# of imitations, whose points are the mean score, and of the paper's own, whose points are counted as
+# `question_points.SAID` says
 IMITATED = {"pope": ("f1",), "mme": ("score",), "circular": ("circular",), "hallusion": ("figure", "question_pair")}
 OWN = {
     "pope": ("f1",),
@@ -25,12 +28,14 @@ _PAPER = {("mme", "score"): "MME"}  # what the paper prints of them
 
 
 def jackknife(seeds: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], float]) -> tuple[float, float]:
-    """Mean over seeds of `measure(rows)` and its standard error, by leaving out one of FOLDS groups of images at a time.
+    """Mean over seeds of `measure(rows)` and its standard error, by leaving out one of FOLDS groups of images at a
+    time.
 
-    `seeds`: the same questions in the same order, `image_id` a number. These measures are no means of single questions, so
-    that the clustered formula does not apply to them. Images are dealt to the groups by their number. With v the jackknife variance
-    (k-1)/k sum (value without group - mean of these)^2: C is v of the mean over seeds, I = (mean of single seeds' v - C) /
-    (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in `results.statistics`.
+    `seeds`: the same questions in the same order, `image_id` a number. These measures are no means of single questions,
+    so that the clustered formula does not apply to them. Images are dealt to the groups by their number. With v the
+    jackknife variance (k-1)/k sum (value without group - mean of these)^2: C is v of the mean over seeds, I = (mean of
+    single seeds' v - C) / (S - 1), B the variance between seeds over S, and the variance C + max(0, B - I), as in
+    `results.statistics`.
     """
     values = np.array([measure(rows) for rows in seeds])
     dealt = seeds[0]["image_id"].to_numpy() % FOLDS

@@ -1,7 +1,8 @@
 """Which files each number of the tables is computed from, written beside them as `cells.jsonl`.
 
-The first line names every file once, below the experiment's folder; each further line is a row of a table with, by column,
-places in that list. The numbers themselves stand in the tables alone, so that the file changes only when rows or columns do.
+The first line names every file once, below the experiment's folder; each further line is a row of a table with, by
+column, places in that list. The numbers themselves stand in the tables alone, so that the file changes only when rows
+or columns do.
 """
 
 import csv
@@ -19,7 +20,9 @@ CELLS = "cells.jsonl"
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a table: where it stands, its value and error as the CSV has them, and the files that it is made of."""
+    """A number of a table: where it stands, its value and error as the CSV has them,
+    and the files that it is made of.
+    """
 
     table: str
     group: str

@@ -25,7 +25,8 @@ _RATIOS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
 
 
 def text_points(values: pd.Series, metric: str) -> np.ndarray:
-    """Points [texts] whose mean is lm-eval's aggregate: 100 x the score, or a perplexity plus each text's influence on it.
+    """Points [texts] whose mean is lm-eval's aggregate: 100 x the score, or a perplexity plus each text's influence on
+    it.
 
     `values`: per text a list, [score], [log-likelihood] or [log-likelihood, weight].
     """
@@ -103,7 +104,9 @@ def _columns(results: Results) -> list[Column]:
 
 
 def _scores(results: Results, row: Row, column: Column) -> Scores | None:
-    """Points [seeds, texts] of a row; None where a seed lacks the task. Raises GraceError where lm-eval's number differs."""
+    """Points [seeds, texts] of a row; None where a seed lacks the task.
+    Raises GraceError where lm-eval's number differs.
+    """
     task, name, metric = column
     values, texts = [], []
     for seed in results.seeds[row]:

@@ -12,7 +12,9 @@ FILE = "overlap.json"
 
 
 def overlap_table(results: Results) -> Table:
-    """Rows are models; two columns for each benchmark that shares images with the training data: all questions, and the rest."""
+    """Rows are models; two columns for each benchmark that shares images with the training data: all questions,
+    and the rest.
+    """
     path = results.folder / FILE
     table = Table(
         "overlap", "Overlap: scores without the questions whose images were trained on", ["Model", "Bits"], []

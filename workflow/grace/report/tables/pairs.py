@@ -93,7 +93,9 @@ def pairs_table(results: Results, known: dict) -> Table:
 
 
 def won_and_lost(results: Results, compared: list[Pair]) -> list[str]:
-    """Every significant win and loss on a benchmark, as plainly: for other seeds too, and for these very models alone."""
+    """Every significant win and loss on a benchmark, as plainly: for other seeds too,
+    and for these very models alone.
+    """
     said = []
     for sign, word in ((1, "above"), (-1, "below")):
         tiers = []

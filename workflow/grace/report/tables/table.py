@@ -132,7 +132,9 @@ def _digits(paper: float) -> int:
 
 
 def comma_separated(table: Table) -> str:
-    """CSV: for each column its value, standard error and the paper's value; numbers as they are, not rounded for show."""
+    """CSV: for each column its value, standard error and the paper's value; numbers as they are,
+    not rounded for show.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ["group", *table.heads]

@@ -1,4 +1,6 @@
-"""Writing every table of an experiment that is made from answers; those of what was timed are in `grace.report.speed`."""
+"""Writing every table of an experiment that is made from answers;
+those of what was timed are in `grace.report.speed`.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +28,9 @@ NAMES = ("claims", "pairs", *TITLES, "measures", "protocols", "overlap", "langua
 
 
 def build_tables(results: Results, known: dict | None = None) -> list[Table]:
-    """The claims, then every table in the paper's order; `known` keeps comparisons for other readers of these results."""
+    """The claims, then every table in the paper's order;
+    `known` keeps comparisons for other readers of these results.
+    """
     known = {} if known is None else known
     groups = groups_of(results)
     tables = [score_table(results, name, title, key, groups[key], known) for name, (key, title) in TITLES.items()]
