@@ -147,6 +147,6 @@ def _show(experiment: Experiment, lines: list[Line], data: DataSize, gpu: Gpu, d
     for line in lines:
         if line.need.gib is not None and line.need.gib > gpu.memory:
             print(
-                f"{line.name}: {line.need.gib:,.0f} GiB do not fit {gpu.name}'s {gpu.memory:g}; give it more GPUs, or lower "
-                "pass_tokens or kept_activations"
+                f"{line.name}: {line.need.gib:,.0f} GiB do not fit {gpu.name}'s {gpu.memory:g}; give it more GPUs, or "
+                "lower pass_tokens or kept_activations"
             )

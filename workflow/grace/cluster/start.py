@@ -41,8 +41,8 @@ def recover(results: str | Path) -> None:
             doubt_frozen(results)
     except OSError as error:
         raise GraceError(
-            f"{error.filename or results}: {error.strerror}; Snakemake has to write here, in .snakemake and results: run it "
-            "in a folder of yours, or ask the owner of this one for the right to write"
+            f"{error.filename or results}: {error.strerror}; Snakemake has to write here, in .snakemake and results: "
+            "run it in a folder of yours, or ask the owner of this one for the right to write"
         ) from None
 
 

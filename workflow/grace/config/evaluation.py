@@ -19,8 +19,9 @@ class Evaluation(Section):
     limit: PositiveInt | None = Field(default=None, description="only the first so many questions of each benchmark")
     protocol: str | list[str] | dict[Name, str | list[str]] | None = Field(
         default=None,
-        description="how the paper's benchmarks are asked and scored [lmms-eval | vlmevalkit | llava-1.5 | grace-release], "
-        "for all or by name; of several the first is in the tables; null: the registry's choice",
+        description="how the paper's benchmarks are asked and scored [lmms-eval | vlmevalkit | llava-1.5 | "
+        "grace-release], for all or by name; of several the first is in the tables; null: the registry's "
+        "choice",
     )
     harness: Literal["grace", "lm-eval", "lmms-eval", "vlmeval"] = Field(
         default="lm-eval",
@@ -28,7 +29,8 @@ class Evaluation(Section):
     )
     engine: Literal["grace", "vllm"] = Field(
         default="grace",
-        description="what computes the answers: grace (this package), or vllm where that is installed, with harness grace",
+        description="what computes the answers: grace (this package), or vllm where that is installed, with harness "
+        "grace",
     )
     language: list[PathName] = Field(
         default=[], description="text-only tasks of lm-eval (names, or YAML files of your own), for the language side"

@@ -37,7 +37,8 @@ def read_run(path: Path, kind: type[Run]) -> Run:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         raise GraceError(
-            f"{path}: not the frozen parameters of this job ({problem(error)}); delete it, and Snakemake writes it again"
+            f"{path}: not the frozen parameters of this job ({problem(error)}); delete it, and Snakemake writes it "
+            "again"
         ) from None
 
 

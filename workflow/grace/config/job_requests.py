@@ -55,8 +55,8 @@ class JobRequests:
         GPUs do not ask for threads.
         """
         return [
-            f"resources.{job}.cpus is {asked.cpus} and --cores {cores}: on fewer threads a CPU's results differ in their last "
-            "digits; give --cores at least that, or lower cpus, which makes it another result"
+            f"resources.{job}.cpus is {asked.cpus} and --cores {cores}: on fewer threads a CPU's results differ in "
+            "their last digits; give --cores at least that, or lower cpus, which makes it another result"
             for job in COMPUTED
             if job in jobs and not (asked := self._request(job)).gpus and asked.cpus > cores
         ]

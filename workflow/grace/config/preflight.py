@@ -73,7 +73,9 @@ def _sources(data: FilesData) -> Iterator[str]:
     for number, source in enumerate(data.sources):
         path = Path(source.path)
         if not path.exists():
-            yield f"{path}: no such file or folder; copy the conversations there, or correct data.sources[{number}].path"
+            yield (
+                f"{path}: no such file or folder; copy the conversations there, or correct data.sources[{number}].path"
+            )
         elif path.is_file() and not path.stat().st_size:
             yield f"{path}: is empty; copy the conversations again"
         for key, folder in [("images", source.images), *(("links_into", into) for into in source.links_into)]:
@@ -86,7 +88,9 @@ def _benchmarks(experiment: Experiment, data: FilesData) -> Iterator[str]:
     """A file for each benchmark and protocol, with the columns that are read and the questions that are asked."""
     names = experiment.evaluation.benchmarks
     if data.benchmarks is None:
-        yield f"data.benchmarks: is not set; give the folder that has {names[0]}.parquet or .tsv (see docs/evaluation.md)"
+        yield (
+            f"data.benchmarks: is not set; give the folder that has {names[0]}.parquet or .tsv (see docs/evaluation.md)"
+        )
         return
     folder = Path(data.benchmarks)
     if not folder.is_dir():
@@ -96,7 +100,9 @@ def _benchmarks(experiment: Experiment, data: FilesData) -> Iterator[str]:
         for protocol in experiment.evaluation.protocols(name):
             path = benchmark_file(folder, protocol, name)
             if path is None:
-                yield f"{folder / name}.parquet: no such benchmark file (nor .tsv, nor a folder of shards); copy it there"
+                yield (
+                    f"{folder / name}.parquet: no such benchmark file (nor .tsv, nor a folder of shards); copy it there"
+                )
                 continue
             yield from _columns(path, spec(protocol, name), experiment.evaluation.limit)
 
@@ -169,8 +175,8 @@ def _disk(experiment: Experiment, folder: Path, configs: dict[str, dict[str, Any
     free = shutil.disk_usage(place).free
     if needed > free:
         yield (
-            f"{folder}: needs at least {needed / 1e9:,.0f} GB for the teacher's cache and the students, and {place} has "
-            f"{free / 1e9:,.0f} GB free; make room, or link the folder to a larger disk"
+            f"{folder}: needs at least {needed / 1e9:,.0f} GB for the teacher's cache and the students, and {place} "
+            f"has {free / 1e9:,.0f} GB free; make room, or link the folder to a larger disk"
         )
 
 

@@ -48,7 +48,9 @@ def model_problems(
         yield f"{folder / 'config.json'}: no such file; name a model in the transformers format as {role}.pretrained"
         return
     if found.name != experiment.family:
-        yield f"{folder}: config.json says {found.name} and the configuration family: {experiment.family}; correct either"
+        yield (
+            f"{folder}: config.json says {found.name} and the configuration family: {experiment.family}; correct either"
+        )
         return
     config = read_config(folder)
     configs[role] = config
@@ -83,7 +85,8 @@ def _groups(folder: Path, config: dict[str, Any], group_size: int) -> Iterator[s
     for name, width in widths.items():
         if isinstance(width, int) and width % group_size:
             yield (
-                f"{folder}: its decoder's {name} is {width}, no multiple of quantization.group_size {group_size}; lower that"
+                f"{folder}: its decoder's {name} is {width}, no multiple of quantization.group_size {group_size}; "
+                "lower that"
             )
 
 
@@ -112,8 +115,8 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
         yield f"{path}: {lacking}; use the model's own tokenizer"
     elif image is not None and words[family.image_token] != image:
         yield (
-            f"{folder}: {family.image_token} is token {words[family.image_token]} and config.json says {image}; use the "
-            "model's own tokenizer"
+            f"{folder}: {family.image_token} is token {words[family.image_token]} and config.json says {image}; use "
+            "the model's own tokenizer"
         )
 
 

@@ -57,7 +57,8 @@ class Recipe(Section):
     )
     kd: str = Field(
         default="none",
-        description="distillation: none, plain (KL), gated (gated decoupled), or another file of grace/distill/objectives",
+        description="distillation: none, plain (KL), gated (gated decoupled), or another file of "
+        "grace/distill/objectives",
     )
     constants: dict[str, float] = Field(
         default_factory=dict, description="constants of the distillation objective's own, by the names in its file"
@@ -66,8 +67,8 @@ class Recipe(Section):
     controller: bool = Field(default=False, description="let the information-bottleneck controller set beta")
     start: str | None = Field(
         default=None,
-        description="trained recipe whose bf16 student of the same seed this one starts from, as in grace/bf16; null: the "
-        "baseline",
+        description="trained recipe whose bf16 student of the same seed this one starts from, as in grace/bf16; null: "
+        "the baseline",
         pattern=r"^[^/]+/bf16$",
     )
     released: dict[PrecisionName, Release] = Field(
@@ -113,8 +114,8 @@ class Recipe(Section):
             raise ValueError("a post-training recipe takes no training keys (kd, rcka, controller, method, train)")
         if self.released and (self.post_training or self.start or self.train or self.method or self.constants):
             raise ValueError(
-                "a released student is not made here: beside `released` and `label` a recipe takes only what it was trained "
-                "with (kd, rcka, controller)"
+                "a released student is not made here: beside `released` and `label` a recipe takes only what it was "
+                "trained with (kd, rcka, controller)"
             )
         if odd := [name for name in self.released if name not in ("bf16", "int4", "int8")]:
             raise ValueError(f"released.{odd[0]}: there are releases at bf16, int8 and int4")
@@ -161,7 +162,8 @@ class Experiment(Section):
     family: FamilyName = Field(default="llava", description="model family of teacher and student")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16",
-        description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what ships",
+        description="dtype of the arithmetic in training; weights are always on bf16's grid, so what trains is what "
+        "ships",
     )
     data: Annotated[DemoData | FilesData, Field(discriminator="source", description="images and conversations")]
     teacher: Teacher = Field(description="the large model that is learned from")
@@ -177,8 +179,8 @@ class Experiment(Section):
     )
     recipes: dict[Name, Recipe] = Field(
         default_factory=lambda: dict(STANDARD),
-        description="what students are trained with, beside the standard recipes; `baseline` is the starting point and needs "
-        "no entry",
+        description="what students are trained with, beside the standard recipes; `baseline` is the starting point and "
+        "needs no entry",
     )
     runs: list[Runs] = Field(min_length=1, description="the students that the tables are made of")
     baseline_seeds: list[Seed] = Field(
@@ -212,13 +214,14 @@ class Experiment(Section):
         for key in ("hidden_size", "intermediate_size"):
             if shape is not None and getattr(shape, key) % group:
                 raise ValueError(
-                    f"student.architecture.{key} {getattr(shape, key)} is no multiple of quantization.group_size {group}; "
-                    "change either"
+                    f"student.architecture.{key} {getattr(shape, key)} is no multiple of quantization.group_size "
+                    f"{group}; change either"
                 )
         for job, asked in self.resources.items():
             if asked.nodes > 1 and job not in TRAININGS:
                 raise ValueError(
-                    f"resources.{job}.nodes {asked.nodes}: such a job runs on one machine; {', '.join(TRAININGS)} share several"
+                    f"resources.{job}.nodes {asked.nodes}: such a job runs on one machine; {', '.join(TRAININGS)} "
+                    "share several"
                 )
         asking = self.resources.get("evaluate")
         if self.evaluation.engine == "vllm" and asking is not None and asking.gpus > 1:
@@ -253,8 +256,8 @@ class Experiment(Section):
             try:
                 if self.cache.format == "sampled" and recipe.kd not in SAMPLED:
                     raise ValueError(
-                        f"recipes.{name}.kd `{recipe.kd}` needs the teacher's full logits, which a `sampled` cache lacks; "
-                        "set cache.format to hidden or hidden-int8"
+                        f"recipes.{name}.kd `{recipe.kd}` needs the teacher's full logits, which a `sampled` cache "
+                        "lacks; set cache.format to hidden or hidden-int8"
                     )
                 self.recipe_method(recipe)
                 if self.finetune is not None:
@@ -287,7 +290,8 @@ class Experiment(Section):
                 lacking = [p for p in run.precisions if recipe.released and p not in recipe.released]
                 if lacking:
                     raise ValueError(
-                        f"runs[{index}]: recipes.{name}.released has no {lacking[0]}; it has {', '.join(recipe.released)}"
+                        f"runs[{index}]: recipes.{name}.released has no {lacking[0]}; it has "
+                        f"{', '.join(recipe.released)}"
                     )
                 if self.finetune is None and recipe.trains:
                     raise ValueError(f"finetune: is not set, and runs[{index}] trains `{name}`; set it")
@@ -333,7 +337,8 @@ class Experiment(Section):
             (first, budget), *others = named.items()
             if odd := next((one for one in others if one[1] != budget), None):
                 raise ValueError(
-                    f"tuning: `{first}` has {budget} {what} and `{odd[0]}` {odd[1]}; recipes compare only with equal budgets"
+                    f"tuning: `{first}` has {budget} {what} and `{odd[0]}` {odd[1]}; recipes compare only with equal "
+                    "budgets"
                 )
 
     def tried(self, recipe: str, index: int) -> "Experiment":

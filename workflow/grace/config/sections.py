@@ -182,8 +182,8 @@ class Optimisation(Section):
     )
     pass_tokens: PositiveInt | None = Field(
         default=None,
-        description="tokens of one forward pass of conversations laid end to end, by layers that are compiled on a GPU; "
-        "null: micro_batch conversations, padded",
+        description="tokens of one forward pass of conversations laid end to end, by layers that are compiled on a "
+        "GPU; null: micro_batch conversations, padded",
     )
     kept_activations: Fraction = Field(
         default=0.0,

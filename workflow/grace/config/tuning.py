@@ -30,5 +30,6 @@ class Tuning(Section):
     seeds: list[Seed] = Field(default=[0, 1], min_length=1, description="each trial is trained once with each")
     trials: dict[Name, list[Trial]] = Field(
         min_length=1,
-        description="by recipe what each trial changes of it (method, train, constants); every recipe has as many trials",
+        description="by recipe what each trial changes of it (method, train, constants); every recipe has as many "
+        "trials",
     )

@@ -25,8 +25,8 @@ def unapplied(experiment: Experiment, results: Path = Path("results")) -> list[s
                 mine = _present(experiment, name, changes)
                 other = [key for key, value in changes.items() if mine[key] != value]
                 said += [
-                    f"{path}: the best trial of `{name}` has {key} {changes[key]}, and the configuration {mine[key]}; set "
-                    f"recipes.{name}.{key}, or tune again"
+                    f"{path}: the best trial of `{name}` has {key} {changes[key]}, and the configuration {mine[key]}; "
+                    f"set recipes.{name}.{key}, or tune again"
                     for key in other
                 ]
         return said

@@ -33,7 +33,8 @@ def compare_folders(a: Path, b: Path, names: tuple[str, str] | None = None) -> D
     shared = [key for key in models[1] if key in models[0]]
     if not shared:
         raise GraceError(
-            f"{a} and {b}: no model has predictions in both; give two versions of one experiment, or pull their predictions"
+            f"{a} and {b}: no model has predictions in both; give two versions of one experiment, or pull their "
+            "predictions"
         )
     found.only = {
         f"models only in {name}": [f"{row} seed {seed}" for row, seed in side if (row, seed) not in other]

@@ -101,7 +101,8 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
                 "where they were pushed to"
             ) from error
         raise GraceError(
-            f"{revision}: DVC has no copy of its results ({_first_line(error)}); run `dvc fetch` at that revision, or `dvc fetch --all-commits`"
+            f"{revision}: DVC has no copy of its results ({_first_line(error)}); run `dvc fetch` at that revision, or "
+            "`dvc fetch --all-commits`"
         ) from error
 
 

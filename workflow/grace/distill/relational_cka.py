@@ -72,7 +72,8 @@ def relational_cka_sum(
         raise GraceError("give relational_cka_sum either teacher_tokens or teacher_grams")
     if len(student_tokens) != len(teachers) or not teachers:
         raise GraceError(
-            f"{len(student_tokens)} images of the student and {len(teachers)} of the teacher; give as many of both, at least one"
+            f"{len(student_tokens)} images of the student and {len(teachers)} of the teacher; give as many of both, at "
+            "least one"
         )
     if teacher_grams is None:
         for tokens in teachers:
@@ -129,7 +130,8 @@ def _check_shape(tokens: Tensor, who: str) -> None:
         raise GraceError(f"the {who}'s visual tokens of one image must be [n, width], not {list(tokens.shape)}")
     if tokens.shape[0] == 0:
         raise GraceError(
-            f"the {who}'s visual tokens are {list(tokens.shape)}: the image has no visual tokens; leave the record out or check its image placeholder"
+            f"the {who}'s visual tokens are {list(tokens.shape)}: the image has no visual tokens; leave the record out "
+            "or check its image placeholder"
         )
 
 

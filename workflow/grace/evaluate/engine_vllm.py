@@ -101,8 +101,8 @@ class VllmRunner(Runner):
         for question, ids, each in zip(questions, prompts, found, strict=True):
             if list(each.prompt_token_ids) != list(ids):
                 raise GraceError(
-                    f"question {question.id}: vLLM read {len(each.prompt_token_ids)} tokens of prompt that are not this "
-                    f"package's {len(ids)}; set evaluation.engine: grace"
+                    f"question {question.id}: vLLM read {len(each.prompt_token_ids)} tokens of prompt that are not "
+                    f"this package's {len(ids)}; set evaluation.engine: grace"
                 )
         return [self._as_answer(each.outputs[0]) for each in found]
 

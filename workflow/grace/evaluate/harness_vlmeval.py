@@ -48,8 +48,9 @@ def predictor(
         from vlmeval.vlm.base import BaseModel
     except ImportError as error:
         raise GraceError(
-            f"{settings.vlmeval_checkout}: VLMEvalKit does not import here ({reason(error)}); pip install -r envs/vlmeval.txt "
-            "and the checkout's requirements.txt in an environment of its own, and call grace evaluate from it"
+            f"{settings.vlmeval_checkout}: VLMEvalKit does not import here ({reason(error)}); pip install -r "
+            "envs/vlmeval.txt and the checkout's requirements.txt in an environment of its own, and call grace "
+            "evaluate from it"
         ) from error
     finally:
         ssl._create_default_https_context = verified  # importing VLMEvalKit turns the check of certificates off
@@ -148,8 +149,8 @@ def predict(model: Any, benchmark: Benchmark, path: Path, spec: Spec, limit: int
         extracted, score = judged(spec, item, answer.text)
         if score_there is not None and score is not None and abs(score_there - score) > 1e-9:
             raise GraceError(
-                f"{path}: row {item.id}: VLMEvalKit scores {answer.text!r} {score_there:g}, the protocol here {score:g}; "
-                "report it, with the commit of the checkout"
+                f"{path}: row {item.id}: VLMEvalKit scores {answer.text!r} {score_there:g}, the protocol here "
+                f"{score:g}; report it, with the commit of the checkout"
             )
         rows.append(prediction(item, key, answer, extracted, score))
     return pd.DataFrame(rows, columns=SCHEMA.names)

@@ -124,8 +124,8 @@ def score_text(runner: "Runner", task: str, limit: int | None) -> tuple[pd.DataF
     except Exception as error:  # lm-eval and datasets raise their own kinds for a name, a file or a download
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraceError(
-            f"evaluation.language: lm-eval could not run `{task}` ({reason}); check the name, or give a YAML file whose "
-            "dataset_kwargs.data_files are on this machine"
+            f"evaluation.language: lm-eval could not run `{task}` ({reason}); check the name, or give a YAML file "
+            "whose dataset_kwargs.data_files are on this machine"
         ) from error
     rows = []
     for found, samples in results["samples"].items():

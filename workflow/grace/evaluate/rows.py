@@ -76,8 +76,8 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
     if limit is None and count != spec.size:
         hearsay = " (a count that was not verified at its source)" if "size" in spec.unverified else ""
         raise GraceError(
-            f"{path}: {count:,} questions, but {entry.title} has {spec.size:,}{hearsay} under this protocol; copy all of "
-            "the split that it asks, or set evaluation.limit, which tables then say"
+            f"{path}: {count:,} questions, but {entry.title} has {spec.size:,}{hearsay} under this protocol; copy all "
+            "of the split that it asks, or set evaluation.limit, which tables then say"
         )
     if count == 0:
         raise GraceError(f"{path}: has no rows that this protocol asks; copy the data set again")

@@ -46,7 +46,8 @@ def check_model(folder: Path) -> None:
     method = about.get("quant_method") if isinstance(about, dict) else None
     if method in _OPENERS:
         raise GraceError(
-            f"{folder}: an {method.upper()} export ({_OPENERS[method]}); chat with the packed folder that it was made from"
+            f"{folder}: an {method.upper()} export ({_OPENERS[method]}); chat with the packed folder that it was made "
+            "from"
         )
 
 

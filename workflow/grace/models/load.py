@@ -66,8 +66,8 @@ def check_size(folder: str | Path) -> None:
     stored = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     if asked > 4 * stored:
         raise GraceError(
-            f"{folder}: config.json describes a model of {asked:,} weights and its files have {stored:,} bytes; they do not "
-            "belong together: fetch the model again"
+            f"{folder}: config.json describes a model of {asked:,} weights and its files have {stored:,} bytes; they "
+            "do not belong together: fetch the model again"
         )
 
 

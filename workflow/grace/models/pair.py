@@ -40,7 +40,8 @@ def check_pair(teacher: Path, student: Path) -> None:
     for folder in (teacher, student):
         if head_rows(folder) < size:
             raise GraceError(
-                f"{folder}: its head has {head_rows(folder)} rows and the tokenizer {size} tokens; use the model's own tokenizer"
+                f"{folder}: its head has {head_rows(folder)} rows and the tokenizer {size} tokens; use the model's own "
+                "tokenizer"
             )
     for folder, processor in ((teacher, one), (student, other)):
         _check_image_token(folder, processor)
@@ -56,8 +57,8 @@ def check_pair(teacher: Path, student: Path) -> None:
         values = [_comparable(getattr(p, name, None) or getattr(p.image_processor, name, None)) for p in (one, other)]
         if values[0] != values[1]:
             raise GraceError(
-                f"{teacher} and {student}: their processors differ in {name} ({values[0]} and {values[1]}), so their visual "
-                "tokens do not correspond; distil between models of one image geometry"
+                f"{teacher} and {student}: their processors differ in {name} ({values[0]} and {values[1]}), so their "
+                "visual tokens do not correspond; distil between models of one image geometry"
             )
 
 
@@ -68,7 +69,8 @@ def _check_image_token(folder: Path, processor: Any) -> None:
     found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if wanted is not None and found != wanted:
         raise GraceError(
-            f"{folder}: {processor.image_token} is token {found} and config.json says {wanted}; use the model's own tokenizer"
+            f"{folder}: {processor.image_token} is token {found} and config.json says {wanted}; use the model's own "
+            "tokenizer"
         )
 
 

@@ -139,8 +139,8 @@ def _questions(path: Path) -> int | None:
 def _tree(found: list[Number], sources: list[Source]) -> Tree:
     """What people read: equal lines of several files stand once, above them."""
     heads = [
-        f"[bold]{escape(f'{n.table}: {n.group} {n.row}' if n.group else f'{n.table}: {n.row}')}, {escape(n.column)}[/]  "
-        f"{n.value}{f' ± {n.stderr}' if n.stderr else ''}"
+        f"[bold]{escape(f'{n.table}: {n.group} {n.row}' if n.group else f'{n.table}: {n.row}')}, {escape(n.column)}[/] "
+        f" {n.value}{f' ± {n.stderr}' if n.stderr else ''}"
         for n in found
     ]
     tree = Tree("\n".join(heads))

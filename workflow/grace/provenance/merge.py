@@ -132,8 +132,8 @@ def _fetch(top: Path, place: str, revision: str, folder: Path) -> list[str]:
         return files
     except (DvcException, DataIndexDirError, OSError) as error:
         raise GraceError(
-            f"{place}: DVC has no copy of it as {revision[:12]} made it; `dvc fetch --all-commits`, or push that branch's "
-            "results where it was built, then run this again"
+            f"{place}: DVC has no copy of it as {revision[:12]} made it; `dvc fetch --all-commits`, or push that "
+            "branch's results where it was built, then run this again"
         ) from error
 
 

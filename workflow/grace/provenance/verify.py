@@ -40,8 +40,8 @@ def verify(results: str | Path) -> Verified:
     found = check(results)
     if found.wrong:
         raise GraceError(
-            f"{results}: {len(found.wrong)} of {found.files + len(found.wrong)} files are not as recorded; take them from "
-            "DVC (`dvc checkout --force`, `dvc pull`), or delete them and build again\n"
+            f"{results}: {len(found.wrong)} of {found.files + len(found.wrong)} files are not as recorded; take them "
+            "from DVC (`dvc checkout --force`, `dvc pull`), or delete them and build again\n"
             + "\n".join(f"  {line}" for line in found.wrong)
         )
     print(f"{results}: {found.files} files in {found.manifests} folders are whole, {found.size / 2**20:,.1f} MiB")

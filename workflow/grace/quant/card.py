@@ -111,8 +111,8 @@ def model_card(said: dict[str, Any], form: str, origin: Origin | None = None) ->
     parts = [
         f"---\n{yaml.safe_dump(_front(form, origin), sort_keys=False)}---",
         f"# {said['architecture']}, INT{bits} ({said['method']})",
-        f"{said['linears']} linears of the language model hold signed {bits}-bit codes in {groups}, one step size each; "
-        f"head, projector and vision tower are in 16 bits. Made by {METHODS.get(said['method'], said['method'])} "
+        f"{said['linears']} linears of the language model hold signed {bits}-bit codes in {groups}, one step size "
+        f"each; head, projector and vision tower are in 16 bits. Made by {METHODS.get(said['method'], said['method'])} "
         f"(grace-pipeline {__version__}, after GRACE, arXiv 2601.22709). Format: {FORMATS[form][0]}. "
         "It needs no code of ours.",
         *(["## Ask it about an image", *snippets] if snippets else []),
@@ -240,8 +240,9 @@ def _limits(form: str, bits: int) -> str:
         "awq": "Scales are fp16; compute in fp16.",
         "gptq": "Scales are fp16; compute in fp16.",
         "gguf": "llama.cpp rounds activations to 8 bits before each Q4_0 product and resizes images its own way, so answers "
-        "can differ from the packed model's. It puts a CLIP tower's class token behind the patches (seen in build 11549), "
-        "by which a LLaVA with such a tower sees its patches one place shifted; SigLIP and Qwen towers are exact.",
+        "can differ from the packed model's. It puts a CLIP tower's class token behind the patches (seen in build "
+        "11549), by which a LLaVA with such a tower sees its patches one place shifted; SigLIP and Qwen towers are "
+        "exact.",
     }.get(form, "")
     return f"{said} It answers as the model it was made from does, with its errors and its biases; check what matters.".strip()
 

@@ -119,7 +119,8 @@ class Vocabulary:
         """Write the keys for a model whose embedding has `rows` rows; ids without a token are named unused."""
         if len(self.tokens) > rows:
             raise GraceError(
-                f"the tokenizer has {len(self.tokens)} tokens, but the embedding {rows} rows; copy the model's own tokenizer"
+                f"the tokenizer has {len(self.tokens)} tokens, but the embedding {rows} rows; copy the model's own "
+                "tokenizer"
             )
         unused = rows - len(self.tokens)
         writer.add_tokenizer_model(self.kind)

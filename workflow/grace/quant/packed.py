@@ -49,7 +49,8 @@ class PackedModel:
             bits, group_size = operator.index(weights["num_bits"]), operator.index(weights.get("group_size") or -1)
         except (KeyError, TypeError, AttributeError, StopIteration):
             raise GraceError(
-                f"{folder / 'config.json'}: quantization_config has no config_groups with num_bits; pack the model again"
+                f"{folder / 'config.json'}: quantization_config has no config_groups with num_bits; pack the model "
+                "again"
             ) from None
         code_range(bits)
         dense = [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]
@@ -72,13 +73,13 @@ class PackedModel:
         expected, steps = (rows, words_per_row(columns, self.bits)), self.tensors.spec(f"{key}_scale").shape
         if steps[1] * self.group_size != columns:
             raise GraceError(
-                f"{self.folder / 'config.json'}: group_size {self.group_size} does not fit {key}, whose {columns} inputs "
-                f"have {steps[1]} scales; set it to {columns // max(steps[1], 1)}, or pack the model again"
+                f"{self.folder / 'config.json'}: group_size {self.group_size} does not fit {key}, whose {columns} "
+                f"inputs have {steps[1]} scales; set it to {columns // max(steps[1], 1)}, or pack the model again"
             )
         if self.tensors.spec(f"{key}_packed").shape != expected or steps[0] != rows:
             raise GraceError(
-                f"{self.folder}: {key} does not have the shape that {self.bits} bits in groups of {self.group_size} give; "
-                "correct config.json or pack it again"
+                f"{self.folder}: {key} does not have the shape that {self.bits} bits in groups of {self.group_size} "
+                "give; correct config.json or pack it again"
             )
         return rows, columns
 
@@ -94,6 +95,7 @@ def exact_fp16(scales: torch.Tensor, name: str) -> torch.Tensor:
     if not torch.equal(half.float(), scales.float()):
         worst = scales[half.float() != scales.float()][0].item()
         raise GraceError(
-            f"{name}: the scale {worst:.3g} is not exact in fp16, which this format needs; deploy the packed folder instead"
+            f"{name}: the scale {worst:.3g} is not exact in fp16, which this format needs; deploy the packed folder "
+            "instead"
         )
     return half

@@ -54,7 +54,8 @@ class RowsFailed(GraceError):
         named = "; ".join(f"row {name} {reason}" for name, reason in failed[:NAMED])
         more = f"; and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
         super().__init__(
-            f"{path}: {len(failed)} of {len(failed) + len(rows)} rows cannot be asked ({named}{more}); mend or replace them"
+            f"{path}: {len(failed)} of {len(failed) + len(rows)} rows cannot be asked ({named}{more}); mend or replace "
+            "them"
         )
         self.rows = rows
 

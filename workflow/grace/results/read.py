@@ -146,8 +146,9 @@ class Results:
             expected = self._samples.setdefault(benchmark, samples)
             if len(samples) != len(expected) or (samples != expected).any():
                 raise GraceError(
-                    f"{self.folder / row.folder(seed)}/predictions/{benchmark}.parquet: {len(samples)} questions that are not "
-                    f"the {len(expected)} of the other models; evaluate this model again on the experiment's benchmark file"
+                    f"{self.folder / row.folder(seed)}/predictions/{benchmark}.parquet: {len(samples)} questions that "
+                    f"are not the {len(expected)} of the other models; evaluate this model again on the experiment's "
+                    "benchmark file"
                 )
             values.append(frame["points"].to_numpy(dtype=float))
             # by name, not by who was read first: the bootstrap draws images in the order of these numbers
@@ -161,7 +162,8 @@ class Results:
         made = about(path).get("protocol") or protocol
         if made != protocol:
             raise GraceError(
-                f"{path}: was made under the protocol {made}, but this experiment's is {protocol}; evaluate this model again"
+                f"{path}: was made under the protocol {made}, but this experiment's is {protocol}; evaluate this model "
+                "again"
             )
 
     def all_scores(self, row: Row) -> list[Scores]:
@@ -238,8 +240,8 @@ def read_results(folder: str | Path, partial: bool = False) -> Results:
         lacking = [name for name in benchmarks if not results.has(row, name)]
         if lacking and not partial:
             raise GraceError(
-                f"{folder / row.folder(seeds[row][0])}: no predictions on {', '.join(lacking)} in every seed of this model; "
-                "evaluate it again, or pull them with `dvc pull`"
+                f"{folder / row.folder(seeds[row][0])}: no predictions on {', '.join(lacking)} in every seed of this "
+                "model; evaluate it again, or pull them with `dvc pull`"
             )
         results.missing += [f"{row} on {name}" for name in lacking]
     return results

@@ -103,7 +103,8 @@ def _write_head(teacher: Path, out: Path, dtype: torch.dtype, shape: tuple[int, 
     weight = checkpoint[names[0]][: shape[0]].to(dtype).contiguous()  # without the rows that only pad it
     if tuple(weight.shape) != shape:
         raise GraceError(
-            f"{teacher}: {names[0]} is {tuple(weight.shape)} where the shards' teacher had {shape}; write the cache again"
+            f"{teacher}: {names[0]} is {tuple(weight.shape)} where the shards' teacher had {shape}; write the cache "
+            "again"
         )
     with whole_file(out / HEAD_FILE) as part:
         save_file({"weight": weight}, part)

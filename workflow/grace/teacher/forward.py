@@ -69,15 +69,15 @@ def check_examples(examples: Sequence[Example], model: nn.Module, vocabulary: in
         if (other := np.flatnonzero(runs != block.images)).size:
             at = int(other[0])
             raise GraceError(
-                f"conversation {examples[first + at].id}: it has {block.images[at]} images, and visual tokens (id {image}) "
-                f"for {runs[at]}; check that the processor belongs to the model"
+                f"conversation {examples[first + at].id}: it has {block.images[at]} images, and visual tokens (id "
+                f"{image}) for {runs[at]}; check that the processor belongs to the model"
             )
         wrong = (block.labels != IGNORED) & ((block.labels < 0) | (block.labels >= vocabulary))
         if wrong.any():
             at = int(np.searchsorted(starts, int(wrong.argmax()), side="right")) - 1
             raise GraceError(
-                f"conversation {examples[first + at].id}: a label lies outside the model's vocabulary of {vocabulary}; use "
-                "the model's tokenizer"
+                f"conversation {examples[first + at].id}: a label lies outside the model's vocabulary of {vocabulary}; "
+                "use the model's tokenizer"
             )
 
 
@@ -119,8 +119,8 @@ def check_sight(model: Any, processor: Any, examples: Sequence[Example], pass_to
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise GraceError(
-                f"conversation {shown.id}: the model cannot take its image ({str(error).strip().splitlines()[0]}); check "
-                "that the processor belongs to the model"
+                f"conversation {shown.id}: the model cannot take its image ({str(error).strip().splitlines()[0]}); "
+                "check that the processor belongs to the model"
             ) from error
         logits.append(output_head(model)(states[rows.to(states.device), columns.to(states.device)]))
     if torch.equal(*logits):

@@ -114,7 +114,8 @@ class TeacherCache:
         different = differences(manifest, dict(expect or {}))
         if different:
             raise GraceError(
-                f"{folder}: the cache was made with {' and '.join(different)}; write it again for this run, or point to another"
+                f"{folder}: the cache was made with {' and '.join(different)}; write it again for this run, or point "
+                "to another"
             )
         cache = cls(folder, manifest)
         if verify:
@@ -183,8 +184,8 @@ class TeacherCache:
                 for shard in self.shards:  # a damaged key is damage, not a missing record
                     shard.verify()
             raise GraceError(
-                f"{self.folder}: no record of the conversation with key {keys[int(found.argmin())][:12]}…; the cache was "
-                "written for other data, or for another tokenizer: write it again"
+                f"{self.folder}: no record of the conversation with key {keys[int(found.argmin())][:12]}…; the cache "
+                "was written for other data, or for another tokenizer: write it again"
             )
         return found
 

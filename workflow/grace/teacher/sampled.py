@@ -91,8 +91,8 @@ def entry_counts(vocabulary: int) -> tuple[int, int]:
     """(head, tail) entries per token: 32 and 32, or every class but the label where 64 entries hold them all."""
     if not 2 <= vocabulary <= LARGEST_VOCABULARY:
         raise GraceError(
-            f"cache.format: `sampled` holds vocabularies of 2 to {LARGEST_VOCABULARY} entries, the teacher's has {vocabulary}; "
-            "choose `hidden`"
+            f"cache.format: `sampled` holds vocabularies of 2 to {LARGEST_VOCABULARY} entries, the teacher's has "
+            f"{vocabulary}; choose `hidden`"
         )
     others = vocabulary - 1
     return (others, 0) if others <= HEAD + TAIL else (HEAD, TAIL)

@@ -28,7 +28,8 @@ def summary(folder: Path, manifest: Mapping[str, Any]) -> str:
     at = f" at T = {manifest['temperature']:g}" if manifest["format"] == "sampled" else ""
     lines = [
         f"{folder}",
-        f"format      {manifest['format']}{at}, teacher in {manifest['dtype']}, V = {manifest['vocabulary']:,}, d_T = {manifest['width']:,}",
+        f"format      {manifest['format']}{at}, teacher in {manifest['dtype']}, V = {manifest['vocabulary']:,}, d_T = "
+        f"{manifest['width']:,}",
         f"teacher     {short(manifest['teacher'])}   tokenizer {short(manifest['tokenizer'])}   "
         f"processor {short(manifest['processor'])}   template {short(manifest['template'])}",
         f"written by  {', '.join(f'{name} {number}' for name, number in manifest['libraries'].items())}",

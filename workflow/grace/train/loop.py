@@ -286,8 +286,9 @@ class Trainer:
         ):  # the others wait in a collective that this one left, and none can take part in it again
             note_part(self.checkpoints, self.identity, self.part // 2)
             raise GraceError(
-                f"step {step + 1}: out of memory with {key} {self.part} ({short}); all {self.world.size} processes have to "
-                f"start again, from the last checkpoint and with {key} {self.part // 2}, which changes no result"
+                f"step {step + 1}: out of memory with {key} {self.part} ({short}); all {self.world.size} processes "
+                f"have to start again, from the last checkpoint and with {key} {self.part // 2}, which changes no "
+                "result"
             )
         self.optimizer.drop_gradients()
         torch.cuda.empty_cache()
@@ -309,6 +310,6 @@ class Trainer:
             write_json(where, {"step": step + 1, **found})
         row = f" for {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
         raise GraceError(
-            f"step {step + 1}: {', '.join(wrong)} is not finite{row}; the conversations at fault are listed in {where}; "
-            f"lower the learning rate, leave them out of the data, or set nonfinite: skip ({_KEYS})"
+            f"step {step + 1}: {', '.join(wrong)} is not finite{row}; the conversations at fault are listed in "
+            f"{where}; lower the learning rate, leave them out of the data, or set nonfinite: skip ({_KEYS})"
         )

@@ -60,7 +60,8 @@ def _open_folder(path: Path) -> Files:
     files = tuple(sorted(path.rglob("*.parquet")))
     if not files:
         raise GraceError(
-            f"{path}: no Parquet file and no data set of `save_to_disk` in this folder; name a JSON file, or such a folder"
+            f"{path}: no Parquet file and no data set of `save_to_disk` in this folder; name a JSON file, or such a "
+            "folder"
         )
     return Files(files, lambda: _parquet(files), lambda: _parquet_rows(files))
 

@@ -60,7 +60,10 @@ def _lacking(results: Results) -> str | None:
     if TEACHER not in rows or len(rows) < 2:
         return f"{results.folder.name}: the models of the teacher and of a student are not here"
     if results.questions_file(results.benchmarks[0]) is None:
-        return f"{results.folder.name}: no questions of {results.benchmarks[0]} with images in this pipeline's own layout are here"
+        return (
+            f"{results.folder.name}: no questions of {results.benchmarks[0]} with images in this pipeline's own layout "
+            "are here"
+        )
     return None
 
 
@@ -202,7 +205,10 @@ def attention(results: Results, plt):
             axis.set_title(f"layer {layer + 1}\n{100 * values.sum():.0f}% on the image", fontsize=8)
     for axis in axes.flat:
         axis.axis("off")
-    question = f"mean r over {len(asked)} images, first seeds; drawn: “{asked['question'].iloc[0]}”, right: {asked['answer'].iloc[0]}; white is {most:.1%} of the attention on one visual token, in every map"
+    question = (
+        f"mean r over {len(asked)} images, first seeds; drawn: “{asked['question'].iloc[0]}”, right: "
+        f"{asked['answer'].iloc[0]}; white is {most:.1%} of the attention on one visual token, in every map"
+    )
     finding = _finding(results, "attention", _compared(results, rows, _likeness))
     headline(figure, results, finding, question)
     return figure

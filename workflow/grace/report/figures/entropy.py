@@ -13,7 +13,8 @@ def entropy(results: Results, plt):
     if numbers is None:
         return nothing(
             plt,
-            f"{results.folder.name}: the teacher's predictions carry no entropies, it never errs, or its questions are few",
+            f"{results.folder.name}: the teacher's predictions carry no entropies, it never errs, or its questions are "
+            "few",
         )
     data = entropy_error(results)
     bins = binned(data)

@@ -64,8 +64,14 @@ def _finding(results: Results, kept: list[tuple[Row, dict]]) -> str:
         return f"Accuracy, throughput and memory of {len(kept)} models"
     row, record = max(ours, key=lambda p: p[1]["tokens_per_second"])
     found = compare(results.all_scores(row), results.all_scores(BASELINE))
-    gap = f"{number(abs(found.difference))} ± {number(found.stderr)} points {'above' if found.difference > 0 else 'below'}"
+    gap = (
+        f"{number(abs(found.difference))} ± {number(found.stderr)} points "
+        f"{'above' if found.difference > 0 else 'below'}"
+    )
     noise = "" if found.p < ALPHA else " (within noise)"
     speed = record["tokens_per_second"] / base["tokens_per_second"]
     memory = record["peak_mib"] / base["peak_mib"]
-    return f"{named(results, row)} is {gap} the bf16 baseline{noise}, at {speed:.2f} × its throughput and {memory:.2f} × its memory"
+    return (
+        f"{named(results, row)} is {gap} the bf16 baseline{noise}, at {speed:.2f} × its throughput and {memory:.2f} × "
+        "its memory"
+    )

@@ -60,8 +60,8 @@ def _finding(data: pd.DataFrame) -> str:
     above = data["floor_share"].max()
     if above > ABOVE:
         return (
-            f"NOT TO BE TRUSTED: a GEMM stands at {above:.2f} times the measured roof, so something else ran meanwhile; "
-            "run the kernel benchmark again on an idle machine"
+            f"NOT TO BE TRUSTED: a GEMM stands at {above:.2f} times the measured roof, so something else ran "
+            "meanwhile; run the kernel benchmark again on an idle machine"
         )
     few, many = data["m"].min(), data["m"].max()
     best = data[data["m"] == few].groupby("backend")["speedup"].median().idxmax()

@@ -69,8 +69,8 @@ def _sentence(results: Results, item: Finding) -> str:
     word = {"Holds": "it holds", "Fails": "it fails", "Not decided": "not decided"}[item.decision.verdict]
     p = item.p_questions if item.p is None else item.p
     return (
-        f"{a} is {number(abs(gap))} points {'above' if gap >= 0 else 'below'} {b} (paired, {p_text(p)} after correction): "
-        f"“{item.claim.text}” – {word}."
+        f"{a} is {number(abs(gap))} points {'above' if gap >= 0 else 'below'} {b} (paired, {p_text(p)} after "
+        f"correction): “{item.claim.text}” – {word}."
     )
 
 

@@ -73,8 +73,8 @@ def measures_table(results: Results) -> Table:
         table.lines.append(model_line(results, row, cells))
     table.notes = [
         "Mean over seeds ± standard error: a jackknife over images and, with several seeds, the variance between them. "
-        "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of images with all "
-        "answers right) over its sub-tasks: 200 for each. Nothing is tested here."
+        "All but scores in percent; F1 is that of the answer yes. MME's score adds 100 x (accuracy + share of images "
+        "with all answers right) over its sub-tasks: 200 for each. Nothing is tested here."
     ]
     if any(cell.paper is not None for line in table.lines for cell in line.cells):
         table.notes.append(

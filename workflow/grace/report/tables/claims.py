@@ -28,18 +28,19 @@ def claims_table(results: Results, known: dict | None = None) -> Table:
         table.lines.append(line)
     sizes = {group: sum(item.claim.group == group for item in found) for group in _groups(found)}
     table.notes = [
-        f"Differences are of the plain mean over {len(results.averaged)} benchmarks, in points, paired by question and by the "
-        "seeds that both sides have, ± standard error. Whatever they show stands here.",
-        f"Holds: p, seeds too below {ALPHA:.0%}, at least {MARGIN:g} points, on at least {LEAST_SEEDS} seeds ({METHOD_SEEDS} for "
-        f"GRACE and its parts). Fails: the reverse is as sure, or the whole interval lies below {MARGIN:g} points. “Close” holds "
-        f"where the interval lies within {CLOSE:g} points. All else is not decided; what it would take finds the difference "
-        f"seen here with {POWER:.0%} power.",
-        "p, questions: paired bootstrap over images, about these very models. p, seeds too: the largest of that and two t tests "
-        "that hold the variance between seeds, about the method; a dash with one seed, which cannot tell. p values (Holm) and "
-        f"the intervals that verdicts are made by (Bonferroni; those shown are single ones) are corrected over the claims of a group ({', '.join(f'{g}: {n}' for g, n in sizes.items())}).",
+        f"Differences are of the plain mean over {len(results.averaged)} benchmarks, in points, paired by question and "
+        "by the seeds that both sides have, ± standard error. Whatever they show stands here.",
+        f"Holds: p, seeds too below {ALPHA:.0%}, at least {MARGIN:g} points, on at least {LEAST_SEEDS} seeds "
+        f"({METHOD_SEEDS} for GRACE and its parts). Fails: the reverse is as sure, or the whole interval lies below "
+        f"{MARGIN:g} points. “Close” holds where the interval lies within {CLOSE:g} points. All else is not decided; "
+        f"what it would take finds the difference seen here with {POWER:.0%} power.",
+        "p, questions: paired bootstrap over images, about these very models. p, seeds too: the largest of that and "
+        "two t tests that hold the variance between seeds, about the method; a dash with one seed, which cannot tell. "
+        "p values (Holm) and the intervals that verdicts are made by (Bonferroni; those shown are single ones) are "
+        f"corrected over the claims of a group ({', '.join(f'{g}: {n}' for g, n in sizes.items())}).",
         f"Paper: {ARXIV}, difference of its averages (Tables 1 and 2, LLaVA-1.5), or, where a row has none, over the "
-        "benchmarks that both rows have (Tables 3 and 4, Qwen2-VL). A dash: the paper has no such pair; it has no rows at "
-        "INT3, INT2 or under the outlier transform.",
+        "benchmarks that both rows have (Tables 3 and 4, Qwen2-VL). A dash: the paper has no such pair; it has no rows "
+        "at INT3, INT2 or under the outlier transform.",
         *gaps(results),
     ]
     return table

@@ -43,7 +43,10 @@ def _decode_line(results: Results, row: Row, record: dict, dense: dict | None) -
     for ratio, name in zip(ratios, ("throughput over bf16", "memory over bf16"), strict=True):
         paper = paper_beside(experiment, "deployment", role, row.precision, name)
         cells.append(Cell(ratio, paper=paper, digits=2, files=() if ratio is None else (DECODE,)))
-    run = f"{what_was_run(experiment, results.seeds[row][:1])}; {record['device']}, {int(record.get('new_tokens', 0))} new tokens"
+    run = (
+        f"{what_was_run(experiment, results.seeds[row][:1])}; {record['device']}, {int(record.get('new_tokens', 0))} "
+        "new tokens"
+    )
     bits = row.precision if record["cache"] == 16 else f"{row.precision}, {int(record['cache'])}-bit cache"
     return Line([label(experiment, row), bits], cells, "Decoding", run)
 
@@ -139,16 +142,16 @@ def _notes(results: Results) -> list[str]:
     if results.decode is None and results.kernel is None:
         return [f"{results.folder}/bench holds no measurements: run the benchmark rule."]
     notes = [
-        "× throughput and × memory: over the bf16 baseline at the same batch, measured in the same run (of files: their size "
-        "over the baseline's). Weights: what is loaded; peak: weights, cache and activations. Keys and values are in 16 bits, "
-        "the baseline's too, except where “8-bit cache” stands. Decoder linears alone are packed: "
-        "vision tower, embeddings and head stay in bf16. INT4 GEMM (W4A16): the median speed-up over shapes "
+        "× throughput and × memory: over the bf16 baseline at the same batch, measured in the same run (of files: "
+        "their size over the baseline's). Weights: what is loaded; peak: weights, cache and activations. Keys and "
+        "values are in 16 bits, the baseline's too, except where “8-bit cache” stands. Decoder linears alone are "
+        "packed: vision tower, embeddings and head stay in bf16. INT4 GEMM (W4A16): the median speed-up over shapes "
         "over the dense GEMM, by activation rows (column “batch”).",
     ]
     if paper_family(results.experiment) == "LLaVA-1.5":
         notes.append(
-            f"“paper”: {ARXIV}'s INT4 model on a data-centre GPU with its own kernel, 3 times the throughput and 54% less memory; "
-            "its weights are LLaVA-1.5-7B's language model in MiB."
+            f"“paper”: {ARXIV}'s INT4 model on a data-centre GPU with its own kernel, 3 times the throughput and 54% "
+            "less memory; its weights are LLaVA-1.5-7B's language model in MiB."
         )
     if results.experiment.data.source == "demo":
         notes.append("The demo's models are far smaller than real ones: their speed and memory do not carry over.")

@@ -45,15 +45,16 @@ def gaps(results: Results) -> list[str]:
         return []
     rest = f" and {len(lacking) - MISSING_SHOWN} more" if len(lacking) > MISSING_SHOWN else ""
     return [
-        f"Partial results: {len(lacking)} set{'s' * (len(lacking) > 1)} of predictions {'are' if len(lacking) > 1 else 'is'} not here "
-        f"({', '.join(lacking[:MISSING_SHOWN])}{rest}), and everything is computed without them."
+        f"Partial results: {len(lacking)} set{'s' * (len(lacking) > 1)} of predictions "
+        f"{'are' if len(lacking) > 1 else 'is'} not here ({', '.join(lacking[:MISSING_SHOWN])}{rest}), and everything "
+        "is computed without them."
     ]
 
 
 def _numbers(results: Results) -> str:
     return (
-        "Points, mean over seeds ± standard error. The error is clustered by image and holds the variance between seeds "
-        f"where there are several; a single seed's error covers the questions alone. Questions: {sizes(results)}."
+        "Points, mean over seeds ± standard error. The error is clustered by image and holds the variance between "
+        f"seeds where there are several; a single seed's error covers the questions alone. Questions: {sizes(results)}."
     )
 
 
@@ -79,7 +80,8 @@ def _paper(results: Results, number_: str) -> list[str]:
     family, numbers = paper_family(experiment), paper_numbers()
     if family is None or not ((numbers["model"] == family) & (numbers["table"] == number_)).any():
         return [
-            f"{ARXIV}'s own numbers are not shown: it has none for these models. Its claims stand in the table of claims."
+            f"{ARXIV}'s own numbers are not shown: it has none for these models. Its claims stand in the table of "
+            "claims."
         ]
     if others := asked_otherwise(experiment):
         return [f"{ARXIV}'s own numbers are not shown, because {' and '.join(others)}."]
@@ -144,11 +146,11 @@ def _tests(tests) -> list[str]:
     if not count:
         return []
     return [
-        f"Bold: best of its block, underlined: second best after a bold one, each only where it beats the next at {ALPHA:.0%} "
-        f"after Holm's correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * marks its significant ones). "
-        "One benchmark of right or wrong answers: McNemar's exact test, clustered by image. All else: paired bootstrap over "
-        "images. With several seeds also t tests with the variance between seeds, and the largest p counts; with one seed a "
-        "mark is about these very models, not the method."
+        f"Bold: best of its block, underlined: second best after a bold one, each only where it beats the next at "
+        f"{ALPHA:.0%} after Holm's correction over this table's {count} test{'s' * (count > 1)} (Δ average included; * "
+        "marks its significant ones). One benchmark of right or wrong answers: McNemar's exact test, clustered by "
+        "image. All else: paired bootstrap over images. With several seeds also t tests with the variance between "
+        "seeds, and the largest p counts; with one seed a mark is about these very models, not the method."
     ]
 
 
@@ -157,9 +159,9 @@ def _differences(results: Results, groups: list) -> list[str]:
     if not names:
         return []
     return [
-        f"Δ average: difference of the averages from {', '.join(dict.fromkeys(names))}, paired by question and by seed, ± its "
-        f"standard error. Detectable Δ: the true difference that this very comparison, with its seeds, finds with {POWER:.0%} "
-        f"power at {ALPHA:.0%}, uncorrected."
+        f"Δ average: difference of the averages from {', '.join(dict.fromkeys(names))}, paired by question and by "
+        f"seed, ± its standard error. Detectable Δ: the true difference that this very comparison, with its seeds, "
+        f"finds with {POWER:.0%} power at {ALPHA:.0%}, uncorrected."
     ]
 
 

@@ -72,9 +72,10 @@ def language_table(results: Results) -> Table:
             )
         table.lines.append(model_line(results, row, line))
     table.notes = [
-        "lm-eval's own aggregates, mean over seeds ± standard error over texts (and seeds): scores in percent (higher is better), "
-        "perplexities and bits per byte (lower is better).",
-        f"* differs from the baseline at {ALPHA:.0%} after Holm's correction over this table's {len(tests)} tests, paired by text.",
+        "lm-eval's own aggregates, mean over seeds ± standard error over texts (and seeds): scores in percent (higher "
+        "is better), perplexities and bits per byte (lower is better).",
+        f"* differs from the baseline at {ALPHA:.0%} after Holm's correction over this table's {len(tests)} tests, "
+        "paired by text.",
         *gaps(results),
     ]
     return table

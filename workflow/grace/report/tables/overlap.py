@@ -26,8 +26,9 @@ def overlap_table(results: Results) -> Table:
     found = {name: entry for name, entry in about["benchmarks"].items() if name in results.benchmarks}
     table.notes = [_counts(results, name, entry) for name, entry in found.items()]
     table.notes += [
-        f"Near: a 64-bit difference hash (9 x 8 grey values) that differs in at most {about['near_bits']} bits from one of "
-        f"the {about['training_images']:,} training images'. It survives resizing and recompression, not cropping."
+        f"Near: a 64-bit difference hash (9 x 8 grey values) that differs in at most {about['near_bits']} bits from "
+        f"one of the {about['training_images']:,} training images'. It survives resizing and recompression, not "
+        "cropping."
     ]
     shared = {name: {*entry["exact"], *entry["near"]} for name, entry in found.items()}
     shared = {name: samples for name, samples in shared.items() if samples}
@@ -41,8 +42,8 @@ def overlap_table(results: Results) -> Table:
             cells += _cells(results, row, name, samples) if results.has(row, name) else [Cell(), Cell()]
         table.lines.append(model_line(results, row, cells))
     table.notes = [
-        "100 × the mean score over all questions, and over those whose images were not trained on; mean over seeds ± standard "
-        "error (clustered by image, with the variance between seeds). Nothing is tested here.",
+        "100 × the mean score over all questions, and over those whose images were not trained on; mean over seeds ± "
+        "standard error (clustered by image, with the variance between seeds). Nothing is tested here.",
         *table.notes,
         *gaps(results),
     ]
@@ -52,8 +53,8 @@ def overlap_table(results: Results) -> Table:
 def _counts(results: Results, name: str, entry: dict[str, Any]) -> str:
     unread = f"; images of {entry['unreadable']:,} could not be read" if entry["unreadable"] else ""
     return (
-        f"{results.mirrors[name]}: of {entry['questions']:,} questions {entry['exact_count']:,} show the very file of a "
-        f"training image and {entry['near_count']:,} nearly the same look{unread}."
+        f"{results.mirrors[name]}: of {entry['questions']:,} questions {entry['exact_count']:,} show the very file of "
+        f"a training image and {entry['near_count']:,} nearly the same look{unread}."
     )
 
 

@@ -32,7 +32,8 @@ class Pair:
     def said(self, results: Results, sign: int, columns: Iterable[str]) -> str:
         """On which of `columns` A is above (`sign` 1) or below B, as `name (difference ± error)`."""
         return ", ".join(
-            f"{heading(results, column)} ({'+' if each.difference > 0 else ''}{number(each.difference)} ± {number(each.stderr)})"
+            f"{heading(results, column)} ({'+' if each.difference > 0 else ''}{number(each.difference)} ± "
+            f"{number(each.stderr)})"
             for column, each in self.found.items()
             if column in columns and column != AVERAGE and each.difference * sign > 0
         )
@@ -82,10 +83,10 @@ def pairs_table(results: Results, known: dict) -> Table:
         table.notes = ["No two students that a claim about GRACE compares have predictions.", *gaps(results)]
         return table
     table.notes = [
-        "Difference: paired by question and by the seeds that both sides have (column Run), ± standard error; * differs at "
-        f"{ALPHA:.0%} for other seeds too, after Holm's correction over this pair's {len(columns)} tests, whichever side it "
-        f"favours. Detectable: the true difference that this very comparison, with its seeds, finds with {POWER:.0%} power at "
-        f"{ALPHA:.0%}, uncorrected.",
+        "Difference: paired by question and by the seeds that both sides have (column Run), ± standard error; * "
+        f"differs at {ALPHA:.0%} for other seeds too, after Holm's correction over this pair's {len(columns)} tests, "
+        f"whichever side it favours. Detectable: the true difference that this very comparison, with its seeds, finds "
+        f"with {POWER:.0%} power at {ALPHA:.0%}, uncorrected.",
         *won_and_lost(results, compared),
         *gaps(results),
     ]

@@ -31,8 +31,9 @@ def protocols_table(results: Results) -> Table:
         cells = [_cell(results, row, found[column]) if column in found else Cell() for column in columns]
         table.lines.append(model_line(results, row, cells))
     table.notes = [
-        "100 × the mean score over the protocol's own questions, mean over seeds ± standard error (clustered by image, with the "
-        "variance between seeds). The other tables show the first protocol of each benchmark. Nothing is tested here.",
+        "100 × the mean score over the protocol's own questions, mean over seeds ± standard error (clustered by image, "
+        "with the variance between seeds). The other tables show the first protocol of each benchmark. Nothing is "
+        "tested here.",
         *gaps(results),
     ]
     return table
