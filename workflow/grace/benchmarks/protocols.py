@@ -95,7 +95,8 @@ _LMMS = {
        
     ),
     "vizwiz": Spec(
-        "{{question | capitalize}}\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT,
+        "{{question | capitalize}}\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+        + _SHORT,
         1024, "vqa_evalai", "vqa_evalai", "vqa_accuracy", 4_319,
         _from("vizwiz_vqa/{_default_template_vqa_yaml,utils.py}", settings="models/simple/llava.py"),
        

@@ -6,7 +6,10 @@ VLMEvalKit e8e78f05 `vlmeval/smp/misc.py`, `vlmeval/dataset/utils/vqa_eval.py`.
 
 import re
 
-_NUMBERS = dict(zip(["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True))  # fmt: skip
+_NUMBERS = dict(zip(
+    ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+    ["0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"], strict=True,
+))  # fmt: skip
 _ARTICLES = ("a", "an", "the")
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = [

@@ -37,7 +37,7 @@ def job(
     subcommand: str,
     wait_s: float | None = None,
 ) -> AbstractContextManager[None]:
-    """Write these outputs alone and from unchanged inputs (see `grace.cluster.job`); the first process does it for all."""
+    """Write these outputs alone and from unchanged inputs (`grace.cluster.job`); the first process does it for all."""
     from grace.cluster.job import job
     from grace.world import this_world
 

@@ -82,7 +82,7 @@ def overlap(
     ] = None,
     workers: Annotated[int, typer.Option(help="processes that open the training images")] = 1,
 ) -> None:
-    """Count the benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
+    """Count benchmarks' questions whose images are in the training data: the same bytes, or nearly the same look."""
     from grace.benchmarks.protocols import protocols_of
     from grace.config.job_parameters import EvaluateRun, read_run
     from grace.evaluate.overlap import write_overlap

@@ -30,7 +30,7 @@ def size(
     gpu: Annotated[str, typer.Option(help="kind of GPU: H200, H100, A100, L40S or B200")] = "H200",
     disk: Annotated[float, typer.Option(min=0.001, help="GB/s that the disk takes")] = 1.0,
 ) -> None:
-    """Say what trainings and the teacher's cache need: memory of a GPU, tokens, FLOPs, hours, bytes; and what runs took."""
+    """Say what trainings and the teacher's cache need (GPU memory, tokens, FLOPs, hours, bytes) and what runs took."""
     from grace.cluster.size import size as estimate
 
     estimate(configfile, gpu, disk)

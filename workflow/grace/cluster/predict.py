@@ -2,8 +2,8 @@
 
     weights       2 bytes each in bf16; of a trained one also 16: fp32 master, gradient sum and Adam's two moments
     theta         the same 16 per quantised group
-    activations   a layer's input for every layer, and of the compiled layers the share `kept_activations` of what they compute;
-                  while a layer's backward pass runs, all that it computes
+    activations   a layer's input for every layer, and of the compiled layers the share `kept_activations` of what they
+                  compute; while a layer's backward pass runs, all that it computes
     FLOPs         6 per trained weight of a matrix and token, 2 per decoder weight and token of the teacher
 
 A layer computes 8 d + 3 m numbers a token (projections, attention, both norms, residuals; gate, up and their product),

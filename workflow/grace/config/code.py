@@ -20,8 +20,8 @@ WITHOUT_EFFECT = ("grace.config", "grace.cluster", "grace.environment", "grace.e
 # Of these a job reaches the ones that its parameters choose (`grace.config.job_modules`): a string, a loop over the
 # folder and an `if` of one of CHOOSERS do not count.
 CHOSEN = (
-    "grace.data.prepare", "grace.demo.prepare", "grace.distill.objectives", "grace.evaluate.ask", "grace.evaluate.harness_",
-    "grace.models.pair", "grace.train.distillation",
+    "grace.data.prepare", "grace.demo.prepare", "grace.distill.objectives", "grace.evaluate.ask",
+    "grace.evaluate.harness_", "grace.models.pair", "grace.train.distillation",
 )  # fmt: skip
 
 CHOOSERS = (COMMANDS, "grace.train.commands")

@@ -7,8 +7,8 @@ from pydantic import Field
 from grace.config.sections import PositiveInt, Section
 
 Job = Literal[
-    "fetch", "prepare", "train_teacher", "cache", "train_baseline", "finetune", "distil", "quantize", "pack", "evaluate",
-    "bench", "report",
+    "fetch", "prepare", "train_teacher", "cache", "train_baseline", "finetune", "distil", "quantize", "pack",
+    "evaluate", "bench", "report",
 ]  # fmt: skip
 """Kinds of jobs that `resources` can speak of."""
 

@@ -174,7 +174,8 @@ class Optimisation(Section):
     )
     validate_every: PositiveInt | None = Field(
         default=None,
-        description="steps between measurements of the cross-entropy on the data's development split, for the log alone",
+        description="steps between measurements of the cross-entropy on the data's development split, for the log "
+        "alone",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop",

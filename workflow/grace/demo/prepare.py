@@ -155,8 +155,13 @@ def prepare(data: DemoData, benchmarks: list[str], out: Path, workers: int = 1) 
     total = data.images + own + len(names) * (data.development_questions + data.benchmark_questions)
     with whole_folder(out, source=data.model_dump(), benchmarks=benchmarks) as folder:
         parts = [
-            Part(folder / "benchmarks", data, split="test", wanted=data.benchmark_questions, benchmarks=names),
-            Part(folder / "development/benchmarks", data, split="development", wanted=data.development_questions, benchmarks=names),
+            Part(
+                folder / "benchmarks", data, split="test", wanted=data.benchmark_questions, benchmarks=names,
+            ),
+            Part(
+                folder / "development/benchmarks", data, split="development", wanted=data.development_questions,
+                benchmarks=names,
+            ),
         ]  # fmt: skip
         if own:
             parts.append(Part(folder / PRETRAINING, data, range(data.images), CAPTION_SHARE))

@@ -109,7 +109,8 @@ class LlamaStep:
     def _attend(self, attention: Any, qkv: torch.Tensor, cached: Any) -> torch.Tensor:
         norms = (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else ()
         return attend(
-            qkv, cached.keys, cached.values, self.first, self.cos, self.sin, self.position, self.slot, attention.scaling,
+            qkv, cached.keys, cached.values, self.first, self.cos, self.sin, self.position, self.slot,
+            attention.scaling,
             steps=(cached.key_steps, cached.value_steps) if cached.keys.dtype == torch.int8 else None,
             gains=(norms[0].weight, norms[1].weight) if norms else None,
             eps=norms[0].variance_epsilon if norms else 0.0,

@@ -233,8 +233,8 @@ def _compute(
         if gl.program_id(0) < KV * SPLIT:
             gains = (address(here, Q_NORM, DTYPE), address(here, K_NORM, DTYPE))
             stage, phase = attend(
-                qkv, keys, values, (key_steps, value_steps), gains, cos + place, sin + place, ring, stage, phase, h, part, now, begin,
-                stop, part_sum, part_top, SCALE, EPS, KV, G, D, NORMED, SPLIT, STAGES, DTYPE, CODES,
+                qkv, keys, values, (key_steps, value_steps), gains, cos + place, sin + place, ring, stage, phase, h,
+                part, now, begin, stop, part_sum, part_top, SCALE, EPS, KV, G, D, NORMED, SPLIT, STAGES, DTYPE, CODES,
             )  # fmt: skip
         mbarrier.arrive(done)
         gain = gl.load(address(here, POST_NORM, DTYPE) + at, mask=at < HIDDEN, other=0.0)
@@ -317,7 +317,9 @@ def layers_kernel(
                 part_top, x_s, shift_s, ring, done, go, LAYERS, LENGTH, SCALE, EPS, SHAPES, HIDDEN, INNER, KV, G, D,
                 NORMED, PADS, SPLIT, P, STAGES, DTYPE, CODES,
             )),
-            (stream, (table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE, CODES, 1, STEPS)),
+            (stream, (
+                table, slot, first, ring, LAYERS, LENGTH, SHAPES, KV, D, SPLIT, P, STAGES, DTYPE, CODES, 1, STEPS,
+            )),
             (meet, (counter, done, go, LAYERS * MEETINGS, P)),
         ],
         [1, 1],  # warps beside the four that compute

@@ -45,8 +45,8 @@ def powers(top):
 
 @gluon.jit
 def _turned(heads, d, gain, cos, sin, EPS, D: gl.constexpr, NORMED: gl.constexpr, DTYPE: gl.constexpr):
-    """Fresh heads [N, D] at pointers [N, 1], normed (NORMED) and rotated, fp32 exact in DTYPE; d: 0 to D - 1, [1,
-    D].
+    """Fresh heads [N, D] at pointers [N, 1], normed (NORMED) and rotated, fp32 exact in DTYPE;
+    d: 0 to D - 1, [1, D].
     """
     far = (d + D // 2) % D
     turn = gl.load(cos + d).to(gl.float32)

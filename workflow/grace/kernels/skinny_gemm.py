@@ -4,7 +4,8 @@ The time is that of reading W once, so the kernels keep many asynchronous copies
 for anything else. No sum is split over programs: a result does not depend on timing.
 
 `row_kernel`   one row: fp32 products on ordinary cores, which keep up. The copies of a program's first weights go ahead
-               of the wait for the kernel before (programmatic dependent launch): they are under way while that one ends.
+               of the wait for the kernel before (programmatic dependent launch): they are under way while that one
+               ends.
 `rows_kernel`  up to 16 rows: y^T = W x^T on tensor cores, whose instructions the outputs fill.
 """
 

@@ -138,12 +138,7 @@ def _questions(path: Path) -> int | None:
 
 def _tree(found: list[Number], sources: list[Source]) -> Tree:
     """What people read: equal lines of several files stand once, above them."""
-    heads = [
-        f"[bold]{escape(f'{n.table}: {n.group} {n.row}' if n.group else f'{n.table}: {n.row}')}, {escape(n.column)}[/] "
-        f" {n.value}{f' ± {n.stderr}' if n.stderr else ''}"
-        for n in found
-    ]
-    tree = Tree("\n".join(heads))
+    tree = Tree("\n".join(map(_head, found)))
     branches: dict[str, Tree] = {}
     for source in sources:
         lines = _lines(source)
@@ -158,6 +153,12 @@ def _tree(found: list[Number], sources: list[Source]) -> Tree:
             f"{escape(source.file)}  [dim]{(source.sha256 or 'not hashed')[:12]}[/]{asked}, {state}{fetch}"
         )
     return tree
+
+
+def _head(number: Number) -> str:
+    place = f"{number.table}: {number.group} {number.row}" if number.group else f"{number.table}: {number.row}"
+    error = f" ± {number.stderr}" if number.stderr else ""
+    return f"[bold]{escape(place)}, {escape(number.column)}[/]  {number.value}{error}"
 
 
 def _lines(source: Source) -> list[str]:

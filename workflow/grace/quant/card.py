@@ -233,18 +233,20 @@ _VLLM_COMPUTES = {
 
 def _limits(form: str, bits: int) -> str:
     said = {
-        "pack-quantized": "Loaded by transformers without a quantised product, the weights are unpacked and take the memory "
-        "of 16 bits; vLLM keeps them packed"
+        "pack-quantized": "Loaded by transformers without a quantised product, the weights are unpacked and take the "
+        "memory of 16 bits; vLLM keeps them packed"
         + _VLLM_COMPUTES.get(bits, f", with products of {bits} bits for NVIDIA GPUs alone (seen in 0.32)")
         + ".",
         "awq": "Scales are fp16; compute in fp16.",
         "gptq": "Scales are fp16; compute in fp16.",
-        "gguf": "llama.cpp rounds activations to 8 bits before each Q4_0 product and resizes images its own way, so answers "
-        "can differ from the packed model's. It puts a CLIP tower's class token behind the patches (seen in build "
-        "11549), by which a LLaVA with such a tower sees its patches one place shifted; SigLIP and Qwen towers are "
-        "exact.",
+        "gguf": "llama.cpp rounds activations to 8 bits before each Q4_0 product and resizes images its own way, so "
+        "answers can differ from the packed model's. It puts a CLIP tower's class token behind the patches (seen in "
+        "build 11549), by which a LLaVA with such a tower sees its patches one place shifted; SigLIP and Qwen towers "
+        "are exact.",
     }.get(form, "")
-    return f"{said} It answers as the model it was made from does, with its errors and its biases; check what matters.".strip()
+    return (
+        f"{said} It answers as the model it was made from does, with its errors and its biases; check what matters."
+    ).strip()
 
 
 def _score(value: float, error: float | None) -> str:

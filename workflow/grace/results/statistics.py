@@ -7,10 +7,10 @@ move together, so the image is the unit that is sampled (Liang and Zeger's clust
 score of seed s on question q, m[s] a seed's mean and u[s, g] the sum of (x[s, q] - m[s]) / Q over the questions of
 image g, of which there are G:
 
-    questions   C = G/(G-1) sum_g (mean_s u[s, g])^2                           error of a mean over seeds from the questions
-    seeds       B = 1/(S (S-1)) sum_s (m[s] - mean m)^2                        what the seeds' means vary by
-    chance      I = G/(G-1) / (S (S-1)) sum_{s,g} (u[s, g] - mean_s u[s, g])^2 the part of B that is questions flipping
-    variance    C + max(0, B - I)
+    questions  C = G/(G-1) sum_g (mean_s u[s, g])^2                           error of a mean over seeds from questions
+    seeds      B = 1/(S (S-1)) sum_s (m[s] - mean m)^2                        what the seeds' means vary by
+    chance     I = G/(G-1) / (S (S-1)) sum_{s,g} (u[s, g] - mean_s u[s, g])^2 the part of B that is questions flipping
+    variance   C + max(0, B - I)
 
 This is the unbiased estimate of the two-way random-effects model (equal to the two-way clustering of Cameron, Gelbach
 and Miller 2011), kept from falling below C. Its degrees of freedom are Satterthwaite's, with S - 1 for B.

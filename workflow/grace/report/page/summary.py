@@ -111,11 +111,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     averaged = "all" if len(results.averaged) == len(results.benchmarks) else f"{len(results.averaged)}"
     return [
         ("Models", f"{experiment.family} family; {'; '.join(models)}"),
-        ("Trained on", f"{trained}; every student {length.duration} in batches of {length.batch} from its seed's baseline"
-         if length else "nothing: every student is a released one, or rounded"),
-        ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in {len(results.benchmarks)} benchmarks "
-         f"({', '.join(named)}) by {' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
-        ("Numbers", f"points, ± standard error (clustered by image, with the variance between seeds); the average is of {averaged} benchmarks"),
+        ("Trained on", f"{trained}; every student {length.duration} in batches of {length.batch} from its seed's "
+         "baseline" if length else "nothing: every student is a released one, or rounded"),
+        ("Evaluated", f"{sum(map(len, results.seeds.values()))} models on {asked:,} questions in "
+         f"{len(results.benchmarks)} benchmarks ({', '.join(named)}) by "
+         f"{' '.join(str(harness[key]) for key in ('name', 'version') if key in harness) or 'an unnamed harness'}"),
+        ("Numbers", "points, ± standard error (clustered by image, with the variance between seeds); the average is of "
+         f"{averaged} benchmarks"),
     ]  # fmt: skip
 
 

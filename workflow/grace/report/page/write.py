@@ -24,13 +24,29 @@ from grace.report.tables.write import build_tables
 from grace.results.read import TEACHER, Results, Row
 
 TITLES = {
-    "pareto": ("Accuracy, throughput and memory (the paper's Figure 1)", "Up and right is better; the bubble's area is peak memory."),
-    "entropy": ("The teacher's entropy and its errors (the paper's Figure 2)", "If an unsure teacher errs more often, weighing it by its confidence makes sense."),
+    "pareto": (
+        "Accuracy, throughput and memory (the paper's Figure 1)",
+        "Up and right is better; the bubble's area is peak memory.",
+    ),
+    "entropy": (
+        "The teacher's entropy and its errors (the paper's Figure 2)",
+        "If an unsure teacher errs more often, weighing it by its confidence makes sense.",
+    ),
     "training": ("Training curves", "First seed of each recipe, smoothed."),
-    "attention": ("Where teacher and students look (the paper's Figure 3)", "Attention from the position that answers to the image, per decoder layer, for one question."),
-    "similarity": ("Similarity between visual tokens (the paper's Figure 5)", "What relational CKA aligns: how alike each pair of visual tokens is within one image."),
-    "roofline": ("The INT4 GEMM against what the hardware allows", "Left: rates under the roof of bandwidth and matrix rate that the same run measured. Right: speed-up over the dense GEMM."),
-}  # fmt: skip
+    "attention": (
+        "Where teacher and students look (the paper's Figure 3)",
+        "Attention from the position that answers to the image, per decoder layer, for one question.",
+    ),
+    "similarity": (
+        "Similarity between visual tokens (the paper's Figure 5)",
+        "What relational CKA aligns: how alike each pair of visual tokens is within one image.",
+    ),
+    "roofline": (
+        "The INT4 GEMM against what the hardware allows",
+        "Left: rates under the roof of bandwidth and matrix rate that the same run measured. Right: speed-up over the "
+        "dense GEMM.",
+    ),
+}
 
 
 def write_page(results: Results, out: Path) -> None:
