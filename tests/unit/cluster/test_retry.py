@@ -3,7 +3,7 @@
 import pytest
 
 from grace.cluster import retry as module
-from grace.cluster.retry import Limits, beyond, last_end, limits, retry_request
+from grace.cluster.retry import Limits, beyond, last_end, limits, retry_by_kind, retry_request
 from grace.cluster.slurm import check_arrays
 from grace.config.resources import Resources
 from grace.errors import GraceError
@@ -48,6 +48,14 @@ def test_more_is_asked_of_what_it_ran_out_of(slurm, state, code, mem_mb, runtime
     slurm(7, state, code)
     asked = retry_request(Resources(mem_mb=20000, runtime=60), 2, ["quantize"], WILDCARDS)
     assert (asked.mem_mb, asked.runtime) == (mem_mb, runtime)
+
+
+def test_a_job_of_which_the_kind_is_known_may_be_of_any_rule_of_that_kind(slurm):
+    slurm(7, "OUT_OF_MEMORY")
+    request = retry_by_kind({"quantize": "pack", "import_released": "pack", "tables": "report", "freeze": None})
+    assert request(Resources(mem_mb=20000), 2, "pack", WILDCARDS).mem_mb == 40000
+    slurm(8, "TIMEOUT", comment="rule_tables_wildcards_demo_rtn")
+    assert request(Resources(mem_mb=20000), 2, "report", WILDCARDS).mem_mb == 20000
 
 
 def test_never_more_than_there_is(slurm):
