@@ -12,7 +12,7 @@ import started
 from evaluate_models import rows, write_benchmark, write_model
 
 from grace.benchmarks.extraction import Answer
-from grace.evaluate.answer_log import Parts
+from grace.evaluate.answer_log import AnswerLog
 from grace.evaluate.commands import evaluate
 from grace.files import read_json
 
@@ -104,23 +104,23 @@ def test_an_unreadable_image_stops_no_other_process(folder):
 def test_parts_come_back_as_they_were(tmp_path, monkeypatch):
     monkeypatch.setattr("grace.evaluate.answer_log.SECONDS_BETWEEN_PARTS", 0.0)
     answers = [Answer("red", -0.1 / 3, 1e-17), Answer("«é»\n", -2.0, 0.0)]
-    Parts(tmp_path / "key").add("name", [5, 2], answers)
-    Parts(tmp_path / "key", writer=1).add("name", [3], answers[:1])
-    assert Parts(tmp_path / "key").read("name") == {5: answers[0], 2: answers[1], 3: answers[0]}
-    assert Parts(tmp_path / "key").read("other") == {}
+    AnswerLog(tmp_path / "key").add("name", [5, 2], answers)
+    AnswerLog(tmp_path / "key", writer=1).add("name", [3], answers[:1])
+    assert AnswerLog(tmp_path / "key").read("name") == {5: answers[0], 2: answers[1], 3: answers[0]}
+    assert AnswerLog(tmp_path / "key").read("other") == {}
     monkeypatch.setattr("grace.evaluate.answer_log.SECONDS_BETWEEN_PARTS", 60.0)
-    waiting = Parts(tmp_path / "later")
+    waiting = AnswerLog(tmp_path / "later")
     waiting.add("name", [0], answers[:1])
     assert waiting.read("name") == {}, "not every batch is written"
 
 
 def test_answers_that_wait_stay_with_their_questions(tmp_path):
     """A benchmark is asked in chunks, whose questions are numbered from 0 each."""
-    parts = Parts(tmp_path / "key")
+    parts = AnswerLog(tmp_path / "key")
     first, second = (Answer(text, -1.0, 0.5) for text in ("first", "second"))
     parts.add("one", [0, 1], [first, first])
     parts.add("two", [0], [second])
     parts.add("three", [0], [second])
-    again = Parts(tmp_path / "key")
+    again = AnswerLog(tmp_path / "key")
     assert again.read("one") == {0: first, 1: first}
     assert again.read("two") == {0: second}

@@ -78,8 +78,10 @@ def test_every_number_can_be_made_again_from_its_rows(made, protocol):
 def test_protocols_that_ask_the_same_share_answers(folder, monkeypatch):
     write(folder, "mme", [OFFICIAL["mme"](i) for i in range(ROWS)])
     asked = []
-    real = commands.Parts.add
-    monkeypatch.setattr(commands.Parts, "add", lambda self, *rest: (asked.append(len(rest[1])), real(self, *rest))[1])
+    real = commands.AnswerLog.add
+    monkeypatch.setattr(
+        commands.AnswerLog, "add", lambda self, *rest: (asked.append(len(rest[1])), real(self, *rest))[1]
+    )
     manifest = run(folder, ["mme"], ["lmms-eval", "llava-1.5", "vlmevalkit"])
     assert manifest["benchmarks"]["mme"]["protocol"] == "lmms-eval"
     assert {p: e["mme"]["protocol"] for p, e in manifest["protocols"].items()} == {
@@ -231,7 +233,7 @@ def test_a_submission_that_could_not_be_written_is_written_later_without_asking(
     with monkeypatch.context() as without, pytest.raises(GraceError, match="needs openpyxl; pip install openpyxl"):
         without.setitem(sys.modules, "openpyxl", None)
         run(folder, ["mmbench-test"], "vlmevalkit")
-    monkeypatch.setattr(commands.Parts, "add", lambda *batch: pytest.fail("asked again"))
+    monkeypatch.setattr(commands.AnswerLog, "add", lambda *batch: pytest.fail("asked again"))
     run(folder, ["mmbench-test"], "vlmevalkit")
     assert (folder / "out/submissions/vlmevalkit/mmbench-test.xlsx").is_file()
 

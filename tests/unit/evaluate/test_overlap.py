@@ -42,7 +42,7 @@ def test_resized_and_recompressed_images_look_the_same_and_others_do_not():
 
 
 def test_bands_find_all_that_a_plain_search_finds():
-    seen = room.Seen([])
+    seen = room.TrainingImages([])
     rng = np.random.default_rng(0)
     kept = [int(rng.integers(0, 2**63)) for _ in range(50)]
     for look in kept:
@@ -76,7 +76,7 @@ def test_questions_are_counted_and_scored_without_them(tmp_path, monkeypatch):
 
 def test_worker_processes_find_the_same(tmp_path):
     images = [EncodedImage.from_bytes(str(i), encoded(picture(i % 5), "PNG")) for i in range(9)]
-    alone, together = room.Seen(images), room.Seen(images, workers=2)
+    alone, together = room.TrainingImages(images), room.TrainingImages(images, workers=2)
     assert alone.exact == together.exact and len(alone.exact) == 5
     assert alone.bands == together.bands
 

@@ -18,7 +18,7 @@ from grace.files import read_json, write_json
 SECONDS_BETWEEN_PARTS = 30.0
 
 
-class Parts:
+class AnswerLog:
     """The kept answers of one model to one benchmark.
 
     Args:

@@ -35,7 +35,7 @@ from grace.config.job_modules import modules_of
 from grace.config.job_parameters import EvaluateRun, read_run
 from grace.config.preflight import VLLM
 from grace.errors import GraceError
-from grace.evaluate.answer_log import Parts
+from grace.evaluate.answer_log import AnswerLog
 from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
 from grace.evaluate.rows import questions_file, read_items
 from grace.evaluate.submissions import SUBMISSIONS, submission_file, write_submission
@@ -153,29 +153,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
         with _asking(parameters, model, data, pending) as (runner, predict):
             for task in pending:
                 with kept_apart(task.title):
-                    start = time.monotonic()
-                    runner.parts = Parts(out / PARTS / keys[task.title], world.rank)
-                    runner.known = world.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
-                    try:
-                        rows = predict(task.entry, files[task.title], task.spec)
-                    except RowsFailed as error:  # the others' answers serve once these rows are mended
-                        if world.first and len(error.rows):
-                            kept = out / PARTS / keys[task.title] / f"{task.entry.name}.parquet"
-                            write_predictions(kept, error.rows, "", task.protocol, answers)
-                        raise
-                    if world.first:
-                        if task.spec.hidden:  # the older file is of other answers
-                            submission_file(out, task.entry.name, task.protocol).unlink(missing_ok=True)
-                        write_predictions(_predictions(out, task), rows, keys[task.title], task.protocol, answers)
-                        if task.spec.hidden:
-                            items = (
-                                item
-                                for _, item in read_items(files[task.title], task.entry, task.spec, settings.limit)
-                                if not isinstance(item, str)
-                            )
-                            write_submission(out, task.entry.name, task.protocol, rows, items)
-                        print(f"{task.title}: {len(rows)} questions in {time.monotonic() - start:.1f} s", flush=True)
-                        runner.parts.drop()
+                    _ask(runner, predict, task, files[task.title], settings, out, keys[task.title], answers)
             for task in untold:
                 with kept_apart(task):
                     found = score_text(runner, task, settings.limit)
@@ -187,6 +165,39 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     if world.first and manifest:
         about = {"model": made_by, "harness": harness}
         _write_manifest(model, out, tasks, settings, about)
+
+
+def _ask(
+    runner: "Runner", predict: Predict, task: Task, path: Path, settings: Evaluation, out: Path, key: str, answers: str
+) -> None:
+    """Ask the questions of one benchmark's file and write its predictions; answers are kept as they come.
+
+    Args:
+        key, answers: the `prediction_key` and the `answers_key` of what is written.
+
+    Raises:
+        RowsFailed: some rows cannot be asked; the answers to the others are kept for the next time.
+    """
+    start, world, parts = time.monotonic(), this_world(), out / PARTS / key
+    log = runner.log = AnswerLog(parts, world.rank)
+    runner.known = world.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
+    try:
+        rows = predict(task.entry, path, task.spec)
+    except RowsFailed as error:  # the others' answers serve once these rows are mended
+        if world.first and len(error.rows):
+            write_predictions(parts / f"{task.entry.name}.parquet", error.rows, "", task.protocol, answers)
+        raise
+    if not world.first:
+        return
+    if task.spec.hidden:  # the older file is of other answers
+        submission_file(out, task.entry.name, task.protocol).unlink(missing_ok=True)
+    write_predictions(_predictions(out, task), rows, key, task.protocol, answers)
+    if task.spec.hidden:
+        found = read_items(path, task.entry, task.spec, settings.limit)
+        items = (item for _, item in found if not isinstance(item, str))
+        write_submission(out, task.entry.name, task.protocol, rows, items)
+    print(f"{task.title}: {len(rows)} questions in {time.monotonic() - start:.1f} s", flush=True)
+    log.drop()
 
 
 def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:

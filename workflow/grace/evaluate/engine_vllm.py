@@ -55,7 +55,7 @@ class VllmRunner(Runner):
         self.batch, self.max_new_tokens = max(batch, AT_ONCE), 8
         self.image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         self.encoder = ImageEncoder(None, processor, {}, workers=0)
-        self.parts, self.known, self.world = None, {}, this_world()
+        self.log, self.known, self.world = None, {}, this_world()
 
     @classmethod
     @contextmanager

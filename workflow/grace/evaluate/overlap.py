@@ -45,8 +45,8 @@ def _all_hashed(images: Iterable[EncodedImage], workers: int) -> list[tuple[str,
         return list(pool.map(_hashed, images, chunksize=CHUNK))
 
 
-class Seen:
-    """Images of the training data, to be asked whether one is among them.
+class TrainingImages:
+    """The images of the training data, to be asked whether one is among them.
 
     Args:
         images: each once or more.
@@ -81,7 +81,7 @@ def training_images(data: Path) -> Iterator[EncodedImage]:
         yield from images
 
 
-def overlap(seen: Seen, path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> dict:
+def overlap(seen: TrainingImages, path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> dict:
     """Questions of a benchmark whose images were trained on: counts, and their ids by kind.
 
     Images that cannot be decoded are counted and belong to neither.
@@ -141,7 +141,7 @@ def write_overlap(
     Raises:
         GraceError: a benchmark is unknown or its file is missing or unreadable, or a training image is.
     """
-    seen = Seen(training_images(data), workers)
+    seen = TrainingImages(training_images(data), workers)
     found = {}
     for name, protocol in asked.items():
         path = questions_file(data, name, protocol)

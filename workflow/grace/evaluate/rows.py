@@ -64,7 +64,7 @@ def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = Non
         try:
             if not _selected(raw, spec):
                 continue
-            item: Item | str = _item(raw, place, entry, spec, asked_of)
+            item: Item | str = _item(raw, place, spec, asked_of)
             name = item.id
         except (ValueError, TypeError) as error:
             item, name = str(error), str(place)
@@ -118,7 +118,7 @@ def _text(raw: dict, *names: str) -> str:
     return ""
 
 
-def _item(raw: dict, place: int, entry: Benchmark, spec: Spec, asked_of: Counter[str]) -> Item:
+def _item(raw: dict, place: int, spec: Spec, asked_of: Counter[str]) -> Item:
     question = _text(raw, "question")
     if not question.strip():
         raise ValueError("has no question")

@@ -16,7 +16,7 @@ import torch
 from grace.benchmarks.extraction import Answer
 from grace.data.examples import Tokeniser
 from grace.errors import GraceError
-from grace.evaluate.answer_log import Parts
+from grace.evaluate.answer_log import AnswerLog
 from grace.evaluate.image_encoder import ImageEncoder, Unaskable
 from grace.evaluate.question import Question, turns
 from grace.infer.decode import CHECK_EVERY, Session
@@ -44,7 +44,7 @@ class Runner:
         kept: what the model's tower makes of images, bf16 [n, d] by SHA-256, where that was kept.
 
     Attributes:
-        parts: where answers are kept as they come, if anywhere; set before each benchmark.
+        log: where answers are kept as they come, if anywhere; set before each benchmark.
         known: answers that earlier runs kept, by `Question.key`.
         world: the processes that ask together.
     """
@@ -68,7 +68,7 @@ class Runner:
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
         self.image = image_token_id(model)
         self.encoder = ImageEncoder(model, processor, kept or {})
-        self.parts: Parts | None = None
+        self.log: AnswerLog | None = None
         self.known: dict[str, Answer] = {}
         self.world = this_world()
         self._session: Session | None = None
@@ -85,16 +85,16 @@ class Runner:
         prompts = self._tokens(questions)
         alike = [(self._longest(question), bool(question.images)) for question in questions]  # may share a batch
         order = self._order(questions, prompts, alike)
-        name = self._name(questions) if self.parts else ""
-        kept = self.parts.read(name) if self.parts else {}
+        name = self._name(questions) if self.log else ""
+        kept = self.log.read(name) if self.log else {}
         kept |= {i: self.known[q.key] for i, q in enumerate(questions) if q.key in self.known} if self.known else {}
         answers = self.world.agreed(kept)
         advance(len(answers))
 
         def ask(rows: list[int]) -> list[Answer]:
             found = self._answer([questions[i] for i in rows], [prompts[i] for i in rows], alike[rows[0]][0])
-            if self.parts:
-                self.parts.add(name, rows, found)
+            if self.log:
+                self.log.add(name, rows, found)
             advance(len(rows) * self.world.size)
             return found
 

@@ -111,6 +111,11 @@ def read_weight_map(folder: Path) -> dict[str, str] | None:
     return _checked(path, _Index)["weight_map"] if path.is_file() else None
 
 
+def own_code(folder: Path) -> Path | None:
+    """The first configuration file of a model's or processor's folder that asks for code of its own, or None."""
+    return next((file for file in folder.glob("*config.json") if read_object(file).get("auto_map") is not None), None)
+
+
 def _checked(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     value = read_object(path)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
 from grace.errors import GraceError, reason
-from grace.families.files import INDEX, read_config, read_object, read_weight_map
+from grace.families.files import INDEX, own_code, read_config, read_object, read_weight_map
 from grace.files import whole_folder, write_json
 from grace.hashes import known_hashes
 
@@ -66,12 +66,11 @@ def _check(model: str, folder: Path) -> None:
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise GraceError(f"{model}: {INDEX} names {shown}, which are not there; download it again")
-    for file in folder.glob("*config.json"):
-        if read_object(file).get("auto_map") is not None:
-            raise GraceError(
-                f"{model}: {file.name} asks for code of its own (auto_map), which is never run; use a model that "
-                "transformers knows"
-            )
+    if file := own_code(folder):
+        raise GraceError(
+            f"{model}: {file.name} asks for code of its own (auto_map), which is never run; use a model that "
+            "transformers knows"
+        )
 
 
 def _end_where_training_ends(folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, CompressedTens
 
 from grace.errors import GraceError, panics_as_errors, reason
 from grace.families import family_named, family_of_folder, lacking_package
-from grace.families.files import read_config, read_object
+from grace.families.files import own_code, read_config, read_object
 from grace.models.template import marks_answers
 
 TESTED = ((5, 20), (5, 24))  # of transformers: from, and below
@@ -41,11 +41,10 @@ def model_folder(folder: str | Path) -> dict:
 
 
 def _no_code(folder: Path) -> None:
-    for file in folder.glob("*config.json"):
-        if read_object(file).get("auto_map") is not None:
-            raise GraceError(
-                f"{file}: asks for code of its own (auto_map), which is never run; use the model as transformers has it"
-            )
+    if file := own_code(folder):
+        raise GraceError(
+            f"{file}: asks for code of its own (auto_map), which is never run; use the model as transformers has it"
+        )
 
 
 def check_size(folder: str | Path) -> None:

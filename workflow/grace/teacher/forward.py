@@ -104,7 +104,7 @@ def check_sight(model: Any, processor: Any, examples: Sequence[Example], pass_to
     Raises:
         GraceError: no logit changes, or the forward cannot take the image.
     """
-    shown = next((example for example in examples if example.images and supervised_tokens(example)), None)
+    shown = next((example for example in examples if example.images and example.supervised_tokens()), None)
     if shown is None:
         return
     batch = _prepared(model, processor, [shown], pass_tokens)
@@ -128,11 +128,6 @@ def check_sight(model: Any, processor: Any, examples: Sequence[Example], pass_to
             f"conversation {shown.id}: another image changes none of the model's logits, so it does not see; check its "
             "vision tower and projector, and that transformers is of the tested range"
         )
-
-
-def supervised_tokens(example: Example) -> int:
-    """How many positions predict a label."""
-    return int((example.labels[1:] != -100).sum())
 
 
 def plan(examples: Sequence[Example], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
@@ -177,7 +172,7 @@ def see(
     threads = spare_threads(1) if torch.cuda.is_available() else 1
     for indices, batch in zip(batches, ahead(prepared, batches, max(2, threads), threads), strict=True):
         states, labels, visual = _forward(model, batch, image)
-        counts = [supervised_tokens(examples[index]) for index in indices]
+        counts = [examples[index].supervised_tokens() for index in indices]
         parts = zip(indices, states.split(counts), labels.split(counts), strict=True)
         for index, own, asked in parts:
             yield index, Seen(own, asked, [next(visual) for _ in examples[index].images])

@@ -22,7 +22,7 @@ from grace.families import check_family
 from grace.models import head_weight, image_token_id, load_model, load_processor, output_head, vocabulary
 from grace.progress import progress
 from grace.teacher.formats import encode_int8
-from grace.teacher.forward import Seen, check_examples, check_sight, see, supervised_tokens
+from grace.teacher.forward import Seen, check_examples, check_sight, see
 from grace.teacher.identity import run_pins
 from grace.teacher.manifest import read_sidecar
 from grace.teacher.sampled import SampledRecord, encode_sampled, entry_counts
@@ -107,7 +107,7 @@ def record(
     What is large lies in nameless files below `scratch`, if given.
     """
     examples = Chosen(examples, np.array(list({e.key: number for number, e in enumerate(examples)}.values()), int))
-    builder = ShardBuilder([e.key for e in examples], [supervised_tokens(e) for e in examples], scratch)
+    builder = ShardBuilder([e.key for e in examples], [e.supervised_tokens() for e in examples], scratch)
     most = max(1, MOST_AUDITED // run.cache.shards)
     audited = audited_records([e.key for e in examples], run.cache.audit, most)
     weight, image = head_weight(model, vocabulary(processor)).float(), image_token_id(model)

@@ -21,21 +21,21 @@ from grace.results.statistics import ALPHA, POWER
 MISSING_SHOWN = 6
 
 
-def notes(results: Results, number_: str, groups: list, tests) -> list[str]:
+def notes(results: Results, paper_table: str, groups: list, tests) -> list[str]:
     """Footnotes of one table; `groups` and `tests` are its rows and its family of tests."""
     if not groups:
         return [f"The experiment `{results.experiment.experiment}` ran nothing that belongs here."]
     found = [
         _numbers(results),
         *_seeds(results, groups),
-        *_paper(results, number_),
+        *_paper(results, paper_table),
         *protocols(results),
-        *_averages(results, number_),
+        *_averages(results, paper_table),
     ]
     found += [*_forms(results), *_tests(tests), *_differences(results, groups)]
     if any(TEACHER in group.rows for group in groups):
         found.append("The teacher is not ranked.")
-    return found + _elsewhere(results, number_) + gaps(results)
+    return found + _elsewhere(results, paper_table) + gaps(results)
 
 
 def gaps(results: Results) -> list[str]:
@@ -75,10 +75,10 @@ def _others(results: Results, group, row: Row) -> bool:
     return row != TEACHER and set(results.seeds[row]) != set(group.seeds)
 
 
-def _paper(results: Results, number_: str) -> list[str]:
+def _paper(results: Results, paper_table: str) -> list[str]:
     experiment = results.experiment
     family, numbers = paper_family(experiment), paper_numbers()
-    if family is None or not ((numbers["model"] == family) & (numbers["table"] == number_)).any():
+    if family is None or not ((numbers["model"] == family) & (numbers["table"] == paper_table)).any():
         return [
             f"{ARXIV}'s own numbers are not shown: it has none for these models. Its claims stand in the table of "
             "claims."
@@ -122,11 +122,11 @@ def protocols(results: Results) -> list[str]:
     return said
 
 
-def _averages(results: Results, number_: str) -> list[str]:
+def _averages(results: Results, paper_table: str) -> list[str]:
     left_out = [results.mirrors[name] for name in results.benchmarks if name not in results.averaged]
     what = f"the {len(results.averaged)} benchmarks other than {', '.join(left_out)}" if left_out else "all benchmarks"
     said = f"The average is the plain mean of {what}"
-    theirs = [] if asked_otherwise(results.experiment) else paper_average(results.experiment, number_)
+    theirs = [] if asked_otherwise(results.experiment) else paper_average(results.experiment, paper_table)
     if theirs and sorted(theirs) != sorted(canonical(results.mirrors[name]) for name in results.averaged):
         said += f"; the paper's is that of {', '.join(theirs)}"
     return [said + "."]
@@ -177,11 +177,11 @@ def sizes(results: Results) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def _elsewhere(results: Results, number_: str) -> list[str]:
+def _elsewhere(results: Results, paper_table: str) -> list[str]:
     """Rows of the paper's table that are other people's methods, which this pipeline does not run."""
     numbers = paper_numbers()
     shown = None if asked_otherwise(results.experiment) else paper_family(results.experiment)
     numbers = numbers[numbers["model"] == (shown or "")]
-    others = numbers[(numbers["table"] == number_) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
+    others = numbers[(numbers["table"] == paper_table) & (numbers["role"] == "") & (numbers["benchmark"] == AVERAGE)]
     listed = ", ".join(f"{row} {number(value)}" for row, value in zip(others["row"], others["value"], strict=True))
     return [f"The paper's table also lists (average): {listed}; these methods are not run here."] if listed else []

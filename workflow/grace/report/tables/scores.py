@@ -88,7 +88,7 @@ def columns_of(results: Results) -> list[str]:
     return [*sorted(results.benchmarks, key=lambda name: order.get(named[name], len(order))), AVERAGE]
 
 
-def score_table(results: Results, name: str, title: str, number_: str, groups: list[Group], known: dict) -> Table:
+def score_table(results: Results, name: str, title: str, paper_table: str, groups: list[Group], known: dict) -> Table:
     """Score every row of `groups` on every benchmark and their average, test, mark, and write the footnotes."""
     tests = Family(results, known)
     columns = columns_of(results)
@@ -104,8 +104,8 @@ def score_table(results: Results, name: str, title: str, number_: str, groups: l
     table = Table(name, title, ["Model", "Bits"], headings)
     for group in groups:
         marks = _marks(results, group, columns, tests, adjusted)
-        table.lines += [_line(results, group, row, number_, columns, marks, tests, adjusted) for row in group.rows]
-    table.notes = notes(results, number_, groups, tests)
+        table.lines += [_line(results, group, row, paper_table, columns, marks, tests, adjusted) for row in group.rows]
+    table.notes = notes(results, paper_table, groups, tests)
     return table
 
 
@@ -139,12 +139,12 @@ def _marks(results: Results, group: Group, columns: list[str], tests: Family, ad
     return marks
 
 
-def _line(results, group, row, number_, columns, marks, tests, adjusted) -> Line:
+def _line(results, group, row, paper_table, columns, marks, tests, adjusted) -> Line:
     experiment, cells = results.experiment, []
     role = row_role(experiment, row)
     for column in columns:
         wanted = AVERAGE if column == AVERAGE else canonical(results.mirrors.get(column, column))
-        cell = Cell(paper=paper_beside(experiment, number_, role, row.precision, wanted))
+        cell = Cell(paper=paper_beside(experiment, paper_table, role, row.precision, wanted))
         if has(results, row, column):
             mean = _estimate(results, group, row, column)
             cell.value, cell.stderr, cell.mark = mean.value, mean.stderr, marks.get((row, column), "")
@@ -210,7 +210,7 @@ def groups_of(results: Results) -> dict[str, list[Group]]:
     outliers = sorted({row.precision for row in results.rows() if row.precision.endswith("-outliers")}, reverse=True)
     everything = (*ROUNDINGS, "none", "kd", *ABLATION[1:], "variant")
     tables["outliers"] = _blocks(experiment, {p: pick(everything, p) for p in outliers}, base)
-    return {number_: on_shared_seeds(results, groups) for number_, groups in tables.items()}
+    return {paper_table: on_shared_seeds(results, groups) for paper_table, groups in tables.items()}
 
 
 def _blocks(experiment, rows: dict[str, list[Row]], reference: Row | None) -> list[Group]:
