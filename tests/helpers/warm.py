@@ -94,11 +94,12 @@ def _take(environment: dict[str, str]) -> None:
     """Of the environment also what Python reads when it starts: the search path, and how it writes."""
     import importlib.util
 
-    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [entry for entry in sys.path[1:] if entry not in before]
+    before, now = (at.get("PYTHONPATH", "").split(os.pathsep) for at in (os.environ, environment))
+    rest = sys.path[1:]  # without this file's folder; this repository's package comes last, where no other is named
+    sys.path[:] = [entry for entry in now if entry] + [entry for entry in rest if entry not in before]
+    sys.path += [entry for entry in before if entry]
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
     importlib.invalidate_caches()
     sys.modules.pop("sitecustomize", None)
     if importlib.util.find_spec("sitecustomize"):

@@ -296,12 +296,12 @@ def test_every_rule_declares_what_it_needs(name: str) -> None:
     wanted += ["output:"] if name not in ("diff", "plan") else []  # what these say is for people: they make nothing
     if "localrule: True" not in text:
         wanted += ["input:", "benchmark:"]
-        (kind,) = re.findall(r'\*\*plan\.resources\("(\w+)"\)', text)
-        assert re.findall(r'threads: plan\.threads\("(\w+)"\)', text) == [kind]
+        (kind,) = re.findall(r'\*\*jobs\.resources\("(\w+)"\)', text)
+        assert re.findall(r'threads: jobs\.threads\("(\w+)"\)', text) == [kind]
         (subcommand,) = re.findall(r'^ +"grace ([\w ]+)"$', text, re.MULTILINE)
         code = (
             "train"
-            if re.search(r"code=plan\.(distil|trial)_code", text)
+            if re.search(r"code=(plan\.distil_code|trials\.code)", text)
             else re.findall(r'code=plan\.code\("([\w-]+)"\)', text)[0]
         )
         assert subcommand.replace(" ", "-") == code, "its code is that of the subcommand it calls"
@@ -341,6 +341,7 @@ def test_jobs_per_second_are_limited_on_a_cluster_alone(tmp_path: Path, monkeypa
     frozen = "results/demo/config/cache.json"
     assert "limited: False" in tree.snakemake("--executor", "local", frozen).stdout
     flags = ("--executor", "slurm", "--slurm-status-command", "squeue", "--jobs", "1", "--force")
+    flags += ("--slurm-init-seconds-before-status-checks", "1")
     assert "limited: True" in tree.run("snakemake", *flags, frozen).stdout
 
 

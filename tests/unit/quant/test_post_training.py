@@ -109,14 +109,17 @@ def test_gptq_is_the_brute_force(bits, group_size, seed):
     assert torch.equal(ours[1][same], expected[1][same])
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from([2, 3, 4]), st.integers(0, 10_000))
-def test_gptq_beats_rounding_on_correlated_inputs(bits, seed):
-    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
-    inputs = correlated(400, 64, seed)
-    scales = best_scales(weight, bits, 32)
-    rtn = layer_error(weight, quantize(weight, scales, bits), scales, inputs)
-    assert layer_error(weight, *gptq.gptq(weight, moments_of(inputs).second, bits, 32), inputs) < rtn
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gptq_beats_rounding_on_correlated_inputs(bits):
+    """In nearly every layer, by much on average: it is greedy, and one may come out a little worse."""
+    shares = []
+    for seed in range(20):
+        weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed))
+        inputs = correlated(400, 64, seed)
+        scales = best_scales(weight, bits, 32)
+        rtn = layer_error(weight, quantize(weight, scales, bits), scales, inputs)
+        shares.append(layer_error(weight, *gptq.gptq(weight, moments_of(inputs).second, bits, 32), inputs) / rtn)
+    assert sum(share < 1 for share in shares) >= 18 and sum(shares) / len(shares) < 0.8
 
 
 def test_gptq_survives_channels_that_never_fire():
