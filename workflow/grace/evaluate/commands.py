@@ -159,6 +159,7 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
                     found = score_text(runner, task, settings.limit)
                     if world.first:
                         write_text_scores(text_file(out, task), found, texts[task])
+    world.barrier()  # what ends with an error ends the others: the first process has written what it has
     if failed:
         every = len(tasks) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
