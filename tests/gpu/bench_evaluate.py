@@ -124,8 +124,8 @@ def main() -> None:
     runner = fresh()
 
     def whole() -> list[str]:
-        runner.sight._seen.clear()
-        runner.sight._held = 0
+        runner.encoder._features.clear()
+        runner.encoder._held = 0
         return [answer.text for answer in runner.answer(questions)]
 
     made["runner"] = len(questions) / seconds(whole)

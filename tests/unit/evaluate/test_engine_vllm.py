@@ -22,7 +22,7 @@ from grace.config.evaluation import Evaluation
 from grace.errors import GraceError
 from grace.evaluate.runner import Runner
 from grace.files import read_json
-from grace.infer.prefill import Prompt, see
+from grace.infer.prefill import Prompt, image_features
 from grace.models import load_model, load_processor
 from grace.results.predictions import read_rows
 
@@ -56,7 +56,7 @@ class StandIn:
             images = one.get("multi_modal_data", {}).get("image", [])
             assert all(image.mode == "RGB" for image in images)
             seen = runner.encoder.pixels(images) if images else {}
-            prompt = Prompt(ids, see(self.model, seen) if images else ())
+            prompt = Prompt(ids, image_features(self.model, seen) if images else ())
             taken: list[tuple] = []
             runner._answers = lambda *answer, taken=taken: taken.append(answer)
             with torch.inference_mode():

@@ -73,7 +73,7 @@ def test_a_image_is_seen_once_and_memory_is_bounded(runner, monkeypatch):
     fresh = Runner(runner.model, runner.processor, batch=4, max_new_tokens=2)
     asked = questions(fresh, 12)
     forgetful = [answer.text for answer in fresh.answer(asked)]
-    assert len(fresh.encoder._seen) <= 3
+    assert len(fresh.encoder._features) <= 3
     seen, opened = [], EncodedImage.open
     monkeypatch.setattr(EncodedImage, "open", lambda self: seen.append(self.data) or opened(self))
     monkeypatch.setattr("grace.evaluate.image_encoder.FEATURE_BYTES", 1 << 20)

@@ -13,7 +13,7 @@ from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.preprocess import Pixels, pad_to_square
 from grace.families import family_of
-from grace.infer.prefill import Seen, see
+from grace.infer.prefill import ImageFeatures, image_features
 
 if TYPE_CHECKING:
     from grace.evaluate.question import Question
@@ -55,7 +55,7 @@ class ImageEncoder:
         self.workers = workers
         self.family, self.pixels = family_of(processor), Pixels(processor.image_processor)
         self.mean = processor.image_processor.image_mean
-        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self._features: OrderedDict[bytes, ImageFeatures] = OrderedDict()
         self._held = 0
         self._prepared: Iterator[Prepared] = iter(())
 
@@ -91,7 +91,7 @@ class ImageEncoder:
         self._prepared = iter(())
         if not self.workers or self.kept:
             return
-        known, wanted = set(self._seen), []
+        known, wanted = set(self._features), []
         for questions in batches:
             new = {d: (q, i) for q in questions for d, i in zip(q.digests, q.images, strict=True) if d not in known}
             known |= new.keys()
@@ -106,34 +106,34 @@ class ImageEncoder:
             )
             self._prepared = iter(loader)
 
-    def __call__(self, questions: Sequence["Question"]) -> list[list[Seen]]:
-        """What is seen of each question's images, each image looked at once while it is remembered."""
+    def __call__(self, questions: Sequence["Question"]) -> list[list[ImageFeatures]]:
+        """The features of each question's images, each image looked at once while it is remembered."""
         wanted = {d: (q, image) for q in questions for d, image in zip(q.digests, q.images, strict=True)}
-        here = {digest: self._seen[digest] for digest in wanted if digest in self._seen}
-        found: dict[bytes, Seen] = {}
+        here = {digest: self._features[digest] for digest in wanted if digest in self._features}
+        found: dict[bytes, ImageFeatures] = {}
         digests, pixels = next(self._prepared, ((), {}))
         if isinstance(pixels, Unaskable):
             raise pixels
         if digests:
-            found = dict(zip(digests, see(self.model, pixels), strict=True))
+            found = dict(zip(digests, image_features(self.model, pixels), strict=True))
         new = {digest: shown for digest, shown in wanted.items() if digest not in here and digest not in found}
         if new:
             found |= dict(zip(new, self._look(new), strict=True))
         if found:
-            for digest, seen in found.items():
-                here[digest] = self._seen[digest] = seen
-                self._held += seen.nbytes
+            for digest, features in found.items():
+                here[digest] = self._features[digest] = features
+                self._held += features.nbytes
             while self._held > FEATURE_BYTES:
-                self._held -= self._seen.popitem(last=False)[1].nbytes
+                self._held -= self._features.popitem(last=False)[1].nbytes
         return [[here[digest] for digest in question.digests] for question in questions]
 
-    def _look(self, new: Mapping[bytes, tuple["Question", bytes]]) -> list[Seen]:
-        """What is seen of images not looked at yet."""
+    def _look(self, new: Mapping[bytes, tuple["Question", bytes]]) -> list[ImageFeatures]:
+        """The features of images not looked at yet."""
         if all(digest in self.kept for digest in new):
             features = torch.stack([self.kept[digest] for digest in new])
             projected = self.model.model.multi_modal_projector(features.to(self.model.device, self.model.dtype))
-            return [Seen(each) for each in projected]
-        return see(self.model, self.prepare(new))
+            return [ImageFeatures(each) for each in projected]
+        return image_features(self.model, self.prepare(new))
 
     def prepare(self, new: Mapping[bytes, tuple["Question", bytes]]) -> dict[str, torch.Tensor]:
         """What the vision side takes of images: decoded, padded where that is asked, resized."""

@@ -22,7 +22,7 @@ from grace.models import image_token_id
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ImageFeatures:
     """What the vision side makes of one image.
 
     Attributes:
@@ -45,10 +45,10 @@ class Prompt:
     """One prompt: token ids with a visual token for every one of its images', and the images in order."""
 
     ids: Sequence[int]
-    images: Sequence[Seen] = field(default=())
+    images: Sequence[ImageFeatures] = field(default=())
 
 
-def see(model: Any, pixels: dict[str, torch.Tensor]) -> list[Seen]:
+def image_features(model: Any, pixels: dict[str, torch.Tensor]) -> list[ImageFeatures]:
     """What the vision side makes of images, from what the image processor makes of them."""
     place = {"device": model.device}
     inputs = {
@@ -59,7 +59,7 @@ def see(model: Any, pixels: dict[str, torch.Tensor]) -> list[Seen]:
     grids = pixels.get("image_grid_thw", [None] * len(made.pooler_output))
     deep = getattr(made, "deepstack_features", None) or ()
     layers = zip(*deep, strict=True) if deep else [()] * len(made.pooler_output)
-    return [Seen(*each) for each in zip(made.pooler_output, layers, grids, strict=True)]
+    return [ImageFeatures(*each) for each in zip(made.pooler_output, layers, grids, strict=True)]
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 A step reads every weight once; at a few sequences its time is that of the reading plus every gap between kernels. So
 what transformers does in some forty kernels per layer is done here in four: `add_norm`, `attend` (in
 `decode_attention`), `silu_mul` and, once per step, `argmax`. All values are computed in fp32 and rounded where
-transformers' modules round. `dependent` says how the kernels follow each other.
+transformers' modules round. `dependent_launch` says how the kernels follow each other.
 """
 
 import torch
