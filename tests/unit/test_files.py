@@ -3,11 +3,16 @@
 import errno
 import json
 import os
+import pwd
 
 import pytest
 
 from grace import files, hashes
+from grace.config import preflight_models
+from grace.config.code import CodeIndex
+from grace.config.sections import Model
 from grace.errors import GraceError
+from grace.provenance import accept
 
 
 def test_a_file_appears_only_when_its_block_ends_well(tmp_path):
@@ -71,6 +76,23 @@ def test_unreadable_json(tmp_path, text, reason):
         (tmp_path / "x.json").write_text(text)
     with pytest.raises(GraceError, match=reason):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_user_without_a_name_and_a_home_does_without_a_memory(tmp_path, monkeypatch):
+    """As in a container that runs under any number, which the system knows nothing of."""
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    monkeypatch.setattr(accept, "git_or_none", lambda *words: None)
+    monkeypatch.setattr(hashes, "REMEMBERED_FROM", 10)
+    monkeypatch.setattr(hashes, "SETTLED_S", -1.0)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_bytes(b"0123456789")
+    assert hashes.known_sha256("weights") == hashes.sha256("weights")
+    assert CodeIndex().fingerprint("pack")["code"]
+    assert preflight_models._cached(Model(pretrained="a/b")) is None
+    assert accept._who() == f"user {os.getuid()}"
+    assert os.listdir() == ["weights"]
 
 
 def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):

@@ -79,8 +79,9 @@ def known_hashes(paths: Iterable[Path]) -> dict[Path, str | None]:
 
 
 def cache_folder() -> Path:
-    """Where this user keeps what can be worked out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "grace")
+    """Where this user keeps what can be worked out again; for one without a home a place where nothing can be kept."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder if os.path.isabs(folder) else os.devnull, "grace")
 
 
 def _notes() -> Path:

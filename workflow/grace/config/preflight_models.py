@@ -122,7 +122,7 @@ def _words(folder: Path, config: dict[str, Any], family: Family) -> Iterator[str
 
 def _cached(model: Model | Release) -> Path | None:
     """A snapshot in the hub's cache, of the revision that is asked for."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    home = Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     repository = hub / f"models--{str(model.pretrained).replace('/', '--')}"
     reference = repository / "refs" / (model.revision or "main")

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
 
 
 def _who() -> str:
-    """Name and address as git knows them, or the login name."""
+    """Name and address as git knows them, or the login name, or the number of a user who has none."""
     name, address = (git_or_none(".", "config", key) or "" for key in ("user.name", "user.email"))
-    return f"{name} <{address}>" if address else name or getpass.getuser()
+    if address or name:
+        return f"{name} <{address}>" if address else name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that runs under any number
+        return f"user {os.getuid()}"
