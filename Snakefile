@@ -54,7 +54,7 @@ os.environ.update(
 # as built here.
 if workflow.is_main_process:
     try:
-        recover(plan.folder)
+        recover(plan.folder, frozen.content)
     except GraceError as error:
         raise WorkflowError(str(error)) from None
 

@@ -174,6 +174,36 @@ def test_an_accepted_change_reruns_nothing_and_leaves_a_trace(tree: Tree) -> Non
     assert len(tree.planned()) == 3 + 3 + len(TIMED) + len(REPORT), "a further change is not accepted with it"
 
 
+def test_an_edit_that_is_undone_runs_nothing_again(tree: Tree) -> None:
+    """Of configuration and code, also where a run has frozen it and built something before it was ended."""
+    code = tree.folder / "workflow/grace/quant/pack.py"
+    texts = code.read_text(), (tree.folder / "config.yaml").read_text()
+    edit_function(tree, "quant/pack.py", "pack")
+    tree.edit(recipes__rtn={"post_training": "rtn", "scale": "best"})
+    frozen = ["code/pack", "students/rtn/int4/seed0", "experiment"]
+    packed = "results/demo/students/finetune/int4/seed0/packed/manifest.json"
+    tree.snakemake("--quiet", "all", "--", *(f"results/demo/config/{name}.json" for name in frozen), packed)
+    (tree.folder / "results/demo/config/experiment.json").unlink()  # as by a run that was ended in the act
+    code.write_text(texts[0])
+    (tree.folder / "config.yaml").write_text(texts[1])
+    assert tree.planned() == sorted([*follows("finetune"), *REPORT]), "what was built from the edited code"
+
+
+def test_what_a_run_that_was_ended_has_frozen_can_still_be_accepted(tree: Tree) -> None:
+    """Only when jobs start does one see that they do, and then their code is frozen."""
+    tree.run("git", "init", "-q")
+    tree.run("git", "add", "results/demo/config")
+    tree.run("git", "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "-q", "-m", "built")
+    edit_function(tree, "quant/pack.py", "pack")
+    tree.snakemake("--quiet", "all", "--", "results/demo/config/code/pack.json")
+    refused = tree.grace("accept", "--reason", "the same numbers", check=False)
+    assert refused.returncode == 1 and tree.planned() != []
+    (command,) = re.findall("`(git checkout .*?)`", refused.stderr)
+    tree.run(*command.split())
+    tree.grace("accept", "--reason", "the same numbers")
+    assert tree.planned() == []
+
+
 def edit_function(tree: Tree, file: str, name: str) -> None:
     """Let a function do one thing more."""
     path = tree.folder / "workflow/grace" / file

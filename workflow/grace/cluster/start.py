@@ -12,10 +12,12 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from grace.cluster.lock import lock_path
+from grace.cluster.undone_edits import put_back
 from grace.errors import GraceError
 from grace.files import MANIFEST
 from grace.provenance.snakemake_records import METADATA, STATE, record_path, recorded_output, restore
@@ -25,8 +27,12 @@ DOUBTED = '{"external_jobid": null, "doubted": true}'  # the same to Snakemake, 
 _held: list[int] = []  # open for as long as this process lives
 
 
-def recover(results: str | Path) -> None:
+def recover(results: str | Path, wanted: Callable[[str], str | None] = lambda name: None) -> None:
     """All of it, before the DAG is made; and the records of results that came by git and DVC are put back.
+
+    Args:
+        results: the folder of the experiment.
+        wanted: what is to be frozen now, as `put_back` takes it.
 
     Raises:
         GraceError: this folder can't be written, or its records are damaged.
@@ -38,6 +44,8 @@ def recover(results: str | Path) -> None:
             drop_accepted(results)
         restore(results)
         if alone:
+            for frozen in put_back(results, wanted):
+                _mark(record_path(frozen)).unlink(missing_ok=True)
             doubt_frozen(results)
     except OSError as error:
         raise GraceError(

@@ -6,6 +6,7 @@ The code of a job is one small file per subcommand, compared by content.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from grace.config.accepted import resolved
@@ -60,6 +61,20 @@ class Frozen:
                 raise GraceError("tuning: is not set; say which trials each recipe has (see docs/tuning.md)")
             return _json(TuneRun(tuning=e.tuning, benchmarks=e.evaluation.benchmarks))
         return _json(BenchRun(family=e.family, bench=e.bench, group_size=e.quantization.group_size))
+
+    def content(self, name: str) -> str | None:
+        """What `config/{name}.json` is to hold; None where the experiment has no such job any more."""
+        try:
+            match name.split("/"):
+                case ["code", subcommand]:
+                    return self.code(SimpleNamespace(subcommand=subcommand))
+                case ["students", recipe, precision, seed]:
+                    student = SimpleNamespace(recipe=recipe, precision=precision, seed=seed.removeprefix("seed"))
+                    return self.student(student)
+                case _:
+                    return self.job(name)
+        except (GraceError, KeyError, ValueError, AssertionError):
+            return None
 
     def student(self, wildcards: Any) -> str:
         """The parameters of one student, and nothing that it does not depend on; of a released one where it is from."""

@@ -49,6 +49,11 @@ def accept_code(configfile: str | Path, reason: str, subcommands: list[str] | No
             about = {"changed": changed(frozen, now), "by": by, "at": at, "reason": reason.strip()}
             changes.append({"subcommand": name, "frozen": frozen, "accepted": now, **about})
     if not changes:
+        if git_or_none(".", "diff", "--name-only", "HEAD", "--", f"{folder}/*.json"):  # by a run that was ended, say
+            raise GraceError(
+                f"{folder}: a run has frozen the present code already; where the results are the last commit's, take "
+                f"back what they were made with, `git checkout -- {folder}`, and run this again"
+            )
         raise GraceError(f"{folder}: the code is what the results were made with; there is nothing to accept")
     with whole_file(accepted_file(plan.folder)) as part:
         lines = [*accepted(plan.folder), *changes]

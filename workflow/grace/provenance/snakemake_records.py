@@ -89,10 +89,10 @@ def save(results: str | Path) -> int:
     if not results.is_dir():
         raise GraceError(f"{results}: no such folder; give the experiment's, results/EXPERIMENT")
     store = _store(results)
-    recorded = {output: record for output, record in _recorded() if _below(output, results) and Path(output).is_file()}
+    made = {output: record for output, record in recorded() if _below(output, results) and Path(output).is_file()}
     before = {row["output"]: row for row in read_rows(store)}
     rows = {output: row for output, row in before.items() if not Path(output).is_file()}
-    for output, record in recorded.items():
+    for output, record in made.items():
         known = _known_before(before.get(output), record)
         measured = known.get("measured") or benchmark(next(iter(record["log"] or []), None))
         rows[output] = {"output": output, **_identity(Path(output)), "measured": measured, "record": record}
@@ -198,7 +198,7 @@ def recorded_output(record: Path) -> str:
     return urlsafe_b64decode("".join(part.removeprefix("@") for part in record.relative_to(METADATA).parts)).decode()
 
 
-def _recorded() -> Iterator[tuple[str, dict[str, Any]]]:
+def recorded() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every whole record of this machine, with its output's path."""
     for path in sorted(METADATA.rglob("*")):
         if path.is_file() and (record := read_record(path)):
