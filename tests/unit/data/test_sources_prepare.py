@@ -12,6 +12,7 @@ import pytest
 import torch
 from own_data import dialogue, image_bytes, llava, prepare, report, rows, write_source
 
+from grace.config.sections import FilesData
 from grace.data import load_conversations, load_prepared
 from grace.data import prepare as prepare_module
 from grace.data import tokenise as tokenise_module
@@ -258,6 +259,27 @@ def test_a_source_that_changes_while_the_parts_are_mixed_is_noticed(tmp_path, pr
     assert not (tmp_path / "data").exists()
     monkeypatch.undo()
     assert len(rows(prepare(tmp_path, processor))) == 4
+
+
+def test_what_is_no_file_among_the_benchmarks_is_named(tmp_path, processor):
+    """A copy of a pipe waits for ever, one of a device fills the disk."""
+    asked = tmp_path / "benchmarks"
+    asked.mkdir()
+    (asked / "pope.tsv").write_text("question")
+    faults = {"device": "/dev/zero", "nothing": str(tmp_path / "gone")}
+    for name, target in faults.items():
+        (asked / name).symlink_to(target)
+        with pytest.raises(GraceError, match=f"benchmarks/{name}: a pipe, a device or a link to nothing; take it out"):
+            prepare_module.prepare_files(
+                FilesData(source="files"), processor, asked, tmp_path / "out", tmp_path / "parts"
+            )
+        (asked / name).unlink()
+    os.mkfifo(asked / "pipe")
+    with pytest.raises(GraceError, match="benchmarks/pipe: a pipe, a device or a link to nothing"):
+        prepare_module.prepare_files(FilesData(source="files"), processor, asked, tmp_path / "out", tmp_path / "parts")
+    (asked / "pipe").unlink()
+    prepare_module.prepare_files(FilesData(source="files"), processor, asked, tmp_path / "out", tmp_path / "parts")
+    assert (tmp_path / "out/benchmarks/pope.tsv").read_text() == "question"
 
 
 def test_a_missing_image_folder_is_said_at_once(tmp_path, processor):

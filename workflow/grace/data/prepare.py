@@ -93,6 +93,9 @@ def _copy_asked(folder: Path, processor: Path, benchmarks: Path | None) -> None:
 
     load_processor(processor).save_pretrained(folder / "processor")  # with the template and geometry of training
     if benchmarks is not None:
+        for path in benchmarks.rglob("*"):
+            if not path.is_file() and not path.is_dir():
+                raise GraceError(f"{path}: a pipe, a device or a link to nothing; take it out of data.benchmarks")
         shutil.copytree(benchmarks, folder / "benchmarks")
 
 
