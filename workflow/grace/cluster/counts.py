@@ -13,7 +13,7 @@ import torch
 from grace.cluster.predict import DataSize, ModelSize
 from grace.config.sections import FilesData, Source
 from grace.data.prepared import FILE, Examples
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.families import family_of
 from grace.models import decoder, decoder_linears, freeze_vision, load_processor, output_head
 
@@ -30,7 +30,7 @@ def model_size(folder: Path) -> ModelSize:
             model: Any = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError) as error:
         raise GraceError(
-            f"{folder}: no model can be made of its config.json ({str(error).splitlines()[0]}); fetch it first"
+            f"{folder}: no model can be made of its config.json ({reason(error)}); fetch it first"
         ) from error
     freeze_vision(model)
     parameters = list(model.parameters())

@@ -17,6 +17,7 @@ from grace.benchmarks.registry import INSTALL, PACKAGES
 from grace.config.plan import student_folder
 from grace.config.preflight_models import model_problems
 from grace.config.schema import Experiment, FilesData
+from grace.errors import reason
 
 IMAGES = ("image", "image_1")
 VLLM = "evaluation.engine: vllm is not installed in this environment; `pip install vllm` there, or set engine: grace"
@@ -121,7 +122,7 @@ def _columns(path: Path, asked: Spec, limit: int | None) -> Iterator[str]:
             about = [pq.ParquetFile(file) for file in files]
             columns, rows = about[0].schema_arrow.names, sum(file.metadata.num_rows for file in about)
         except (OSError, pa.ArrowException) as error:
-            yield f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); copy the data set again"
+            yield f"{path}: not a readable Parquet file ({reason(error)}); copy the data set again"
             return
     wanted: dict[str, tuple[str, ...]] = {"question": ("question",)}
     if not asked.hidden:

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import ENVIRONMENT, MANIFEST
 from grace.git import GitRefused, git, git_bytes
 
@@ -101,13 +101,9 @@ def _from_dvc(top: Path, revision: str, commit: str, below: str, target: Path) -
                 "where they were pushed to"
             ) from error
         raise GraceError(
-            f"{revision}: DVC has no copy of its results ({_first_line(error)}); run `dvc fetch` at that revision, or "
+            f"{revision}: DVC has no copy of its results ({reason(error)}); run `dvc fetch` at that revision, or "
             "`dvc fetch --all-commits`"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _light(name: str) -> bool:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.files import sha256, whole_file
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def _content(task: str) -> _TaskFile:
         where = ".".join(map(str, first["loc"])) or "its content"
         raise GraceError(f"{task}: `{where}` is not as lm-eval's format asks ({first['msg']}); mend it") from None
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GraceError(f"{task}: not valid YAML ({reason}); mend it") from error
+        raise GraceError(f"{task}: not valid YAML ({reason(error)}); mend it") from error
 
 
 def _data_files(task: str) -> list[Path]:
@@ -122,10 +121,9 @@ def score_text(runner: "Runner", task: str, limit: int | None) -> tuple[pd.DataF
     except GraceError as error:
         raise GraceError(f"evaluation.language: {task}: {error}") from error
     except Exception as error:  # lm-eval and datasets raise their own kinds for a name, a file or a download
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraceError(
-            f"evaluation.language: lm-eval could not run `{task}` ({reason}); check the name, or give a YAML file "
-            "whose dataset_kwargs.data_files are on this machine"
+            f"evaluation.language: lm-eval could not run `{task}` ({reason(error)}); check the name, or give a YAML "
+            "file whose dataset_kwargs.data_files are on this machine"
         ) from error
     rows = []
     for found, samples in results["samples"].items():

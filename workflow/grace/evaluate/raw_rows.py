@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 ROWS = 64  # read at once
 _REFERENCE = 64  # VLMEvalKit: an image cell no longer than this is the index of the row that has the image
@@ -30,8 +30,7 @@ def raw_rows(path: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:
         try:
             yield from (_tsv if file.suffix == ".tsv" else _parquet)(file, columns)
         except (OSError, ValueError, pa.ArrowException, pd.errors.ParserError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise GraceError(f"{file}: not readable ({reason[0]}); copy the data set again") from error
+            raise GraceError(f"{file}: not readable ({reason(error)}); copy the data set again") from error
 
 
 def _parquet(path: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:

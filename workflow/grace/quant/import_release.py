@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from grace.config.pretrained import SIDECAR
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.families import family_of_folder
 from grace.families.files import read_config
 from grace.files import MANIFEST, read_json, sha256, whole_folder, write_json
@@ -177,8 +177,7 @@ def _sidecar(folder: Path, config: dict[str, Any], tensors: Checkpoint) -> Relea
     try:
         held = torch.load(folder / SIDECAR, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a zip that is cut short, or a pickle that asks for more than tensors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GraceError(f"{folder / SIDECAR}: holds no plain tensors ({reason}); fetch it again") from error
+        raise GraceError(f"{folder / SIDECAR}: holds no plain tensors ({reason(error)}); fetch it again") from error
     names = [key.removesuffix(".log_scale") for key in held if key.endswith(".log_scale")]
     low, high = code_range(bits)
     if not names:

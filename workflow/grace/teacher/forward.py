@@ -20,7 +20,7 @@ from grace.data.packed import packed_row
 from grace.data.packing import fill_rows
 from grace.data.prepared import blocks_of, lengths_of
 from grace.distill.relational_cka import gram_matrix
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 from grace.models import forward_inputs, image_token_id, output_head
 from grace.teacher.prefetch import ahead, spare_threads
 
@@ -119,7 +119,7 @@ def check_sight(model: Any, processor: Any, examples: Sequence[Example], pass_to
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             raise GraceError(
-                f"conversation {shown.id}: the model cannot take its image ({str(error).strip().splitlines()[0]}); "
+                f"conversation {shown.id}: the model cannot take its image ({reason(error)}); "
                 "check that the processor belongs to the model"
             ) from error
         logits.append(output_head(model)(states[rows.to(states.device), columns.to(states.device)]))

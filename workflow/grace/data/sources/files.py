@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from grace.data.sources.record import BadRecord
-from grace.errors import GraceError
+from grace.errors import GraceError, reason
 
 BLOCK = 1 << 20  # characters read at a time
 LONGEST_RECORD = 64 << 20  # characters; a longer one is no conversation
@@ -210,7 +210,7 @@ def _reading_parquet(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise GraceError(f"{path}: not a readable Parquet file ({_brief(error)}); download it again") from None
+        raise GraceError(f"{path}: not a readable Parquet file ({reason(error)}); download it again") from None
 
 
 def _load_data_set(path: Path) -> Any:
@@ -219,13 +219,9 @@ def _load_data_set(path: Path) -> Any:
     try:
         return load_from_disk(str(path)).with_format("arrow")  # as stored: images stay encoded
     except Exception as error:  # `datasets` raises many kinds for a damaged folder
-        raise GraceError(f"{path}: not a readable data set ({_brief(error)}); save it again") from None
+        raise GraceError(f"{path}: not a readable data set ({reason(error)}); save it again") from None
 
 
 def _saved_data_set(path: Path) -> Iterator[Any]:
     for table in _load_data_set(path).iter(TABLE_ROWS):
         yield from table.to_pylist()
-
-
-def _brief(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
