@@ -262,7 +262,7 @@ def test_a_source_that_changes_while_the_parts_are_mixed_is_noticed(tmp_path, pr
 
 
 def test_what_is_no_file_among_the_benchmarks_is_named(tmp_path, processor):
-    """A copy of a pipe waits for ever, one of a device fills the disk."""
+    """A copy of a device would fill the disk."""
     asked = tmp_path / "benchmarks"
     asked.mkdir()
     (asked / "pope.tsv").write_text("question")
