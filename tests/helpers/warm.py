@@ -153,7 +153,8 @@ def serve(path: str) -> None:
     import torch.distributed.run
     import transformers
 
-    for name in ("LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "AutoProcessor"):
+    models = ("Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
+    for name in ("AutoProcessor", *(f"{model}ForConditionalGeneration" for model in models)):
         getattr(transformers, name)
     for name in [name for name in sys.modules if name.partition(".")[0] == "grace"]:
         del sys.modules[name]  # whoever asks may have a copy of its own
@@ -200,7 +201,5 @@ if __name__ == "__main__":
         serve(where)
     elif what == "snakemake":
         sys.exit(snakemake(where, rest))
-    elif what == "grace" and rest[:1] == ["bench"]:  # which measures with every instruction that the machine has
-        os.execv(sys.executable, [sys.executable, "-m", "grace.cli", *rest])
     else:
         sys.exit(ask(where, [what, *rest]))
