@@ -217,7 +217,7 @@ def test_prompts_are_lmms_evals(name):
         raw = rows_of[name](place)
         raw["question"] = said + " <image 1>" * (name == "mmmu")
         doc = {"L2-category": "l", "source": "s", "split": "dev", **raw}
-        text, _ = show(how.prompt, how.placing, _item(raw, place, entry, how, Counter()))
+        text, _ = show(how.prompt, how.placing, _item(raw, place, how, Counter()))
         assert text.replace(MARK, "") == config["doc_to_text"](doc, *given)
 
 
