@@ -54,6 +54,7 @@ def ask(path: str, words: list[str]) -> int:
 def _become(connection: socket.socket, path: str) -> None:
     """Run what was asked for, and end with it."""
     import fcntl
+    import select
     import signal
 
     head, outputs, _, _ = socket.recv_fds(connection, LENGTH.size, 3)
@@ -70,6 +71,8 @@ def _become(connection: socket.socket, path: str) -> None:
     fcntl.fcntl(connection, F_SETSIG, signal.SIGKILL)
     alone = fcntl.fcntl(connection, fcntl.F_GETFL)
     fcntl.fcntl(connection, fcntl.F_SETFL, alone | fcntl.FASYNC)
+    if select.select([connection], [], [], 0)[0]:  # it was closed before that; nothing else is ever sent
+        os._exit(1)
     status = 1
     try:
         _run(*asked["words"])
@@ -117,15 +120,15 @@ def _run(what: str, *words: str) -> None:
         from grace.cli import main
 
         return main()
-    words = [word for word in words if word != "-u"] if words[0] == "-u" else list(words)
+    words = words[words[0] == "-u" :]  # torchrun starts its processes with it
     if words[0] == "-m":
         sys.path.insert(0, os.getcwd())
-        sys.argv = words[1:]
+        sys.argv = list(words[1:])
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *words[2:]]
-        exec(compile(words[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})  # without this file's own names
     else:
         sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
         sys.argv = list(words)
