@@ -25,7 +25,7 @@ from grace.benchmarks.protocols import PROTOCOLS
 from grace.benchmarks.registry import benchmark
 from grace.errors import GraceError
 from grace.evaluate.ask import judged
-from grace.evaluate.language import text_key
+from grace.evaluate.language_tasks import text_key
 from grace.evaluate.rows import read_items
 from grace.results.predictions import read_questions
 

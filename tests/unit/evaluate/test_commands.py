@@ -10,11 +10,13 @@ import pytest
 from evaluate_models import rows, write_asked, write_benchmark, write_model
 
 import grace.evaluate.commands as commands
+from grace.benchmarks.registry import PACKAGES
 from grace.config.accepted import accepted_file
 from grace.config.code import CodeIndex
 from grace.errors import GraceError
 from grace.files import sha256, write_json, write_manifest
-from grace.results.predictions import SCHEMA, model_hash
+from grace.results.keys import model_hash
+from grace.results.predictions import SCHEMA
 
 NAMES = ("colour", "presence", "pairs")
 
@@ -243,7 +245,7 @@ def test_wrong_settings_are_said_in_a_sentence(folder, monkeypatch):
         run(folder, harness="vlmeval")
     with pytest.raises(GraceError, match="is no checkout of VLMEvalKit"):
         run(folder, harness="vlmeval", vlmeval_checkout=str(folder))
-    monkeypatch.setitem(commands.PACKAGES, "lmms-eval", "no_such_package")
+    monkeypatch.setitem(PACKAGES, "lmms-eval", "no_such_package")
     with pytest.raises(
         GraceError, match=r"lmms-eval is not installed in this environment; bash workflow/setup\.sh lmms-eval"
     ):

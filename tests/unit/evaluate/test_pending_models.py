@@ -1,6 +1,8 @@
 """Models that wait to be asked: which they are, and that being asked on the way changes nothing for their own job."""
 
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,10 +43,14 @@ def _seed(results: Path, seed: int) -> Path:
     return results / f"students/baseline/bf16/seed{seed}"
 
 
-def _evaluate(results: Path, seed: int, *more: str):
+def _words(results: Path, seed: int) -> list[str]:
     words = ["evaluate", "--run", results / "run.json", "--data", results / "data"]
     words += ["--model", _seed(results, seed) / "model", "--out", _seed(results, seed) / "predictions"]
-    return CliRunner().invoke(app, [*map(str, words), *more])
+    return list(map(str, words))
+
+
+def _evaluate(results: Path, seed: int, *more: str):
+    return CliRunner().invoke(app, [*_words(results, seed), *more])
 
 
 def _predictions(folder: Path) -> dict[str, bytes]:
@@ -85,6 +91,40 @@ def test_a_model_asked_on_the_way_gives_what_its_own_job_gives(results: Path, mo
     own, theirs = _predictions(_seed(results, 1)), _predictions(_seed(alone, 1))
     assert own.pop("environment.json") and theirs.pop("environment.json")
     assert own == theirs
+
+
+def test_a_job_whose_answers_are_there_imports_neither_torch_nor_pandas(results: Path) -> None:
+    assert _evaluate(results, 0, "--others", str(results)).exit_code == 0
+    words = [*_words(results, 1), "--others", str(results)]
+    heavy = {"torch", "transformers", "numpy", "pandas", "scipy", "pyarrow", "datasets"}
+    code = f"import sys; from grace.cli import app; app({words}, standalone_mode=False); print({heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+    assert (_seed(results, 1) / "predictions" / MANIFEST).is_file()
+
+
+@pytest.mark.parametrize("damage", ["a file is cut off", "a file is gone", "other settings", "the sums are damaged"])
+def test_sums_that_do_not_hold_are_not_taken_over(results: Path, damage: str) -> None:
+    assert _evaluate(results, 0, "--others", str(results)).exit_code == 0
+    folder = _seed(results, 1) / "predictions"
+    alone = shutil.copytree(results, results.parent / "alone")
+    shutil.rmtree(_seed(alone, 1) / "predictions")
+    if damage == "a file is cut off":
+        (folder / "colour.parquet").write_bytes(b"PAR1")
+    elif damage == "a file is gone":
+        (folder / "colour.parquet").unlink()
+    elif damage == "the sums are damaged":
+        next(folder.glob(".*.json")).write_text('{"key": 1}')
+    else:
+        evaluation = Evaluation(benchmarks=["colour", "presence"], batch=4, limit=5)
+        for place in (results, alone):
+            run = EvaluateRun(family="llava", evaluation=evaluation)
+            write_json(place / "run.json", run.model_dump(mode="json"))
+    assert _evaluate(results, 1).exit_code == 0
+    assert _evaluate(alone, 1).exit_code == 0
+    own, expected = _predictions(_seed(results, 1)), _predictions(_seed(alone, 1))
+    assert own.pop("environment.json") and expected.pop("environment.json")
+    assert own == expected
 
 
 def test_another_models_fault_is_left_to_its_own_job(results: Path) -> None:

@@ -32,15 +32,23 @@ def evaluate(
         )
     start(processes)
     from grace.config.job_parameters import EvaluateRun, read_run
-    from grace.evaluate.commands import evaluate as ask
     from grace.evaluate.pending_models import ask_pending
+    from grace.evaluate.summed_up import take_over
     from grace.world import this_world
+
+    alone = this_world().size == 1
+
+    def ask(one: Path, predictions: Path, manifest: bool = True) -> None:
+        from grace.evaluate import commands  # pandas and more, which a job that takes answers over does without
+
+        commands.evaluate(run, one, data, predictions, manifest)
 
     failed, since = [], time.monotonic()
     for one, predictions in zip(model, out, strict=True):
         try:
             with job(predictions, files=(run,), folders=(one, data), subcommand="evaluate"):
-                ask(run, one, data, predictions)
+                if not (alone and take_over(run, one, data, predictions)):
+                    ask(one, predictions)
         except GraceError as error:
             failed.append(str(error))
     if failed:
@@ -48,10 +56,10 @@ def evaluate(
 
     def ask_too(one: Path, predictions: Path) -> None:
         with job(predictions, files=(run,), folders=(one, data), subcommand="evaluate", wait_s=0):
-            ask(run, one, data, predictions, manifest=False)
+            ask(one, predictions, manifest=False)
 
     own_engine = read_run(run, EvaluateRun).evaluation.engine == "grace"  # vLLM starts for each anew
-    if others is not None and own_engine and this_world().size == 1:
+    if others is not None and own_engine and alone:
         ask_pending(others, since, ask_too)
 
 

@@ -1,95 +1,39 @@
 """`grace evaluate`: every benchmark of a run for one model, in one process."""
 
-import hashlib
 import importlib
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from grace.arithmetic import settled
-from grace.benchmarks.protocols import Spec, spec
-from grace.benchmarks.registry import (
-    ADAPTERS,
-    GRACE,
-    INSTALL,
-    PACKAGES,
-    VLMEVAL,
-    Benchmark,
-    benchmark,
-    task_id,
-)
-from grace.config.accepted import resolved
-from grace.config.code import CodeIndex
-from grace.config.evaluation import Evaluation
-from grace.config.job_modules import modules_of
-from grace.config.job_parameters import EvaluateRun, read_run
-from grace.config.preflight import VLLM
+from grace.benchmarks.protocols import Spec
+from grace.benchmarks.registry import ADAPTERS, GRACE, Benchmark
+from grace.config.job_parameters import EvaluateRun
 from grace.errors import GraceError
+from grace.evaluate import summed_up
 from grace.evaluate.answer_log import AnswerLog
-from grace.evaluate.language import score_text, text_file, text_key, text_summary, write_text_scores
-from grace.evaluate.rows import questions_file, read_items
+from grace.evaluate.asked import PROTOCOLS, Asked, Task
+from grace.evaluate.language import score_text, text_summary, write_text_scores
+from grace.evaluate.language_tasks import text_file
+from grace.evaluate.rows import read_items
 from grace.evaluate.submissions import SUBMISSIONS, submission_file, write_submission
-from grace.families import check_family
-from grace.files import MANIFEST, list_files, sha256, write_manifest
-from grace.git import git_or_none
+from grace.files import MANIFEST, list_files, write_manifest
 from grace.progress import progress
-from grace.results.predictions import (
-    RowsFailed,
-    answers_key,
-    finished,
-    known_answers,
-    model_hash,
-    prediction_key,
-    read_rows,
-    summary,
-    write_predictions,
-)
+from grace.results.predictions import RowsFailed, finished, known_answers, read_rows, summary, write_predictions
 from grace.world import this_world
 
 if TYPE_CHECKING:
     from grace.evaluate.runner import Runner
 
-PROTOCOL_CODE = "2"  # changes when this package asks equal questions otherwise
 PARTS = ".parts"  # answers of a benchmark that is being asked
-PROTOCOLS = "protocols"  # predictions under protocols other than the first of a benchmark
 FEATURES = "features.safetensors"  # what the frozen tower makes of the benchmarks' images, where it was kept
 Predict = Callable[[Benchmark, Path, Spec], pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark under one protocol, and the file that its predictions go to."""
-
-    entry: Benchmark
-    protocol: str
-    spec: Spec
-    file: str
-
-    @property
-    def title(self) -> str:
-        return f"{self.entry.name} ({self.protocol})"
-
-
-def tasks_of(settings: Evaluation) -> list[Task]:
-    """What an experiment asks; under the first protocol of a benchmark its predictions are `{benchmark}.parquet`."""
-    tasks = []
-    for name in settings.benchmarks:
-        entry = benchmark(name)
-        task_id(name, settings.harness)
-        for place, protocol in enumerate(settings.protocols(name)):
-            file = f"{PROTOCOLS}/{protocol}/{name}.parquet" if place else f"{name}.parquet"
-            tasks.append(Task(entry, protocol, spec(protocol, name), file))
-    return tasks
 
 
 def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = True) -> None:
@@ -108,19 +52,14 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
         data: data folder with `benchmarks/{name}.parquet` (a file, or a folder of shards) or `.tsv` in VLMEvalKit's
             format; `benchmarks/{protocol}/{name}...` where a protocol asks another split.
         out: predictions folder.
-        manifest: whether to write it; otherwise that is left to the model's own job.
+        manifest: whether to write it; otherwise it is kept for the model's own job to take over (`summed_up`).
     """
-    parameters = read_run(run, EvaluateRun)
-    settings = parameters.evaluation
-    check_family(model, parameters.family)
-    tasks = tasks_of(settings)
-    harness = _harness(settings)
-    made_by, world = model_hash(model), this_world()
-    how = settings.model_dump(include={"batch", "harness"})  # the engine stands in `harness`
-    made_with = {"code": _code(run, parameters), "arithmetic": settled()}
-    answers = answers_key(made_by, how, harness, made_with)
+    asked, world = Asked(run, model, data), this_world()
+    settings, tasks = asked.parameters.evaluation, asked.tasks
     out.mkdir(parents=True, exist_ok=True)
-    failed, keys, files = [], {}, {}
+    if world.first:
+        summed_up.drop(out)
+    failed, keys = [], {}
 
     @contextmanager
     def kept_apart(title: str) -> Iterator[None]:
@@ -136,24 +75,21 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
 
     for task in tasks:
         with kept_apart(task.title):
-            files[task.title] = questions_file(data, task.entry.name, task.protocol)
-            longest = settings.longest(task.entry.name)
-            asked = replace(task.spec, new_tokens=longest, new_tokens_open=None) if longest else task.spec
-            keys[task.title] = prediction_key(answers, _hash(files[task.title]), settings.limit, task.protocol, asked)
+            keys[task.title] = asked.key(task)
     texts = {}
     for task in settings.language:
         with kept_apart(task):
-            texts[task] = text_key(made_by, task, settings.limit, made_with)
+            texts[task] = asked.text_key(task)
     pending = [task for task in tasks if task.title in keys and not _done(out, task, keys[task.title])]
     untold = [task for task, key in texts.items() if not finished(text_file(out, task), key)]
     pending, untold = world.agreed((pending, untold))
     if world.first and (pending or untold or failed):
         (out / MANIFEST).unlink(missing_ok=True)
     if pending or untold:
-        with _asking(parameters, model, data, pending) as (runner, predict):
+        with _asking(asked.parameters, model, data, pending) as (runner, predict):
             for task in pending:
                 with kept_apart(task.title):
-                    _ask(runner, predict, task, files[task.title], settings, out, keys[task.title], answers)
+                    _ask(runner, predict, task, asked, out, keys[task.title])
             for task in untold:
                 with kept_apart(task):
                     found = score_text(runner, task, settings.limit)
@@ -163,23 +99,25 @@ def evaluate(run: Path, model: Path, data: Path, out: Path, manifest: bool = Tru
     if failed:
         every = len(tasks) + len(settings.language)
         raise GraceError(f"{len(failed)} of {every} benchmarks failed, the others are kept: " + "; ".join(failed))
-    if world.first and manifest:
-        about = {"model": made_by, "harness": harness}
-        _write_manifest(model, out, tasks, settings, about)
+    if world.first:
+        about = _sum_up(asked, model, out)
+        if manifest:
+            write_manifest(out, **about)
+        else:
+            summed_up.keep(out, asked.key_of_all(), about)
 
 
-def _ask(
-    runner: "Runner", predict: Predict, task: Task, path: Path, settings: Evaluation, out: Path, key: str, answers: str
-) -> None:
+def _ask(runner: "Runner", predict: Predict, task: Task, asked: Asked, out: Path, key: str) -> None:
     """Ask the questions of one benchmark's file and write its predictions; answers are kept as they come.
 
     Args:
-        key, answers: the `prediction_key` and the `answers_key` of what is written.
+        key: the `prediction_key` of what is written.
 
     Raises:
         RowsFailed: some rows cannot be asked; the answers to the others are kept for the next time.
     """
     start, world, parts = time.monotonic(), this_world(), out / PARTS / key
+    settings, path, answers = asked.parameters.evaluation, asked.questions(task), asked.answers
     log = runner.log = AnswerLog(parts, world.rank)
     runner.known = world.agreed(known_answers(out, answers) if settings.harness == GRACE else {})
     try:
@@ -201,13 +139,6 @@ def _ask(
     log.drop()
 
 
-def _code(run: Path, parameters: EvaluateRun) -> dict[str, Any]:
-    """The code that asks and scores, or the code that `grace accept` took it as equal to in the results that
-    `run` is of.
-    """
-    return resolved(run.parent.parent, CodeIndex().fingerprint("evaluate", *modules_of(parameters)))
-
-
 def _predictions(out: Path, task: Task) -> Path:
     """Where a task's predictions go; those without scores stand with the submissions, where no table looks."""
     return out / SUBMISSIONS / task.protocol / f"{task.entry.name}.parquet" if task.spec.hidden else out / task.file
@@ -217,13 +148,6 @@ def _done(out: Path, task: Task, key: str) -> bool:
     """Whether a task's predictions stand, and the file for its server."""
     there = not task.spec.hidden or submission_file(out, task.entry.name, task.protocol).is_file()
     return there and finished(_predictions(out, task), key)
-
-
-def _hash(path: Path) -> str:
-    """SHA-256 (hex) of a benchmark's file, or over those of its shards."""
-    if path.is_file():
-        return sha256(path)
-    return hashlib.sha256("".join(sha256(shard) for shard in sorted(path.glob("*.parquet"))).encode()).hexdigest()
 
 
 @contextmanager
@@ -262,47 +186,15 @@ def _asking(
         yield runner, asks.predictor(runner, settings, advance)
 
 
-def _harness(settings) -> dict[str, str]:
-    """Name and version of the harness; a `GraceError` says how to install a missing one."""
-    name = settings.harness
-    if name == GRACE:
-        return {"name": name, "version": PROTOCOL_CODE, **_engine(settings)}
-    if name == VLMEVAL:
-        if settings.vlmeval_checkout is None:
-            raise GraceError("evaluation.vlmeval_checkout: is not set; give the folder of a VLMEvalKit checkout")
-        revision = git_or_none(settings.vlmeval_checkout, "rev-parse", "HEAD")
-        if revision is None or not (Path(settings.vlmeval_checkout) / "vlmeval").is_dir():
-            raise GraceError(
-                f"evaluation.vlmeval_checkout: {settings.vlmeval_checkout} is no checkout of VLMEvalKit; clone it there"
-            )
-        return {"name": name, "version": revision}
-    try:
-        return {"name": name, "version": importlib.metadata.version(PACKAGES[name])}
-    except importlib.metadata.PackageNotFoundError:
-        raise GraceError(f"evaluation.harness: {name} is not installed in this environment; {INSTALL[name]}") from None
-
-
-def _engine(settings) -> dict[str, str]:
-    """What else than this package computes the answers, with its version."""
-    if settings.engine == GRACE:
-        return {}
-    if importlib.util.find_spec("vllm") is None:
-        raise GraceError(VLLM)
-    name, *_ = importlib.metadata.packages_distributions().get("vllm", ["vllm"])  # a CPU build has a name of its own
-    try:
-        return {"engine": f"{name} {importlib.metadata.version(name)}"}
-    except importlib.metadata.PackageNotFoundError:
-        return {"engine": "vllm, of no known version"}
-
-
-def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluation, about: dict) -> None:
-    """Sum up the predictions; files of benchmarks that are no longer asked for go."""
+def _sum_up(asked: Asked, model: Path, out: Path) -> dict[str, Any]:
+    """What the manifest says of the predictions; files of benchmarks that are no longer asked for go."""
+    settings = asked.parameters.evaluation
     benchmarks: dict[str, dict] = {}
     others: dict[str, dict[str, dict]] = {}
     submissions: dict[str, dict[str, dict]] = {}
     language, answered = {}, False
     wanted = set()
-    for task in tasks:
+    for task in asked.tasks:
         path = _predictions(out, task)
         rows = read_rows(path)
         answered |= bool(rows["prediction"].str.strip().ne("").any())
@@ -332,4 +224,5 @@ def _write_manifest(model: Path, out: Path, tasks: list[Task], settings: Evaluat
     shutil.rmtree(out / PARTS, ignore_errors=True)
     parts = {"protocols": others, "submissions": submissions, "language": language}
     parts = {name: part for name, part in parts.items() if part}
-    write_manifest(out, list_files(out), **about, benchmarks=benchmarks, **parts)
+    about = {"model": asked.model, "harness": asked.harness, "benchmarks": benchmarks}
+    return {"files": list_files(out), **about, **parts}

@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from grace.benchmarks.files import questions_file
 from grace.benchmarks.protocols import Spec, spec
 from grace.benchmarks.registry import Benchmark, benchmark
 from grace.data.conversations import read_images
 from grace.data.images import EncodedImage
 from grace.errors import GraceError
 from grace.evaluate.ask import demo_items
-from grace.evaluate.rows import questions_file, read_items
+from grace.evaluate.rows import read_items
 from grace.files import write_json
 from grace.results.predictions import read_rows
 

@@ -2,8 +2,8 @@
 
 Starting (torch, transformers, the harness) costs a small model's evaluation more than its questions do. A job that was
 quick with its own model therefore asks others that are whole and have no predictions yet. It writes their predictions
-and leaves the manifest to their own job, which then finds that they hold and loads nothing; were one to fail here, its
-own job says why.
+and sums them up; the manifest is left to their own job, which takes the sums over where they hold
+(`grace.evaluate.summed_up`) and loads nothing. Were one to fail here, its own job says why.
 """
 
 import time

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from grace.benchmarks.files import ANSWERS, benchmark_file
+from grace.benchmarks.files import ANSWERS
 from grace.benchmarks.items import Item
 from grace.benchmarks.protocols import Spec
 from grace.benchmarks.registry import Benchmark
@@ -35,17 +35,6 @@ _OTHERS = (
 )  # fmt: skip
 COLUMNS = {*_IDS, *ANSWERS, *_CATEGORY, *_SUBCATEGORY, *_CHOICES, *_NUMBERED, *_OTHERS, *string.ascii_uppercase}
 YES_NO = ("pope", "pope_lmms", "mme", "hallusion")  # metrics of benchmarks whose answers are yes or no
-
-
-def questions_file(data: Path, name: str, protocol: str) -> Path:
-    """The benchmark's file: where the protocol has one of its own, that; else the one for all."""
-    folder = data / "benchmarks"
-    path = benchmark_file(folder, protocol, name)
-    if path is None:
-        raise GraceError(
-            f"{folder / name}.parquet: no such benchmark file; run `grace prepare` with it in evaluation.benchmarks"
-        )
-    return path
 
 
 def read_items(path: Path, entry: Benchmark, spec: Spec, limit: int | None = None) -> Iterator[tuple[str, Item | str]]:

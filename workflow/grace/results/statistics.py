@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from grace.errors import GraceError
 
@@ -81,6 +80,8 @@ class Estimate:
 
 def half_width(alpha: float, *errors: tuple[float, float]) -> float:
     """Half the widest confidence interval at 1 - `alpha` of several (standard error, degrees of freedom)."""
+    from scipy import stats  # half a second, which means and standard errors can do without
+
     return max(float(stats.t.isf(alpha / 2, df)) * stderr for stderr, df in errors)
 
 
