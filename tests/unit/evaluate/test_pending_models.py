@@ -97,7 +97,8 @@ def test_a_job_whose_answers_are_there_imports_neither_torch_nor_pandas(results:
     assert _evaluate(results, 0, "--others", str(results)).exit_code == 0
     words = [*_words(results, 1), "--others", str(results)]
     heavy = {"torch", "transformers", "numpy", "pandas", "scipy", "pyarrow", "datasets"}
-    code = f"import sys; from grace.cli import app; app({words}, standalone_mode=False); print({heavy} & {{*sys.modules}})"
+    code = f"from grace.cli import app; app({words}, standalone_mode=False)"
+    code += f"\nimport sys; print({heavy} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
     assert (_seed(results, 1) / "predictions" / MANIFEST).is_file()
