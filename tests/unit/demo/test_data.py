@@ -1,6 +1,8 @@
 """The demo's images and questions: no leak between splits, answers that follow from the image, the same every time."""
 
 import io
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -14,7 +16,8 @@ from grace.data import load_prepared
 from grace.demo import sources
 from grace.demo.benchmarks import BENCHMARKS, POPULAR, draw_item, items
 from grace.demo.images import CELL, SCENES, Scene, Thing, draw_scene, encode, generator, render
-from grace.demo.prepare import prepare, training_rows
+from grace.demo.parts import QUESTIONS, training_rows
+from grace.demo.prepare import prepare
 from grace.demo.questions import ASKED, caption, conversation, mistake, reading, unanswerable
 from grace.demo.sources import SPLITS, load_sources
 from grace.demo.vocabulary import (
@@ -320,6 +323,19 @@ def test_datasets_decodes_the_images(tmp_path):
     file = str(tmp_path / "data" / "benchmarks" / "options.parquet")
     rows = load_dataset("parquet", data_files=file, split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0]["image"].size == (96, 96) and len(rows[0]["options"]) == 4
+
+
+def test_the_questions_schema_is_the_one_that_datasets_would_write():
+    from datasets import Features, Image, List, Value
+
+    texts = dict.fromkeys(("id", "image_id", "question", "answer", "group"), Value("string"))
+    features = {**texts, "image": Image(), "options": List(Value("string")), "sources": List(Value("string"))}
+    assert QUESTIONS.equals(Features({n: features[n] for n in QUESTIONS.names}).arrow_schema, check_metadata=True)
+
+
+def test_who_hands_the_parts_out_imports_neither_torch_nor_transformers():
+    code = "import sys, grace.demo.prepare; print({'torch', 'transformers', 'datasets', 'pandas'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
 def test_an_unknown_benchmark_is_named_with_those_there_are(tmp_path):

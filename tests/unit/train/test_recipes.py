@@ -1,6 +1,7 @@
 """One loop for every recipe: each logs its parts, and however the batch is cut the loss is the same."""
 
 import subprocess
+import sys
 
 import pytest
 import started
@@ -105,3 +106,14 @@ def test_two_processes_equal_one(home, tmp_path):
     for name in before:
         if name.endswith(".codes"):
             assert (before[name] != after[name]).float().mean() < 0.01, name
+
+
+def test_a_training_imports_nothing_that_it_does_not_use(home, tmp_path):
+    words = ["train", "--run", run_file(tmp_path, "grace", **GRACE), "--data", home / "data"]
+    words += ["--init", home / "baseline", "--cache", home / "cache"]
+    words += ["--out", tmp_path / "model", "--log", tmp_path / "log.jsonl"]
+    words = list(map(str, [*words, "--checkpoints", tmp_path / "checkpoints"]))
+    code = f"from grace.cli import app; app({words}, standalone_mode=False)"
+    code += "\nimport sys; print({'pandas', 'datasets', 'scipy.stats', 'sklearn', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr

