@@ -19,14 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "workflow/experiments"
 ROWS = 4
 CONVERSATIONS = 8
+PASS = 256  # tokens of a pass, each of which is filled up to so many; two conversations need more than one
 RUNS = [{"recipes": ["finetune", "kd", "grace", "rtn", "awq", "gptq"], "precisions": ["int4"], "seeds": [0]}]
 # One process for many on a machine without GPUs, and as little of each stage as shows that it works.
 # bf16 takes a processor a hundred times as long as fp32: one family trains in it.
 SMALL = {
     "compute_dtype": "float32",
-    "cache": {"shards": 1, "audit": 0.1},
+    "cache": {"shards": 1, "audit": 0.1, "pass_tokens": PASS},
     "quantization": {"calibration": 8},
-    "finetune": {"epochs": 1},
+    "finetune": {"epochs": 1, "pass_tokens": PASS},
     "runs": RUNS,
     "bench": {"rows": [1], "batches": [1], "new_tokens": 4, "repeats": 1},
     "resources": {

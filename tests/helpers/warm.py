@@ -21,6 +21,19 @@ HERE = os.path.abspath(__file__)
 LENGTH = struct.Struct("!Q")
 F_SETSIG = 10  # Linux's; `fcntl` has no name for it
 
+LIBRARIES = (
+    "compressed_tensors", "datasets", "lm_eval.evaluator", "lm_eval.tasks", "matplotlib.backends.backend_svg",
+    "matplotlib.pyplot", "pandas", "PIL.JpegImagePlugin", "scipy.stats", "snakemake.cli", "snakemake.dag",
+    "snakemake.workflow", "torch.distributed.run", "transformers.tokenization_mistral_common", "yte",
+)  # fmt: skip
+GRACE = (
+    "bench.commands", "bench.decode", "bench.kernel", "cli", "cluster.job", "cluster.launch", "config.frozen",
+    "config.load", "data.prepare", "demo.prepare", "evaluate.commands", "evaluate.overlap", "evaluate.pending_models",
+    "infer.load", "models.fetch", "quant.awq", "quant.commands", "quant.gptq", "quant.pack", "quant.rtn",
+    "report.commands", "report.figures.write", "report.metrics", "report.page.write", "report.speed",
+    "report.tables.write", "teacher.commands", "teacher.writer", "train.commands", "train.distillation",
+)  # fmt: skip
+
 
 # In the process that asks, which imports next to nothing.
 
@@ -104,6 +117,9 @@ def _take(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     importlib.invalidate_caches()
+    if importlib.machinery.PathFinder.find_spec("grace").origin != sys.modules["grace"].__file__:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "grace"]:
+            del sys.modules[name]  # whoever asks has a copy of its own
     sys.modules.pop("sitecustomize", None)
     if importlib.util.find_spec("sitecustomize"):
         importlib.import_module("sitecustomize")
@@ -136,6 +152,23 @@ def _run(what: str, *words: str) -> None:
     return None
 
 
+def _import() -> None:
+    """What the jobs of a small experiment import, and what transformers makes once in a process."""
+    import importlib
+
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for name in (*LIBRARIES, *(f"grace.{name}" for name in GRACE)):
+        importlib.import_module(name)
+    for model in ("Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL"):
+        getattr(transformers, f"{model}ForConditionalGeneration")
+        getattr(transformers, f"{model}Processor")
+    for name in ("CLIPImageProcessorPil", "Qwen2VLImageProcessorPil", "Qwen2Tokenizer", "LlamaTokenizer"):
+        getattr(transformers, name)
+    get_checkpoint_conversion_mapping("llava")
+
+
 def serve(path: str) -> None:
     """Import, then fork for every connection until standard input closes."""
     import gc
@@ -145,22 +178,9 @@ def serve(path: str) -> None:
     from grace.arithmetic import settle
 
     settle()
-    import datasets  # noqa: F401
-    import lm_eval.evaluator
-    import lm_eval.tasks  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import pandas  # noqa: F401
-    import snakemake.cli
-    import snakemake.dag
-    import snakemake.workflow  # noqa: F401
-    import torch.distributed.run
-    import transformers
+    _import()
+    import torch
 
-    models = ("Llava", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL")
-    for name in ("AutoProcessor", *(f"{model}ForConditionalGeneration" for model in models)):
-        getattr(transformers, name)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "grace"]:
-        del sys.modules[name]  # whoever asks may have a copy of its own
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a process; it says how it ended itself
     gc.freeze()
