@@ -1,6 +1,7 @@
 # The folder that ships.
 # Needs: a student's model/ with its quantization.safetensors, or a released one with its codes. Makes:
-# results/{experiment}/students/.../packed/, which transformers and vLLM load with no code of ours.
+# results/{experiment}/students/.../packed/, which transformers and vLLM load with no code of ours. A job packs, on the
+# way, students that wait for theirs.
 
 
 rule pack:
@@ -31,6 +32,7 @@ rule pack:
         "grace pack"
         " --model {params.model:q}"
         " --out {params.out:q}"
+        " --others results/{wildcards.experiment:q}"
         " > {log:q} 2>&1"
 
 

@@ -110,6 +110,12 @@ def whole_folder(target: str | Path, **about: Any) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def move_folder(folder: Path, target: Path) -> None:
+    """Rename a folder that is whole, with its manifest, over another one; a check that stands in the way raises."""
+    _may_be_renamed()
+    _put(folder, target)
+
+
 def _put(part: Path, target: Path) -> None:
     """Rename a folder over another one. A kill in between leaves no `target`; of two writers the last one's stays
     whole.

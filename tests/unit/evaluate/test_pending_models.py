@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import grace.models
 from grace.cli import app
+from grace.cluster import ahead
 from grace.cluster.lock import one_writer
 from grace.config.evaluation import Evaluation
 from grace.config.job_parameters import EvaluateRun
-from grace.evaluate import pending_models as module
-from grace.evaluate.pending_models import ask_pending, pending
+from grace.evaluate.pending_models import pending
 from grace.files import MANIFEST, write_json
 
 
@@ -146,10 +146,10 @@ def test_a_model_that_its_own_job_asks_is_passed_over(results: Path) -> None:
 def test_slow_models_are_left_to_jobs_of_their_own(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Path] = []
     now = time.monotonic()
-    ask_pending(results, now - module.QUICK - 1, lambda model, out: called.append(model))
+    ahead.while_quick(pending(results), now - ahead.QUICK - 1, lambda model, out: called.append(model))
     assert not called, "its own model took long"
-    monkeypatch.setattr(module, "ALTOGETHER", 10.0)
-    ask_pending(results, now - 11, lambda model, out: called.append(model))
+    monkeypatch.setattr(ahead, "ALTOGETHER", 10.0)
+    ahead.while_quick(pending(results), now - 11, lambda model, out: called.append(model))
     assert not called, "the job has run long enough"
-    ask_pending(results, now, lambda model, out: called.append(model))
+    ahead.while_quick(pending(results), now, lambda model, out: called.append(model))
     assert len(called) == 3

@@ -31,8 +31,9 @@ def evaluate(
             f"--model is given {len(model)} times and --out {len(out)} times; give one --out for each --model"
         )
     start(processes)
+    from grace.cluster.ahead import while_quick
     from grace.config.job_parameters import EvaluateRun, read_run
-    from grace.evaluate.pending_models import ask_pending
+    from grace.evaluate.pending_models import pending
     from grace.evaluate.summed_up import take_over
     from grace.world import this_world
 
@@ -60,7 +61,7 @@ def evaluate(
 
     own_engine = read_run(run, EvaluateRun).evaluation.engine == "grace"  # vLLM starts for each anew
     if others is not None and own_engine and alone:
-        ask_pending(others, since, ask_too)
+        while_quick(pending(others), since, ask_too)
 
 
 @commands.command()

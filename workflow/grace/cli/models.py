@@ -1,5 +1,6 @@
 """A model's folder made into another: rounded, packed, exported, described."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -25,12 +26,37 @@ def quantize(
 
 
 @commands.command()
-def pack(model: Annotated[Path, typer.Option(help="quantised model folder")], out: Out) -> None:
+def pack(
+    model: Annotated[Path, typer.Option(help="quantised model folder")],
+    out: Out,
+    others: Annotated[
+        Path | None, typer.Option(help="results folder whose waiting models are packed too, while that is quick")
+    ] = None,
+) -> None:
     """Pack a quantised model so that transformers and vLLM load it with no code of ours."""
-    from grace.quant.pack import pack as pack_model
+    from grace.cluster.ahead import packed_ahead, take_over, unpacked, while_quick
+    from grace.files import MANIFEST
 
+    def pack_to(one: Path, folder: Path) -> None:
+        from grace.quant.pack import (
+            pack as pack_model,  # torch, which a job that takes a packed model over does without
+        )
+
+        pack_model(one, folder)
+
+    since = time.monotonic()
     with job(out, folders=(model,), subcommand="pack"):
-        pack_model(model, out)
+        if not take_over(model, out):
+            pack_to(model, out)
+
+    def pack_too(one: Path, packed: Path) -> None:
+        ahead = packed_ahead(one, packed)
+        with job(ahead, packed, folders=(one,), subcommand="pack", wait_s=0):
+            if not (packed / MANIFEST).is_file():
+                pack_to(one, ahead)
+
+    if others is not None:
+        while_quick(unpacked(others), since, pack_too)
 
 
 @commands.command("import")
