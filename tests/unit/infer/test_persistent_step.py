@@ -92,7 +92,9 @@ def test_takes_each_familys_layers(monkeypatch, family):
         {"num_key_value_heads": 2},
         {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 1},
     ):
-        assert serves(packed_decoder(family=family, **heads))
+        decoder = packed_decoder(family=family, **heads)
+        assert serves(decoder) and serves(decoder, batch=8, unmeasured=True)
+        assert serves(decoder, batch=2) == (family == "llama")  # a GPU has run LLaVA's alone
 
 
 def test_takes_plain_layers_on_hopper_alone(monkeypatch):
@@ -100,12 +102,11 @@ def test_takes_plain_layers_on_hopper_alone(monkeypatch):
     assert not serves(decoder)  # a CPU
     monkeypatch.setattr(persistent_step, "gpu", lambda device: (H100, True))
     assert serves(decoder)
-    assert not serves(decoder, batch=2) and not serves(decoder, bits=8)
-    assert not serves(decoder, bits=8, unmeasured=True)  # heads of 64
+    assert serves(decoder, batch=8) and not serves(decoder, batch=9) and not serves(decoder, batch=9, unmeasured=True)
+    assert not serves(decoder, bits=8) and not serves(decoder, bits=8, unmeasured=True)  # heads of 64
     wide = packed_decoder(num_attention_heads=2)
-    assert serves(wide, bits=8, unmeasured=True) and not serves(wide, bits=8)
-    assert serves(decoder, batch=8, unmeasured=True) and serves(wide, batch=2, bits=8, unmeasured=True)
-    assert not serves(decoder, batch=9, unmeasured=True)
+    assert serves(wide, bits=8) and serves(wide, batch=2, bits=8)
+    assert serves(wide, batch=4, bits=8, unmeasured=True) and not serves(wide, batch=4, bits=8)
     small = GPU("a slice of an H100", 3, 227 * 1024, hopper=True)  # fewer multiprocessors than heads
     for refused in (GPU("an A100", 108, 163 * 1024), small):
         monkeypatch.setattr(persistent_step, "gpu", lambda device, refused=refused: (refused, True))

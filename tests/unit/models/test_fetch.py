@@ -102,9 +102,14 @@ def pipe(model):
     os.mkfifo(model / "vocab.json")
 
 
+def an_end_that_is_no_token(model):
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ["</s>", 2]}))
+
+
 @pytest.mark.parametrize(
     "fault, sentence",
     [
+        (an_end_that_is_no_token, "generation_config.json: .*eos_token_id.* valid integer"),
         (device, "vocab.json: a pipe or a device, and no file"),
         (pipe, "vocab.json: a pipe or a device, and no file"),
         (dangling, "model.safetensors: a link to .*, which is not there"),

@@ -22,6 +22,7 @@ from grace.errors import GraceError
 from grace.evaluate.image_encoder import ImageEncoder
 from grace.evaluate.question import Question
 from grace.evaluate.runner import Runner
+from grace.families.files import end_tokens
 from grace.files import read_json
 from grace.models import load_processor
 from grace.world import this_world
@@ -132,8 +133,7 @@ def _every_instruction() -> Iterator[None]:
 
 def _ends(folder: Path, processor: Any) -> list[int]:
     """End tokens as transformers' generation takes them from the folder."""
+    ends: list[int] = []
     if (folder / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-        if ends is not None:
-            return [ends] if isinstance(ends, int) else sorted(ends)
-    return [processor.tokenizer.eos_token_id]
+        ends = end_tokens(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
+    return sorted(ends) or [processor.tokenizer.eos_token_id]

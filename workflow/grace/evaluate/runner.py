@@ -19,6 +19,7 @@ from grace.errors import GraceError
 from grace.evaluate.answer_log import AnswerLog
 from grace.evaluate.image_encoder import ImageEncoder, Unaskable
 from grace.evaluate.question import Question, turns
+from grace.families.files import end_tokens
 from grace.infer.decode import CHECK_EVERY, Session
 from grace.infer.prefill import Prompt, follow, read
 from grace.models import decoder, image_token_id, output_head
@@ -63,8 +64,7 @@ class Runner:
         self.decoder, self.head = decoder(model), output_head(model)
         if model.generation_config.eos_token_id is None:
             model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-        ends = model.generation_config.eos_token_id
-        self.ends = torch.tensor([ends] if isinstance(ends, int) else sorted(ends), device=model.device)
+        self.ends = torch.tensor(sorted(end_tokens(model.generation_config.eos_token_id)), device=model.device)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else int(self.ends[0])
         self.image = image_token_id(model)
         self.encoder = ImageEncoder(model, processor, kept or {})

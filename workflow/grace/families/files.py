@@ -6,6 +6,7 @@ Nothing here imports torch: a dry run reads them too.
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,13 @@ INDEX = "model.safetensors.index.json"
 
 Layers = Annotated[int, Field(ge=0, le=2000)]  # a loop makes each: a number of millions would never end
 Rows = Annotated[int, Field(gt=0, le=20_000_000)]
+Token = Annotated[int, Field(ge=0, strict=True)]
+Ends = Token | list[Token] | None
 
 
 class _Text(BaseModel):
     vocab_size: Rows | None = None
+    eos_token_id: Ends = None
     hidden_size: PositiveInt | None = None
     num_hidden_layers: Layers | None = None
 
@@ -38,6 +42,12 @@ class _Quantisation(BaseModel):
     format: str | None = None
 
 
+class _Generation(BaseModel):
+    """What is taken from generation_config.json."""
+
+    eos_token_id: Ends = None
+
+
 class ModelConfig(BaseModel):
     """What is taken from config.json; all other keys are transformers' to check."""
 
@@ -49,6 +59,7 @@ class ModelConfig(BaseModel):
     vision_config: _Vision | None = None
     quantization_config: _Quantisation | None = None
     vocab_size: Rows | None = None
+    eos_token_id: Ends = None
     hidden_size: PositiveInt | None = None
     image_token_index: int | None = None
     image_token_id: int | None = None
@@ -103,6 +114,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         GraceError: no such file, no JSON object, or a key that is not what it has to be.
     """
     return _checked(folder / "config.json", ModelConfig)
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model folder, empty where it has none; a `GraceError` where ends are no token ids."""
+    path = folder / "generation_config.json"
+    return _checked(path, _Generation) if path.is_file() else {}
+
+
+def end_tokens(value: int | Iterable[int] | None) -> list[int]:
+    """The ids of `eos_token_id`, which is one, several or none."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
 def read_weight_map(folder: Path) -> dict[str, str] | None:

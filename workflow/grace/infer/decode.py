@@ -14,6 +14,7 @@ from torch import nn
 
 from grace.errors import GraceError
 from grace.families import family_of
+from grace.families.files import end_tokens
 from grace.infer.cache import make_cache
 from grace.models import decoder, output_head
 
@@ -52,7 +53,7 @@ class Session:
         self.decoder, self.head = decoder(model), output_head(model)
         self.embed = model.get_input_embeddings()
         self.device, self.dtype = self.embed.weight.device, self.embed.weight.dtype
-        self.ends = _end_tokens(model)
+        self.ends = end_tokens(model.generation_config.eos_token_id)
         fused = takes_fused_step(model) if fused is None else fused
         if cache_bits != 16 and (cache_bits != 8 or not fused):
             raise GraceError(
@@ -243,8 +244,3 @@ def best_logprob(logits: torch.Tensor) -> torch.Tensor:
 def _has_grid_positions(model: Any) -> bool:
     """Whether positions have time, height and width, as in Qwen2-VL and Qwen3-VL."""
     return hasattr(model.model, "get_rope_index")
-
-
-def _end_tokens(model: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

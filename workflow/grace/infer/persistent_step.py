@@ -106,17 +106,17 @@ def prepare(
 def serves(decoder: Any, embedding: torch.Tensor, cache: Any, unmeasured: bool = False) -> bool:
     """Whether `PersistentLayers` computes this decoder's steps, on its GPU, over this cache.
 
-    It takes a Hopper GPU, bf16, one sequence in 16 bits, at most 16 heads for each key-value head, and INT4 linears in
-    groups of 128, with biases of queries, keys and values alone, in sizes whose activations fit into registers and
-    shared memory.
+    It takes a Hopper GPU, bf16, one sequence in 16 bits (LLaVA's layers: up to 8, and up to 2 in 8 bits), at most 16
+    heads for each key-value head, and INT4 linears in groups of 128, with biases of queries, keys and values alone, in
+    sizes whose activations fit into registers and shared memory.
 
     Args:
-        unmeasured: accept what no GPU has run yet too: a cache of 8 bits, and up to 8 sequences.
+        unmeasured: accept what no GPU has run, or not faster, too: up to 8 sequences, in 8 bits as well.
     """
     keys, here = cache.layers[0].keys, gpu(embedding.device)[0]
     if not here.hopper or None in (_kernel(), _batch_kernel()) or embedding.dtype != DTYPE:
         return False
-    if not (unmeasured and len(keys) <= MOST_SEQUENCES) and not (len(keys) == 1 and keys.dtype == DTYPE):
+    if len(keys) > (MOST_SEQUENCES if unmeasured else _measured(decoder, keys)):
         return False
     if keys.dtype != DTYPE and (keys.dtype != torch.int8 or keys.shape[3] != CODES_DIM):
         return False
@@ -143,6 +143,15 @@ def serves(decoder: Any, embedding: torch.Tensor, cache: Any, unmeasured: bool =
         and all(pad <= most for pad, most in zip(_pads(hidden, wide, inner), WIDEST, strict=True))
         and constants(hidden, inner, *sizes)["STAGES"] >= 4
     )
+
+
+def _measured(decoder: Any, keys: torch.Tensor) -> int:
+    """Sequences up to which a GPU has run such layers over such a cache, faster than a launch per kernel."""
+    layer = decoder.layers[0]
+    llama = _linears(layer)[0].bias is None and len(_norms(layer)) == 2
+    if keys.dtype == DTYPE:
+        return MOST_SEQUENCES if llama else 1
+    return 2 if llama else 0
 
 
 def constants(

@@ -3,11 +3,10 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from grace.config.pretrained import PATTERNS, source_files, source_hashes
 from grace.errors import GraceError, reason
-from grace.families.files import INDEX, own_code, read_config, read_object, read_weight_map
+from grace.families.files import INDEX, end_tokens, own_code, read_config, read_generation, read_weight_map
 from grace.files import whole_folder, write_json
 from grace.hashes import known_hashes
 
@@ -82,15 +81,14 @@ def _end_where_training_ends(folder: Path) -> None:
     from grace.models.load import load_processor
     from grace.models.template import Template
 
-    config, path = read_config(folder), folder / "generation_config.json"
+    config, about = read_config(folder), read_generation(folder)
     text = config.get("text_config") or config
-    about: dict[str, Any] = read_object(path) if path.is_file() else {}
-    named = about.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id")))
-    ends: list[int] = named if isinstance(named, list) else [] if named is None else [named]
+    ends = end_tokens(about.get("eos_token_id", text.get("eos_token_id", config.get("eos_token_id"))))
     try:
         end = Template(load_processor(folder)).end
     except GraceError:  # `prepare` says what is wrong with its processor
         return
     if end is not None and end not in ends:
         rows = text.get("vocab_size") or config.get("vocab_size") or 0
-        write_json(path, {**about, "eos_token_id": [*(e for e in ends if e < rows), end]})
+        kept = {**about, "eos_token_id": [*(e for e in ends if e < rows), end]}
+        write_json(folder / "generation_config.json", kept)

@@ -13,6 +13,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
 from grace.errors import GraceError
+from grace.families.files import end_tokens, read_generation
 from grace.files import read_json
 from grace.quant.chat_template import without_bos
 
@@ -194,9 +195,7 @@ def _special(folder: Path, settings: dict, ids: dict[str, int]) -> dict[str, int
         token = _word(settings.get(f"{name}_token"))
         if token in ids:
             found[name] = ids[token]
-    path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = end_tokens(read_generation(folder).get("eos_token_id"))
     if ends and found.get("eos") not in ends:
         found["eos"] = ends[0]
     more = [end for end in ends if end != found.get("eos")]
