@@ -1,4 +1,4 @@
-"""Write what the README says about the demo from its results: `python docs/readme.py`."""
+"""Write the tables of scores in the README and on the pages from the results: `python docs/readme.py`."""
 
 import json
 import re
@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = {"README.md": "small", "docs/small.md": "small", "docs/demo.md": "demo"}  # and the experiment each tells of
 PRECISIONS = ("bf16", "int4", "int2")
-SCORES = {  # in the README, and in metrics.json
+SCORES = {  # in the table, and in metrics.json
     "teacher": "teacher",
     "student baseline": "baseline",
     "RTN": "rtn",
+    "AWQ": "awq",
+    "GPTQ": "gptq",
     "QAT": "finetune",
     "QAT + KD": "kd",
     "GRACE": "grace",
 }
-DIFFERENCES = {  # in the README, and the claim of metrics.json
+DIFFERENCES = {  # in the table, and the claim of metrics.json
     "RTN − baseline": "Rounding hurts at {}",
     "QAT − RTN": "QAT recovers what rounding loses at {}",
     "GRACE − QAT": "GRACE is above QAT at {}",
@@ -64,14 +67,15 @@ def verdicts(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def written(readme: str, metrics: dict[str, Any]) -> str:
-    """The README with this table and list in the place of those behind the marks."""
-    for mark, lines in (("demo", table(metrics)), ("verdicts", verdicts(metrics))):
+def written(page: str, metrics: dict[str, Any]) -> str:
+    """The page with this table and list in the place of those behind the marks."""
+    for mark, lines in (("scores", table(metrics)), ("verdicts", verdicts(metrics))):
         text = "\n".join(lines)
-        readme = re.sub(rf"(?<=<!-- {mark} -->\n)(.+\n)+", lambda _, text=text: f"{text}\n", readme, count=1)
-    return readme
+        page = re.sub(rf"(?<=<!-- {mark} -->\n)(.+\n)+", lambda _, text=text: f"{text}\n", page, count=1)
+    return page
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(written(path.read_text(), json.loads((ROOT / "results/demo/metrics.json").read_text())))
+    for name, experiment in PAGES.items():
+        path = ROOT / name
+        path.write_text(written(path.read_text(), json.loads((ROOT / f"results/{experiment}/metrics.json").read_text())))

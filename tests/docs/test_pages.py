@@ -104,18 +104,22 @@ def test_the_readme_names_files_that_are_there():
     assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_the_readme_has_the_demos_numbers():
+WRITER = runpy.run_path(str(ROOT / "docs/readme.py"))
+
+
+@pytest.mark.parametrize("page, experiment", WRITER["PAGES"].items())
+def test_a_page_has_its_experiments_numbers(page, experiment):
     """Those of the committed results, whatever was built here since."""
-    shown = ["git", "-C", ROOT, "show", "HEAD:results/demo/metrics.json"]
+    shown = ["git", "-C", ROOT, "show", f"HEAD:results/{experiment}/metrics.json"]
     metrics = json.loads(subprocess.run(shown, capture_output=True, text=True, check=True).stdout)
-    readme = (ROOT / "README.md").read_text()
-    program = runpy.run_path(str(ROOT / "docs/readme.py"))
+    text = (ROOT / page).read_text()
+    program = WRITER
     made = program["table"](metrics)
     assert len(made) >= 6 and max(map(len, made)) <= 90, "a table of a page fits 80 columns"
     about = [text for text in metrics["claims"] if text.startswith("GRACE ")]
     listed = " ".join(" ".join(program["verdicts"](metrics)).split())
     assert about and all(text in listed for text in about)
-    assert program["written"](readme, metrics) == readme, "run `python docs/readme.py`"
+    assert program["written"](text, metrics) == text, "run `python docs/readme.py`"
 
 
 def test_a_file_that_a_page_names_is_there():
