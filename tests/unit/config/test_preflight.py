@@ -1,6 +1,7 @@
 """What is missing is said before the first job: one sentence each, all at once, and nothing where all is in place."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,6 +127,18 @@ def test_columns_and_counts_of_benchmarks(place: Path) -> None:
     (place / "benchmarks/pope.parquet").write_bytes(b"no Parquet")
     (sentence,) = said(place, evaluation={"benchmarks": ["pope"]})
     assert "not a readable Parquet file" in sentence
+
+
+def test_a_benchmark_that_was_replaced_after_prepare(place: Path) -> None:
+    prepared = place / "results/own/data"
+    shutil.copytree(place / "benchmarks", prepared / "benchmarks")
+    (prepared / "manifest.json").write_text("{}")
+    assert said(place) == []
+    write_rows(place / "benchmarks/pope.parquet", question="another?", answer="no", image="x")
+    (sentence,) = said(place)
+    assert sentence.startswith(f"{place}/benchmarks/pope.parquet: is not what `prepare` copied")
+    (place / "benchmarks/pope.parquet").unlink()  # what was prepared needs no original
+    assert said(place) == []
 
 
 def test_harness_and_checkout(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from grace.config.plan import student_folder
 from grace.config.preflight_models import model_problems
 from grace.config.schema import Experiment, FilesData
 from grace.errors import reason
+from grace.hashes import known_sha256
 
 IMAGES = ("image", "image_1")
 VLLM = "evaluation.engine: vllm is not installed in this environment; `pip install vllm` there, or set engine: grace"
@@ -45,6 +46,10 @@ def missing(experiment: Experiment, folder: Path) -> list[Missing]:
     if not prepared and isinstance(experiment.data, FilesData):
         found += [Missing("prepare", text) for text in _sources(experiment.data)]
         found += [Missing("prepare", text) for text in _benchmarks(experiment, experiment.data)]
+    if prepared and isinstance(experiment.data, FilesData) and experiment.data.benchmarks is not None:
+        found += [
+            Missing("evaluate", text) for text in _changed(Path(experiment.data.benchmarks), folder / "data/benchmarks")
+        ]
     models = {
         "fetch_teacher": (experiment.teacher, "teacher", folder / "teacher/model"),
         "fetch_baseline": (
@@ -83,6 +88,17 @@ def _sources(data: FilesData) -> Iterator[str]:
             if folder is not None and folder not in seen and not Path(folder).is_dir():
                 seen.add(folder)
                 yield f"{folder}: no such folder; copy the images there, or correct data.sources[{number}].{key}"
+
+
+def _changed(own: Path, copies: Path) -> Iterator[str]:
+    """The user's benchmark files that are not what was prepared: answers would be to the old questions."""
+    for copy in sorted(file for file in copies.rglob("*") if file.is_file()):
+        file = own / copy.relative_to(copies)
+        if file.is_file() and known_sha256(file) != known_sha256(copy):
+            yield (
+                f"{file}: is not what `prepare` copied to {copy}, which is asked; put the old file back, or make the "
+                "data and what learns from it again: snakemake --forcerun prepare"
+            )
 
 
 def _benchmarks(experiment: Experiment, data: FilesData) -> Iterator[str]:
