@@ -4,11 +4,16 @@
 exactly when inputs do and a whole experiment takes seconds.
 """
 
+import atexit
+import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import started
@@ -112,8 +117,28 @@ evaluation: {benchmarks: [colour, object]}
 """
 
 
+@cache
+def _programs() -> Path:
+    """A folder with Snakemake as DVC starts it."""
+    file = _user_cache() / "bin/snakemake"
+    file.parent.mkdir()
+    file.write_text(f'#!/bin/sh\nexec {shlex.join(started.python("-m", "snakemake"))} "$@"\n')
+    file.chmod(0o755)
+    return file.parent
+
+
+@cache
+def _user_cache() -> Path:
+    """In place of the user's cache folder, in which every tree would leave what was parsed of its code."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class Tree:
     """A folder with the workflow, a small experiment and stubbed subcommands."""
+
+    parsed: Path | None = None  # what `grace.config.definitions` keeps of the code of the last tree that was planned
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -144,22 +169,31 @@ class Tree:
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command in the tree, with its own copy of the package first.
 
-        Snakemake's jobs start as a user's do, for they import next to nothing.
+        Snakemake's jobs start as a user's do, for they import next to nothing. What was parsed of another tree's code,
+        which is kept by the hash of each file's text, is known here as if Snakemake had been started before.
         """
-        if command[0] == "snakemake":
+        parsed = self._parsed()
+        if not parsed.exists() and Tree.parsed is not None:
+            shutil.copy(Tree.parsed, parsed)
+        if command[0] in ("snakemake", "dvc"):
             command = tuple(started.python("-m", *command))
         elif command[0] == "grace":
             command = tuple(started.grace(*command[1:]))
         here = {
             "PYTHONPATH": str(self.folder / "workflow"),
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([str(_programs()), str(BIN), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
+            "XDG_CACHE_HOME": str(_user_cache()),
         }
         done = subprocess.run(command, cwd=self.folder, env={**os.environ, **here}, capture_output=True, text=True)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command[-9:])} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done
+
+    def _parsed(self) -> Path:
+        package = hashlib.sha256(bytes(self.folder / "workflow/grace")).hexdigest()[:16]
+        return _user_cache() / f"grace/definitions/{package}.json"
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run Snakemake on two cores."""
@@ -172,6 +206,8 @@ class Tree:
     def planned(self, *arguments: str) -> list[str]:
         """What a dry run would do: the jobs' messages, sorted, without the frozen parameters; empty for a no-op."""
         said = self.snakemake("--dry-run", *arguments)
+        Tree.parsed = self._parsed()
+        assert Tree.parsed.exists(), "`grace.config.definitions` keeps it elsewhere"
         jobs = re.findall(r"^Job \d+: (.*)$", said.stdout + said.stderr, re.MULTILINE)
         return sorted(job for job in jobs if not job.startswith("freeze "))
 

@@ -1,4 +1,4 @@
-"""Python processes that start at once, forked from one that has imported torch, transformers, lm-eval and Snakemake.
+"""Python processes that start at once: forks of one that has imported torch, transformers, lm-eval, Snakemake and DVC.
 
 These imports are most of what a process of a tiny experiment costs. The demo and the kills start every process as users
 do; tests that are about what a process does, not about how it starts, put `python(...)` in place of `sys.executable`.
@@ -22,9 +22,10 @@ LENGTH = struct.Struct("!Q")
 F_SETSIG = 10  # Linux's; `fcntl` has no name for it
 
 LIBRARIES = (
-    "compressed_tensors", "datasets", "lm_eval.evaluator", "lm_eval.tasks", "matplotlib.backends.backend_svg",
-    "matplotlib.pyplot", "pandas", "PIL.JpegImagePlugin", "scipy.stats", "snakemake.cli", "snakemake.dag",
-    "snakemake.workflow", "torch.distributed.run", "transformers.tokenization_mistral_common", "yte",
+    "compressed_tensors", "datasets", "dvc.api", "dvc.cli.parser", "lm_eval._cli.run", "lm_eval.evaluator",
+    "lm_eval.models.hf_vlms", "lm_eval.tasks", "matplotlib.backends.backend_svg", "matplotlib.pyplot", "pandas",
+    "PIL.JpegImagePlugin", "scipy.stats", "snakemake.cli", "snakemake.dag", "snakemake.workflow",
+    "torch.distributed.run", "transformers.tokenization_mistral_common", "yte",
 )  # fmt: skip
 GRACE = (
     "bench.commands", "bench.decode", "bench.kernel", "cli", "cluster.job", "cluster.launch", "config.frozen",

@@ -3,12 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import started
 from fake_results import results_folder
 
 from grace.diff.compare import compare_folders, diff
@@ -265,8 +265,10 @@ def test_snakemake_diff_holds_the_results_against_the_last_commit(results_folder
     commit_results(repository, results_folder, "one")
     for seed in (0, 1):
         edit(repository / "results/demo", spoil(20), seed=seed)
-    command = [Path(sys.executable).with_name("snakemake"), "--snakefile", ROOT / "Snakefile", "--cores", "1"]
-    command += ["--configfile", ROOT / "config.yaml", "--workflow-profile", ROOT / "workflow/profiles/default", "diff"]
+    command = started.snakemake(
+        "--snakefile", ROOT / "Snakefile", "--cores", "1", "--configfile", ROOT / "config.yaml",
+        "--workflow-profile", ROOT / "workflow/profiles/default", "diff",
+    )  # fmt: skip
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -276,7 +278,7 @@ def test_snakemake_diff_holds_the_results_against_the_last_commit(results_folder
 
 
 def test_the_exit_status_under_fail_on_regression(results_folder, version):
-    command = [sys.executable, "-m", "grace.cli", "diff", results_folder, version]
+    command = started.grace("diff", results_folder, version)
     assert subprocess.run([*command, "--fail-on-regression"], capture_output=True).returncode == 0
     for seed in (0, 1):
         edit(version, spoil(20), seed=seed)

@@ -2,12 +2,12 @@
 
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import started
 import torch
 from many_examples import write_many
 from own_data import llava, prepare, write_source
@@ -94,7 +94,7 @@ def test_memory_hardly_grows_with_the_conversations(tmp_path):
     grown = []
     for count in (5_000, 50_000):
         write_many(tmp_path / f"{count}", count)
-        done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / f"{count}"], capture_output=True, text=True)
+        done = subprocess.run(started.python("-c", MEMORY, tmp_path / f"{count}"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         grown.append(int(done.stdout.split()[0]) * 1024)
     assert grown[1] - grown[0] < 300 * 45_000, grown

@@ -3,10 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
+import started
 from evaluate_models import model, processor, rows, write_benchmark, write_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,12 +129,12 @@ def test_the_command_line_of_lm_eval_gives_the_same_answers_for_a_packed_model(t
     datasets.Dataset.from_list(made, features=images).to_parquet(tmp_path / "colour.parquet")
     (tmp_path / "tasks").mkdir()
     task_yaml(benchmark("colour"), tmp_path / "colour.parquet", 3, tmp_path / "tasks")
-    command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf-multimodal",
+    command = started.python(
+        "-m", "lm_eval", "run", "--model", "hf-multimodal",
         "--model_args", f"pretrained={tmp_path / 'model'},dtype=bfloat16", "--tasks", "grace_colour",
         "--include_path", str(tmp_path / "tasks"), "--device", "cpu", "--batch_size", "4", "--log_samples",
         "--apply_chat_template", "--output_path", str(tmp_path / "out"),
-    ]  # fmt: skip
+    )  # fmt: skip
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

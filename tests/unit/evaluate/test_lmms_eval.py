@@ -31,6 +31,17 @@ from grace.results.predictions import read_rows
 IMAGE = datasets.Image()
 
 
+@cache
+def _manager() -> TaskManager:
+    return TaskManager(verbosity="ERROR")
+
+
+@pytest.fixture(autouse=True)
+def one_manager(monkeypatch):
+    """Every other would read the files of all of lmms-eval's tasks again, which takes seconds."""
+    monkeypatch.setattr(harness, "TaskManager", lambda verbosity: _manager())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("lmms")
@@ -179,7 +190,7 @@ def test_our_metrics_are_lmms_evals_on_the_same_predictions(tmp_path, monkeypatc
     path = tmp_path / f"data/benchmarks/{name}.parquet"
     kept = harness.predict(
         model,
-        TaskManager(verbosity="ERROR"),
+        _manager(),
         benchmark(name),
         path,
         replace(spec("lmms-eval", name), size=len(asked)),
@@ -204,7 +215,7 @@ def test_a_document_without_a_image_is_named(tmp_path, damage):
     _local(tmp_path, "pope", asked)
     model, path = harness.RunnerLMM(Scripted(["yes"] * 4)), tmp_path / "data/benchmarks/pope.parquet"
     with pytest.raises(GraceError, match=r"pope\.parquet: .*document 3 has no readable image .*; mend that row"):
-        harness.predict(model, TaskManager(verbosity="ERROR"), benchmark("pope"), path, spec("lmms-eval", "pope"), 4)
+        harness.predict(model, _manager(), benchmark("pope"), path, spec("lmms-eval", "pope"), 4)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS["lmms-eval"])
@@ -219,8 +230,3 @@ def test_prompts_are_lmms_evals(name):
         doc = {"L2-category": "l", "source": "s", "split": "dev", **raw}
         text, _ = show(how.prompt, how.placing, _item(raw, place, how, Counter()))
         assert text.replace(MARK, "") == config["doc_to_text"](doc, *given)
-
-
-@cache
-def _manager() -> TaskManager:
-    return TaskManager(verbosity="ERROR")
