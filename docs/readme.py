@@ -78,4 +78,6 @@ def written(page: str, metrics: dict[str, Any]) -> str:
 if __name__ == "__main__":
     for name, experiment in PAGES.items():
         path = ROOT / name
-        path.write_text(written(path.read_text(), json.loads((ROOT / f"results/{experiment}/metrics.json").read_text())))
+        path.write_text(
+            written(path.read_text(), json.loads((ROOT / f"results/{experiment}/metrics.json").read_text()))
+        )
