@@ -103,3 +103,17 @@ def test_hallusion_is_the_harness():
 def test_vqa_accuracy_is_the_harness():
     for row in STORED["vqa"]:
         assert vqa_accuracy(row["answer"], row["answers"]) == pytest.approx(row["lmms-eval"], abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=20))
+def test_the_share_of_images_wholly_right_is_that_of_all_right(asked):
+    rows = pd.DataFrame(asked, columns=["image_id", "score"]).assign(group="existence")
+    share = float(all_right(rows["score"], rows["image_id"]).mean())
+    assert mme(rows)["score"] == 100 * (float(rows["score"].mean()) + share)
+
+
+@given(st.lists(st.tuples(*map(st.sampled_from, ("xy", ("yes", "no", ""), ("yes", "No")))), min_size=1, max_size=20))
+def test_the_f1_of_polls_is_the_mean_of_each_polls_own(asked):
+    rows = pd.DataFrame(asked, columns=["group", "extracted", "target"]).assign(score=0.0)
+    polls = [pope(part)["f1"] for _, part in rows.groupby("group", sort=True)]
+    assert pope(rows)["f1_of_polls"] == sum(polls) / len(polls)

@@ -10,6 +10,7 @@ et al. 2023; HallusionBench, Guan et al. 2024. Where the harnesses differ from t
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 
 
@@ -21,7 +22,11 @@ def all_right(scores: pd.Series, groups: pd.Series) -> pd.Series:
 
 
 def _share_right(scores: pd.Series, groups: pd.Series) -> float:
-    return float(all_right(scores, groups).mean())
+    """The share of groups that `all_right` finds, without a table of them: a jackknife asks this a thousand times."""
+    codes, labels = pd.factorize(groups)
+    named = codes >= 0
+    wrong = np.bincount(codes[named], scores.to_numpy()[named] != 1, minlength=len(labels))
+    return float((wrong == 0).mean()) if len(labels) else math.nan
 
 
 def accuracy(rows: pd.DataFrame) -> dict[str, float]:
@@ -54,9 +59,18 @@ def hallusion_groups(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"set": sets, "figure": sets + "/f" + ends.str[-2], "question": sets + "/q" + ends.str[-1]})
 
 
+def _parts(rows: pd.DataFrame) -> list[np.ndarray]:
+    """The places of the rows of each group, in the order of the groups' names."""
+    codes, labels = pd.factorize(rows["group"], sort=True)
+    return [np.flatnonzero(codes == code) for code in range(len(labels))]
+
+
 def _yes(rows: pd.DataFrame) -> tuple[float, float, float]:
     """Precision, recall and F1 of the answer yes; 0 where one is not defined."""
-    said, true = rows["extracted"] == "yes", rows["target"].str.lower() == "yes"
+    return _f1((rows["extracted"] == "yes").to_numpy(bool), (rows["target"].str.lower() == "yes").to_numpy(bool))
+
+
+def _f1(said: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
     hits = float((said & true).sum())
     precision, recall = hits / max(float(said.sum()), 1.0), hits / max(float(true.sum()), 1.0)
     return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
@@ -67,15 +81,16 @@ def pope(rows: pd.DataFrame) -> dict[str, float]:
 
     An answer that is neither counts as not yes, as in VLMEvalKit. LLaVA-1.5's paper prints the mean F1 of the polls.
     """
-    precision, recall, f1 = _yes(rows)
-    polls = [_yes(part)[2] for _, part in rows.groupby("group", sort=True)] if "group" in rows else []
+    said, true = (rows["extracted"] == "yes").to_numpy(bool), (rows["target"].str.lower() == "yes").to_numpy(bool)
+    precision, recall, f1 = _f1(said, true)
+    polls = [_f1(said[part], true[part])[2] for part in _parts(rows)] if "group" in rows else []
     return {
         **accuracy(rows),
         "precision": precision,
         "recall": recall,
         "f1": f1,
         "f1_of_polls": sum(polls) / len(polls) if polls else f1,
-        "yes_ratio": float((rows["extracted"] == "yes").mean()),
+        "yes_ratio": float(said.mean()),
     }
 
 
@@ -97,9 +112,10 @@ def mme(rows: pd.DataFrame) -> dict[str, float]:
     """
 
     def total(part: pd.DataFrame) -> float:
-        tasks = [task for _, task in part.groupby("group", sort=True)]
+        scores, images = part["score"], part["image_id"]
         return sum(
-            100 * (float(task["score"].mean()) + _share_right(task["score"], task["image_id"])) for task in tasks
+            100 * (float(scores.iloc[task].mean()) + _share_right(scores.iloc[task], images.iloc[task]))
+            for task in _parts(part)
         )
 
     printed = in_perception(rows)
