@@ -260,11 +260,12 @@ def _registered(experiment: Experiment) -> tuple[dict[str, str], dict[str, str]]
 def read_predictions(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     """A predictions file sorted by sample_id; a `GraceError` names what is missing, doubled or not a number in it."""
     try:
-        names = pq.read_schema(path).names
-        lacking = [name for name in PREDICTION_COLUMNS if name not in names]
-        if lacking:
-            raise GraceError(f"{path}: column {', '.join(lacking)} is missing; evaluate this model again")
-        table = pq.read_table(path, columns=[name for name in columns if name in names] if columns else None)
+        with pq.ParquetFile(path) as file:  # opened once, as there are hundreds
+            names = file.schema_arrow.names
+            lacking = [name for name in PREDICTION_COLUMNS if name not in names]
+            if lacking:
+                raise GraceError(f"{path}: column {', '.join(lacking)} is missing; evaluate this model again")
+            table = file.read(columns=[name for name in columns if name in names] if columns else None)
     except FileNotFoundError:
         raise GraceError(f"{path}: no such file; evaluate this model first, or pull it with `dvc pull`") from None
     except (pa.ArrowException, OSError) as error:
