@@ -2,10 +2,8 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -48,6 +46,15 @@ def test_a_killed_run_ends_with_the_same_bits(home, tmp_path):
     assert [e["loss"] for e in log(tmp_path, "whole")] == [e["loss"] for e in log(tmp_path, "killed")]
 
 
+LITTLE_ROOM = """
+import resource, sys
+from grace.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+main()
+"""
+
+
 @pytest.mark.parametrize("room, file", [(60_000, "step-0000002"), (2_000_000, "finished")])
 def test_a_full_disk_stops_in_one_sentence_and_the_next_run_goes_on(home, tmp_path, room, file):
     """No file may grow beyond `room` bytes: first a checkpoint does not fit, then the model itself."""
@@ -55,10 +62,8 @@ def test_a_full_disk_stops_in_one_sentence_and_the_next_run_goes_on(home, tmp_pa
     paths = {name: tmp_path / end for name, end in dict(out="disk", log="disk.jsonl", checkpoints=".disk").items()}
     flags = [f"--{name}={path}" for name, path in paths.items()]
     flags += [f"--run={run}", f"--data={home / 'data'}", f"--init={home / 'baseline'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "grace.cli", "train", *flags], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
-    )  # fmt: skip
+    command = started.python("-c", LITTLE_ROOM, room, "train", *flags)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("grace: ")]
     assert f"/{file}: could not be written" in said and "free space and run again" in said
