@@ -120,7 +120,7 @@ evaluation: {benchmarks: [colour, object]}
 @cache
 def _programs() -> Path:
     """A folder with Snakemake as DVC starts it."""
-    file = _user_cache() / "bin/snakemake"
+    file = user_cache() / "bin/snakemake"
     file.parent.mkdir()
     file.write_text(f'#!/bin/sh\nexec {shlex.join(started.python("-m", "snakemake"))} "$@"\n')
     file.chmod(0o755)
@@ -128,7 +128,7 @@ def _programs() -> Path:
 
 
 @cache
-def _user_cache() -> Path:
+def user_cache() -> Path:
     """In place of the user's cache folder, in which every tree would leave what was parsed of its code."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -138,7 +138,7 @@ def _user_cache() -> Path:
 class Tree:
     """A folder with the workflow, a small experiment and stubbed subcommands."""
 
-    parsed: Path | None = None  # what `grace.config.definitions` keeps of the code of the last tree that was planned
+    parsed: Path | None = None  # what `grace.config.definitions` keeps of the code of the last tree that was run
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -164,7 +164,9 @@ class Tree:
     def copy(self, folder: Path) -> "Tree":
         """The same tree elsewhere, with times, results and records."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Tree(folder)
+        tree = Tree(folder)
+        tree._know()
+        return tree
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command in the tree, with its own copy of the package first.
@@ -172,9 +174,7 @@ class Tree:
         Snakemake's jobs start as a user's do, for they import next to nothing. What was parsed of another tree's code,
         which is kept by the hash of each file's text, is known here as if Snakemake had been started before.
         """
-        parsed = self._parsed()
-        if not parsed.exists() and Tree.parsed is not None:
-            shutil.copy(Tree.parsed, parsed)
+        self._know()
         if command[0] in ("snakemake", "dvc"):
             command = tuple(started.python("-m", *command))
         elif command[0] == "grace":
@@ -184,16 +184,24 @@ class Tree:
             "PATH": os.pathsep.join([str(_programs()), str(BIN), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
             "DVC_NO_ANALYTICS": "1",
-            "XDG_CACHE_HOME": str(_user_cache()),
+            "XDG_CACHE_HOME": str(user_cache()),
         }
         done = subprocess.run(command, cwd=self.folder, env={**os.environ, **here}, capture_output=True, text=True)
+        if self._parsed().exists():
+            Tree.parsed = self._parsed()
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command[-9:])} failed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         return done
 
+    def _know(self) -> None:
+        """Have what was parsed of the last tree for this one."""
+        parsed = self._parsed()
+        if not parsed.exists() and Tree.parsed is not None:
+            shutil.copy(Tree.parsed, parsed)
+
     def _parsed(self) -> Path:
         package = hashlib.sha256(bytes(self.folder / "workflow/grace")).hexdigest()[:16]
-        return _user_cache() / f"grace/definitions/{package}.json"
+        return user_cache() / f"grace/definitions/{package}.json"
 
     def snakemake(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run Snakemake on two cores."""
@@ -206,8 +214,7 @@ class Tree:
     def planned(self, *arguments: str) -> list[str]:
         """What a dry run would do: the jobs' messages, sorted, without the frozen parameters; empty for a no-op."""
         said = self.snakemake("--dry-run", *arguments)
-        Tree.parsed = self._parsed()
-        assert Tree.parsed.exists(), "`grace.config.definitions` keeps it elsewhere"
+        assert self._parsed().exists(), "`grace.config.definitions` keeps it elsewhere"
         jobs = re.findall(r"^Job \d+: (.*)$", said.stdout + said.stderr, re.MULTILINE)
         return sorted(job for job in jobs if not job.startswith("freeze "))
 

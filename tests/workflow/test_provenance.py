@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from fake_results import make_results
-from stub_tree import ROOT, Tree
+from stub_tree import ROOT, Tree, user_cache
 
 from grace.cluster.estimate import left_to_do, plan
 from grace.cluster.lock import lock_path, one_writer
@@ -27,6 +27,12 @@ from grace.report.tables.write import write_tables
 from grace.results.read import read_results
 
 SEED = "results/demo/students/grace/int4/seed0"
+
+
+@pytest.fixture(autouse=True)
+def known_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked here of a tree's code is kept, and known, where its own commands keep it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache()))
 
 
 @pytest.fixture(scope="module")
