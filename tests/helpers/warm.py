@@ -198,6 +198,9 @@ def serve(path: str) -> None:
                 if os.fork() == 0:
                     listener.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    # torch makes its thread pool anew after a fork, at the first question about it: two threads that
+                    # load weights would both try, and one fails ("Invalid thread pool")
+                    torch.set_num_threads(1)
                     _become(connection, path)
 
 
