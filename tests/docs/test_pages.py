@@ -113,13 +113,12 @@ def test_a_page_has_its_experiments_numbers(page, experiment):
     shown = ["git", "-C", ROOT, "show", f"HEAD:results/{experiment}/metrics.json"]
     metrics = json.loads(subprocess.run(shown, capture_output=True, text=True, check=True).stdout)
     text = (ROOT / page).read_text()
-    program = WRITER
-    made = program["table"](metrics)
+    made = WRITER["table"](metrics)
     assert len(made) >= 6 and max(map(len, made)) <= 90, "a table of a page fits 80 columns"
     about = [text for text in metrics["claims"] if text.startswith("GRACE ")]
-    listed = " ".join(" ".join(program["verdicts"](metrics)).split())
+    listed = " ".join(" ".join(WRITER["verdicts"](metrics)).split())
     assert about and all(text in listed for text in about)
-    assert program["written"](text, metrics) == text, "run `python docs/readme.py`"
+    assert WRITER["written"](text, metrics) == text, "run `python docs/readme.py`"
 
 
 def test_a_file_that_a_page_names_is_there():

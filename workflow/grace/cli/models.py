@@ -38,9 +38,8 @@ def pack(
     from grace.files import MANIFEST
 
     def pack_to(one: Path, folder: Path) -> None:
-        from grace.quant.pack import (
-            pack as pack_model,  # torch, which a job that takes a packed model over does without
-        )
+        # imports torch, which a job that takes a packed model over does without
+        from grace.quant.pack import pack as pack_model
 
         pack_model(one, folder)
 
